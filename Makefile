@@ -1,0 +1,56 @@
+# Every target does the set-up it needs, once. Python 3.11+ is all that has to be there.
+
+PYTHON ?= python3
+VENV ?= .venv
+HOST ?= 127.0.0.1
+PORT ?= 8000
+BIN := $(VENV)/bin
+UV_VERSION := 0.13.9
+
+# pip's configured links to wheels, which uv doesn't read by itself.
+export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode
+
+.PHONY: help setup serve check test test-quick lock clean bench-memory
+help:  ## Show the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(VENV)/cpu.stamp  ## Install what serving on CPUs needs into .venv
+
+serve: $(VENV)/cpu.stamp  ## Serve the bundled model on HOST:PORT
+	@exec $(BIN)/embedding-cluster serve --host $(HOST) --port $(PORT)
+
+check: $(VENV)/test.stamp  ## Lint, types and the quick tests: under a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -m "not cluster and not model"
+
+test: check  ## Everything: real clusters, real models, real clients
+	$(BIN)/pytest -q -m "cluster or model"
+
+bench-memory: $(VENV)/test.stamp  ## Resident memory of the whole server, one MiniLM replica
+	$(BIN)/python -m benchmarks.memory
+
+lock: $(VENV)/uv.stamp  ## Renew requirements/*.txt from pyproject.toml
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --upgrade --no-annotate --custom-compile-command "make lock" \
+		--extra cpu --extra test --extra bench --override requirements/overrides.txt \
+		pyproject.toml -o requirements/test.txt
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --no-annotate --custom-compile-command "make lock" \
+		--extra cpu --override requirements/overrides.txt --override requirements/overrides-cpu.txt \
+		--constraint requirements/test.txt pyproject.toml -o requirements/cpu.txt
+
+clean:  ## Remove what the other targets made
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+
+$(VENV)/uv.stamp:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+	touch $@
+
+# torch's CPU build comes from pip's configured links where they have it, else from PyTorch's own index.
+$(VENV)/cpu.stamp $(VENV)/test.stamp: $(VENV)/%.stamp: requirements/%.txt pyproject.toml | $(VENV)/uv.stamp
+	$(INSTALL) -r $< || $(INSTALL) --torch-backend=cpu -r $<
+	$(INSTALL) --editable .
+	touch $@ $(VENV)/cpu.stamp

@@ -1,0 +1,82 @@
+"""The command line: `embedding-cluster check|plan|serve`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from deployments.config.load import read_workers
+from deployments.config.plan import Machine, make_plans
+from deployments.errors import ConfigError
+
+BUNDLED = Path(__file__).parent / "workers"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status: 0, or 2 where worker files hold mistakes."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        status: int = parsed.command(parsed)
+        return status
+    except ConfigError as error:
+        print(error.message, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="embedding-cluster", description="Embeddings at company scale.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    check = commands.add_parser("check", help="check worker files; every mistake with file and key")
+    check.set_defaults(command=_check)
+    plan = commands.add_parser("plan", help="print what would be deployed, as JSON")
+    plan.add_argument("--cpus", type=int, default=0, help="cores of the node (default: this one's)")
+    plan.add_argument("--gpus", type=int, default=1, help="GPUs of the cluster (default: %(default)s)")
+    plan.set_defaults(command=_plan)
+    serve = commands.add_parser("serve", help="serve on this machine, on the fast data plane")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="port (default: %(default)s)")
+    serve.add_argument("--ingress-replicas", type=int, default=1, help="HTTP processes (default: 1)")
+    serve.set_defaults(command=_serve)
+    for command in (check, plan, serve):
+        command.add_argument(
+            "path", nargs="?", default=str(BUNDLED), help="worker file or folder (default: the bundled one)"
+        )
+    return parser
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    workers, problems = read_workers(parsed.path)
+    if problems:
+        raise ConfigError("\n".join(map(str, problems)))
+    for file, worker in workers.items():
+        print(f"{file}: ok: worker `{worker.name}` serves {', '.join(worker.queue.models)}")
+    return 0
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    workers, problems = read_workers(parsed.path)
+    if problems:
+        raise ConfigError("\n".join(map(str, problems)))
+    cpus = parsed.cpus or _cores()
+    plans = make_plans(workers.values(), Machine(cpus, parsed.gpus, cpus))
+    print(json.dumps([plan.describe() for plan in plans], indent=2))
+    return 0
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    _check(parsed)
+    from deployments.launch import ServeArguments, run
+
+    return run(ServeArguments(parsed.path, parsed.host, parsed.port, parsed.ingress_replicas))
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

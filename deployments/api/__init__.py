@@ -1,0 +1,1 @@
+"""Wire formats, one file per dialect. Knows neither Ray nor engines."""

@@ -1,0 +1,91 @@
+"""Builds the Ray Serve application: the only place that binds deployments.
+
+`serve run deployments.app:build config=PATH` calls `build` on the machine of the command line,
+`serve deploy` inside the cluster.
+"""
+
+import os
+from typing import Any
+
+import ray
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from deployments.config.load import load_workers
+from deployments.config.plan import Machine, WorkerPlan, make_plans
+from deployments.gateway.ingress import Ingress
+from deployments.replica import Replica
+
+INGRESS_NAME = "ingress"
+# Requests that one ingress replica holds at a time; each costs a body and a coroutine.
+MAX_INGRESS_REQUESTS = 4096
+HEALTH_CHECK_PERIOD_SECONDS = 5.0
+HEALTH_CHECK_TIMEOUT_SECONDS = 30.0
+
+
+class BuildArguments(BaseModel):
+    """Arguments of `build`. From `serve run` every value comes as a string."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: str = Field(description="A worker file, or a folder of them.")
+    ingress_replicas: int = Field(default=1, ge=1, description="How many ingress replicas there are.")
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body, in bytes.")
+
+
+def build(arguments: BuildArguments) -> serve.Application:
+    """Read the worker files and bind a deployment for each, and the ingress in front of them.
+
+    Raises ConfigError that lists every mistake with file and key.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    # Models may lie only on the nodes that run them; with one node, they have to lie here.
+    workers = load_workers(arguments.config, check_models=len(nodes) <= 1)
+    plans = make_plans(workers, cluster_machine(nodes))
+    handles = {plan.name: bind_replica(plan) for plan in plans}
+    return bind_ingress(plans, handles, arguments)
+
+
+def cluster_machine(nodes: list[dict[str, Any]]) -> Machine:
+    """Sum up what the live nodes of a Ray cluster have; of no node at all, this machine."""
+    if not nodes:
+        return local_machine()
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
+    gpus = sum(int(node["Resources"].get("GPU", 0)) for node in nodes)
+    return Machine(sum(cpus), gpus, max(cpus))
+
+
+def local_machine() -> Machine:
+    """Return what this machine has for a cluster of its own."""
+    cpus = len(os.sched_getaffinity(0))
+    return Machine(cpus, 0, cpus)
+
+
+def bind_replica(plan: WorkerPlan) -> serve.Application:
+    """Bind one worker's deployment."""
+    return (
+        serve.deployment(
+            health_check_period_s=HEALTH_CHECK_PERIOD_SECONDS,
+            health_check_timeout_s=HEALTH_CHECK_TIMEOUT_SECONDS,
+            logging_config=LoggingConfig(enable_access_log=False),
+        )(Replica)
+        .options(**plan.deployment_options)
+        .bind(plan)
+    )
+
+
+def bind_ingress(
+    plans: tuple[WorkerPlan, ...],
+    handles: dict[str, serve.Application],
+    arguments: BuildArguments,
+) -> serve.Application:
+    """Bind the ingress over the workers' handles."""
+    ingress = serve.deployment(
+        name=INGRESS_NAME,
+        num_replicas=arguments.ingress_replicas,
+        max_ongoing_requests=MAX_INGRESS_REQUESTS,
+        ray_actor_options={"num_cpus": 0},  # the cores are for the engines; this one waits for them
+        logging_config=LoggingConfig(enable_access_log=False),
+    )(serve.ingress()(Ingress))
+    return ingress.bind(plans, handles, arguments.max_body_bytes)

@@ -1,0 +1,1 @@
+"""Worker files → frozen models → plan. Imports neither Ray, torch nor vLLM."""

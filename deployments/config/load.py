@@ -1,0 +1,274 @@
+"""Reads worker files: a file or a folder of them → frozen workers, or every mistake at once."""
+
+import difflib
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli
+from pydantic import BaseModel, ValidationError
+
+from deployments.config.model_files import PACKAGE, ModelFiles, resolve_model_path
+from deployments.config.worker import RESERVED_ENGINE_ARGS, Worker
+from deployments.errors import ConfigError
+
+# WORKER__GENERATOR__MAX_NUM_SEQS=32 sets the key in every file, WORKER_<STEM>__… in one of them.
+ENV_PREFIX = "WORKER"
+ENV_SEPARATOR = "__"
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One mistake: where it is and what is wrong with it."""
+
+    file: str
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        """Return `file: key: message`."""
+        return f"{self.file}: {self.key}: {self.message}" if self.key else f"{self.file}: {self.message}"
+
+
+def load_workers(
+    path: str | Path, check_models: bool = True, environ: Mapping[str, str] = os.environ
+) -> tuple[Worker, ...]:
+    """Read a worker file or a folder of them.
+
+    With `check_models`, a model folder that is named must exist on this machine. Raises ConfigError
+    that lists every mistake in every file.
+    """
+    workers, problems = read_workers(path, check_models, environ)
+    if problems:
+        raise ConfigError("\n".join(map(str, problems)))
+    return tuple(workers.values())
+
+
+def read_workers(
+    path: str | Path, check_models: bool = True, environ: Mapping[str, str] = os.environ
+) -> tuple[dict[Path, Worker], list[Problem]]:
+    """Read what can be read; return the sound workers by file, and all the problems."""
+    path = Path(path)
+    workers: dict[Path, Worker] = {}
+    if path.is_dir():
+        files = sorted(path.glob("*.toml"))
+        problems = [] if files else [Problem(str(path), "", "no *.toml file in this folder")]
+    else:
+        files, problems = [path], []
+    for file in files:
+        worker, found = _read_file(file, check_models, environ)
+        problems += found
+        if worker is not None:
+            workers[file] = worker
+    problems += _clashes(workers)
+    return workers, problems
+
+
+def _read_file(
+    file: Path, check_models: bool, environ: Mapping[str, str]
+) -> tuple[Worker | None, list[Problem]]:
+    try:
+        content = tomli.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
+        return None, [Problem(str(file), "", f"can't be read: {reason}")]
+    except tomli.TOMLDecodeError as error:
+        return None, [Problem(str(file), "", f"isn't valid TOML: {error}")]
+    _override(content, file.stem, environ)
+    problems = []
+    worker = None
+    try:
+        worker = Worker.model_validate(content)
+    except ValidationError as error:
+        # What pydantic says of a table hides nothing else, so the model is checked all the same.
+        problems += [_explain(str(file), content, detail) for detail in error.errors()]
+    problems += list(_check_engine_args(str(file), content))
+    problems += list(_check_model(file, content, check_models))
+    if worker is None or problems:
+        return None, sorted(set(problems))
+    return _with_absolute_path(worker, file), []
+
+
+# --- environment -------------------------------------------------------------------------------
+
+
+def _override(content: dict[str, Any], stem: str, environ: Mapping[str, str]) -> None:
+    own = f"{ENV_PREFIX}_{re.sub(r'[^A-Za-z0-9]', '_', stem).upper()}"
+    for prefix in (ENV_PREFIX, own):  # the file's own variables come last and win
+        start = prefix + ENV_SEPARATOR
+        for variable in sorted(environ):
+            if not variable.startswith(start):
+                continue
+            *tables, key = variable.removeprefix(start).lower().split(ENV_SEPARATOR)
+            target = content
+            for table in tables:
+                target = target.setdefault(table, {})
+            target[key] = _toml_value(environ[variable])
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
+        return text  # a bare string, as people write them in an environment
+
+
+# --- what pydantic finds, in our words -----------------------------------------------------------
+
+
+def _explain(file: str, content: dict[str, Any], detail: Any) -> Problem:
+    location = tuple(str(part) for part in detail["loc"])
+    kind, message = detail["type"], detail["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        if dotted := _dotted_name(content, location):
+            quoted = f'[queue.models."{dotted}"]'
+            message = f"a name with dots must be quoted: write {quoted}"
+            location = location[:3]
+        else:
+            message = "unknown key" + _did_you_mean(location[-1], _fields_at(location[:-1]))
+    elif kind == "missing":
+        message = "is missing"
+    elif kind == "literal_error":
+        expected = detail["ctx"]["expected"]
+        shown = detail["input"] if isinstance(detail["input"], str | int) else "this"
+        message = f"must be {expected}, not {shown!r}"
+    elif kind == "string_pattern_mismatch":
+        message = f"{detail['input']!r} doesn't have the form {detail['ctx']['pattern']}"
+    return Problem(file, _dotted(location), message)
+
+
+def _dotted(location: tuple[str, ...]) -> str:
+    return ".".join(f'"{part}"' if "." in part else part for part in location)
+
+
+def _dotted_name(content: dict[str, Any], location: tuple[str, ...]) -> str | None:
+    """Return the name that `[queue.models.a.b]` was meant to be, if that is the mistake here."""
+    if location[:2] != ("queue", "models") or len(location) < 4:
+        return None
+    table: Any = content["queue"]["models"]
+    for part in location[2:]:
+        table = table.get(part) if isinstance(table, dict) else None
+    return ".".join(location[2:]) if isinstance(table, dict) else None
+
+
+def _fields_at(location: tuple[str, ...]) -> list[str]:
+    """Return the keys that the schema knows in the table at `location`."""
+    table: type[BaseModel] = Worker
+    parts = iter(location)
+    for part in parts:
+        field = table.model_fields.get(part)
+        annotation: Any = field.annotation if field else None
+        inner = [
+            each
+            for each in (annotation, *getattr(annotation, "__args__", ()))
+            if isinstance(each, type) and issubclass(each, BaseModel)
+        ]
+        if not inner:
+            return []
+        table = inner[0]
+        if part == "models":
+            next(parts, None)  # the model's name, which is free
+    return list(table.model_fields)
+
+
+def _did_you_mean(word: str, known: Iterator[str] | list[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+# --- what the file alone can't tell --------------------------------------------------------------
+
+
+@functools.cache
+def engine_arg_names() -> frozenset[str]:
+    """Return the fields of the installed vLLM's EngineArgs, read as text; empty where there is none.
+
+    Importing vLLM takes seconds, and a check has to be there in an instant.
+    """
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        return frozenset()
+    source = Path(spec.submodule_search_locations[0], "engine", "arg_utils.py").read_text("utf-8")
+    _, _, body = source.partition("class EngineArgs")
+    body, _, _ = body.partition("def __post_init__")
+    return frozenset(re.findall(r"^    ([a-z]\w*):", body, flags=re.MULTILINE))
+
+
+# The stand-in engine's own arguments; see engine/fake.py.
+FAKE_ENGINE_ARGS = frozenset({"dimension", "call_seconds", "token_seconds", "start_seconds"})
+
+
+def _check_engine_args(file: str, content: dict[str, Any]) -> Iterator[Problem]:
+    generator = content.get("generator")
+    arguments = generator.get("engine_args") if isinstance(generator, dict) else None
+    if not isinstance(generator, dict) or not isinstance(arguments, dict):
+        return
+    known = FAKE_ENGINE_ARGS if generator.get("type") == "fake" else engine_arg_names()
+    for name in arguments:
+        if known and name not in known and name not in RESERVED_ENGINE_ARGS:
+            hint = _did_you_mean(name, sorted(known))
+            yield Problem(file, f"generator.engine_args.{name}", f"not an engine argument{hint}")
+
+
+def _check_model(file: Path, content: dict[str, Any], check_models: bool) -> Iterator[Problem]:
+    """Check the model's folder against the file, as far as both can be read."""
+    generator = content.get("generator")
+    if not isinstance(generator, dict) or generator.get("type") != "vllm":
+        return
+    model_path = generator.get("model_path")
+    if not isinstance(model_path, str) or not model_path:
+        return
+    try:
+        folder = resolve_model_path(model_path)
+        if not model_path.startswith(PACKAGE):
+            folder = str(file.parent / folder)
+            looks_like_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_path)
+            if looks_like_hub_id and not Path(folder).is_dir():
+                return
+        files = ModelFiles.read(folder)
+    except (FileNotFoundError, ValueError) as error:
+        if check_models:
+            yield Problem(str(file), "generator.model_path", str(error))
+        return
+
+    def number(key: str) -> int:
+        value = generator.get(key)
+        return value if isinstance(value, int) and value > 0 else 1
+
+    length = generator.get("max_model_len")
+    for key, reason in files.objections(
+        length if isinstance(length, int) else None,
+        number("tensor_parallel_size"),
+        number("pipeline_parallel_size"),
+    ):
+        yield Problem(str(file), key, reason)
+
+
+def _with_absolute_path(worker: Worker, file: Path) -> Worker:
+    """A relative folder is meant from its worker file, wherever the replica runs."""
+    path = file.parent / worker.generator.model_path
+    if worker.generator.model_path.startswith((PACKAGE, "/")) or not path.is_dir():
+        return worker
+    if not worker.generator.model_path:
+        return worker
+    generator = worker.generator.model_copy(update={"model_path": str(path.resolve())})
+    return worker.model_copy(update={"generator": generator})
+
+
+def _clashes(workers: Mapping[Path, Worker]) -> list[Problem]:
+    """What two files may not share: the deployment's name and the models' public names."""
+    problems = []
+    names: dict[tuple[str, str], Path] = {}
+    for file, worker in workers.items():
+        claims = [("queue.checkpoint_name", worker.name)]
+        claims += [("queue.models", name) for name in worker.queue.models]
+        for key, name in claims:
+            other = names.setdefault((key, name), file)
+            if other != file:
+                problems.append(Problem(str(file), key, f"`{name}` is also served by {other.name}"))
+    return problems

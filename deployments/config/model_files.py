@@ -1,0 +1,192 @@
+"""What a model's own files say, read without importing an engine.
+
+Field names follow Hugging Face's `config.json`; how they combine into a maximum length and into
+what can be parallelised follows vLLM's `config/model.py` and its models' `SupportsPP` marks.
+"""
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "package://"
+
+# Encoders: vLLM has no pipeline-parallel version of these.
+NO_PIPELINE_PARALLEL = frozenset(
+    {
+        "BertForMaskedLM",
+        "BertModel",
+        "BertSpladeSparseEmbeddingModel",
+        "BgeM3EmbeddingModel",
+        "CamembertModel",
+        "DistilBertModel",
+        "ElectraModel",
+        "Gemma3TextModel",
+        "GteModel",
+        "GteNewModel",
+        "JinaBertForMaskedLM",
+        "JinaBertModel",
+        "ModernBertModel",
+        "MPNetModel",
+        "NewModel",
+        "NomicBertModel",
+        "RobertaForMaskedLM",
+        "RobertaModel",
+        "SnowflakeGteNewModel",
+        "XLMRobertaModel",
+    }
+)
+# vLLM's derivation skips the factor for these; see _get_and_verify_max_len.
+UNSCALED_ROPE = frozenset({"su", "longrope", "llama3", "yarn", "deepseek_yarn", "default"})
+LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
+
+
+def resolve_model_path(model_path: str) -> str:
+    """Return the folder behind `package://PACKAGE/FOLDER`; any other path unchanged.
+
+    Raises FileNotFoundError where the package isn't installed.
+    """
+    if not model_path.startswith(PACKAGE):
+        return model_path
+    package, _, folder = model_path.removeprefix(PACKAGE).partition("/")
+    # find_spec of a top-level package doesn't import it.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"the Python package `{package}` isn't installed")
+    return str(Path(spec.submodule_search_locations[0], folder))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} doesn't hold a JSON object")
+    return content
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model folder's `config.json` and what sentence-transformers puts beside it."""
+
+    config: dict[str, Any]
+    tokenizer_config: dict[str, Any]
+    sentence_bert_config: dict[str, Any]
+    sentence_transformers_config: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "ModelFiles":
+        """Read the folder. Raises FileNotFoundError or ValueError with one line that says why."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no such folder: {folder}")
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"no config.json in {folder}")
+        try:
+            return cls(
+                config=_read(folder / "config.json"),
+                tokenizer_config=_read(folder / "tokenizer_config.json"),
+                sentence_bert_config=_read(folder / "sentence_bert_config.json"),
+                sentence_transformers_config=_read(folder / "config_sentence_transformers.json"),
+            )
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a JSON file in {folder} is broken: {error}") from error
+
+    @cached_property
+    def text_config(self) -> dict[str, Any]:
+        """The text part of a multi-modal config, else the config itself."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    @property
+    def architecture(self) -> str:
+        """The first of `architectures`."""
+        names = self.config.get("architectures") or ["unknown"]
+        return str(names[0])
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the checkpoint is a language model that has to be converted to embed."""
+        return self.architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+    @property
+    def supports_pipeline_parallel(self) -> bool:
+        """Whether vLLM can spread the layers over stages."""
+        return self.architecture not in NO_PIPELINE_PARALLEL
+
+    @property
+    def num_attention_heads(self) -> int | None:
+        """Attention heads, which tensor parallelism divides."""
+        heads = self.text_config.get("num_attention_heads", self.text_config.get("n_head"))
+        return int(heads) if heads is not None else None
+
+    @property
+    def num_layers(self) -> int | None:
+        """Layers, which pipeline parallelism divides."""
+        layers = self.text_config.get("num_hidden_layers", self.text_config.get("n_layer"))
+        return int(layers) if layers is not None else None
+
+    @property
+    def max_model_len(self) -> int | None:
+        """The longest input in tokens, as vLLM derives it; None where the files don't say."""
+        if length := self.sentence_bert_config.get("max_seq_length"):
+            return int(length)
+        lengths = [self.text_config[key] for key in LENGTH_KEYS if self.text_config.get(key)]
+        if not lengths:
+            return None
+        rope = self.text_config.get("rope_scaling") or self.text_config.get("rope_parameters") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        factor = 1.0 if kind in UNSCALED_ROPE else float(rope.get("factor") or 1.0)
+        own = min(self.tokenizer_config.get("model_max_length") or lengths[0], *lengths)
+        return int(own * factor)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of a 16-bit key-value cache for one token, over all layers; 0 where unknown."""
+        config = self.text_config
+        heads, layers, hidden = self.num_attention_heads, self.num_layers, config.get("hidden_size")
+        if not (heads and layers and hidden):
+            return 0
+        kv_heads = config.get("num_key_value_heads") or heads
+        head_dim = config.get("head_dim") or hidden // heads
+        return int(2 * layers * kv_heads * head_dim * 2)
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """The model's own prompts by use, as sentence-transformers saves them."""
+        prompts = self.sentence_transformers_config.get("prompts") or {}
+        return {str(use): str(text) for use, text in prompts.items() if text}
+
+    def objections(
+        self, max_model_len: int | None, tensor_parallel_size: int, pipeline_parallel_size: int
+    ) -> list[tuple[str, str]]:
+        """Return (key, reason) for each setting that this model makes impossible."""
+        found = []
+        longest, heads, layers = self.max_model_len, self.num_attention_heads, self.num_layers
+        if max_model_len and longest and max_model_len > longest:
+            found.append(("generator.max_model_len", f"{max_model_len} is above the model's own {longest}"))
+        if heads and heads % tensor_parallel_size:
+            found.append(
+                (
+                    "generator.tensor_parallel_size",
+                    f"{heads} attention heads can't be divided by {tensor_parallel_size}",
+                )
+            )
+        if pipeline_parallel_size > 1 and not self.supports_pipeline_parallel:
+            found.append(
+                (
+                    "generator.pipeline_parallel_size",
+                    f"{self.architecture} is an encoder, which can't run pipeline-parallel; use 1",
+                )
+            )
+        elif layers and pipeline_parallel_size > layers:
+            found.append(
+                (
+                    "generator.pipeline_parallel_size",
+                    f"{pipeline_parallel_size} stages for {layers} layers",
+                )
+            )
+        return found

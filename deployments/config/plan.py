@@ -1,0 +1,241 @@
+"""Workers + machine → plan: what Ray Serve and vLLM will be told, decided before anything starts.
+
+One plan per worker. The replica and its ranks share one placement group: on CPUs a bundle for each
+rank, the replica itself in the first; on GPUs of one node a single bundle with all of them, which
+vLLM's `mp` executor splits; across nodes a bundle for the replica and one per GPU, which vLLM's Ray
+executor fills.
+"""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from deployments.config.model_files import ModelFiles, resolve_model_path
+from deployments.config.worker import Worker
+
+Device = Literal["cpu", "gpu"]
+
+MAX_BATCHED_TOKENS = 16_384  # one step's tokens; vLLM's library default of 2048 starves the batch
+MAX_CORES_PER_RANK = 16  # small encoders gain nothing from more
+MIN_KV_CACHE_BYTES = 256 * 2**20
+# Requests that wait in a replica wait in its engine's queue, where they are batched.
+MAX_ONGOING_REQUESTS = 1024
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to share out: cores and GPUs in all, and cores of the largest node."""
+
+    cpus: int
+    gpus: int
+    cpus_per_node: int
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """One worker's deployment: everything that its replicas and the ingress need to know."""
+
+    worker: Worker
+    device: Device
+    cores_per_rank: int
+    engine_args: dict[str, Any]
+    bundles: tuple[dict[str, float], ...]
+    ray_actor_options: dict[str, Any]
+    prompts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The deployment's name."""
+        return self.worker.name
+
+    @property
+    def deployment_options(self) -> dict[str, Any]:
+        """Arguments of Ray Serve's `Deployment.options`."""
+        wanted = self.worker.deployment
+        options: dict[str, Any] = {
+            "name": self.name,
+            "ray_actor_options": self.ray_actor_options,
+            "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        }
+        if wanted.autoscaling:
+            options["autoscaling_config"] = wanted.autoscaling.model_dump(exclude_none=True)
+        else:
+            options["num_replicas"] = wanted.num_replicas or 1
+        if self.bundles:
+            options["placement_group_bundles"] = [dict(bundle) for bundle in self.bundles]
+            options["placement_group_strategy"] = wanted.placement_group_strategy
+        elif wanted.max_replicas_per_node:
+            options["max_replicas_per_node"] = wanted.max_replicas_per_node
+        return options
+
+    def describe(self) -> dict[str, Any]:
+        """Return the plan as plain data for people and tests; holds no secret."""
+        worker = self.worker
+        return {
+            "deployment": self.name,
+            "models": list(worker.queue.models),
+            "version": worker.queue.version,
+            "engine": worker.generator.type,
+            "model_path": worker.generator.model_path,
+            "device": self.device,
+            "tensor_parallel_size": worker.generator.tensor_parallel_size,
+            "pipeline_parallel_size": worker.generator.pipeline_parallel_size,
+            "placement_group": {
+                "bundles": [dict(bundle) for bundle in self.bundles],
+                "strategy": worker.deployment.placement_group_strategy,
+            },
+            "engine_args": self.engine_args,
+            "scaling": self.deployment_options.get("autoscaling_config")
+            or {"num_replicas": self.deployment_options["num_replicas"]},
+            "limits": worker.limits.model_dump(),
+            "metrics_port": worker.monitoring.metrics_port or None,
+            "tcp_probes": list(worker.monitoring.tcp_probes),
+        }
+
+
+def make_plans(workers: Iterable[Worker], machine: Machine) -> tuple[WorkerPlan, ...]:
+    """Plan all the workers of a cluster together, since those on CPUs share its cores."""
+    workers = tuple(workers)
+    devices = {worker.name: _device(worker, machine) for worker in workers}
+    shared = _shared_cores([w for w in workers if _needs_cores(w, devices[w.name])], machine)
+    return tuple(_plan(worker, devices[worker.name], shared) for worker in workers)
+
+
+def _device(worker: Worker, machine: Machine) -> Device:
+    if worker.generator.type == "fake":
+        return "cpu"
+    if worker.deployment.num_gpus is None:
+        return "gpu" if machine.gpus else "cpu"
+    return "gpu" if worker.deployment.num_gpus else "cpu"
+
+
+def _needs_cores(worker: Worker, device: Device) -> bool:
+    return device == "cpu" and worker.generator.type != "fake"
+
+
+def _ranks(worker: Worker) -> int:
+    return worker.generator.world_size * worker.deployment.max_replicas
+
+
+def _shared_cores(workers: list[Worker], machine: Machine) -> int:
+    """Cores for each rank that doesn't name a number: what is left, divided evenly, at least one."""
+    taken = sum(_ranks(w) * w.deployment.num_cpus for w in workers if w.deployment.num_cpus)
+    sharing = [w for w in workers if not w.deployment.num_cpus]
+    ranks = sum(map(_ranks, sharing))
+    largest = max((w.generator.world_size for w in sharing), default=1)
+    even = (machine.cpus - taken) // ranks if ranks else 1
+    return max(1, min(even, machine.cpus_per_node // largest, MAX_CORES_PER_RANK))
+
+
+def _plan(worker: Worker, device: Device, shared_cores: int) -> WorkerPlan:
+    files = _model_files(worker)
+    cores = worker.deployment.num_cpus or (shared_cores if _needs_cores(worker, device) else 1)
+    bundles = _bundles(worker, device, cores)
+    return WorkerPlan(
+        worker=worker.model_copy(
+            # The token is for the world outside: neither replica nor ingress has a use for it.
+            update={"queue": worker.queue.model_copy(update={"token": None})}
+        ),
+        device=device,
+        cores_per_rank=cores,
+        engine_args=_engine_args(worker, device, files),
+        bundles=bundles,
+        ray_actor_options=_ray_actor_options(worker, device, cores, bundles),
+        prompts=files.prompts if files else {},
+    )
+
+
+def _model_files(worker: Worker) -> ModelFiles | None:
+    """The model's files where they lie on this machine; a replica elsewhere reads its own."""
+    if worker.generator.type == "fake":
+        return None
+    try:
+        return ModelFiles.read(resolve_model_path(worker.generator.model_path))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _spans_nodes(worker: Worker) -> bool:
+    return worker.deployment.placement_group_strategy == "PACK" and worker.generator.world_size > 1
+
+
+def _bundles(worker: Worker, device: Device, cores: int) -> tuple[dict[str, float], ...]:
+    ranks, wanted = worker.generator.world_size, worker.deployment
+    if worker.generator.type == "fake" or wanted.max_replicas_per_node:
+        return ()  # Ray Serve spreads replicas by node only where they have no placement group
+    extra = dict(wanted.resources)
+    if wanted.accelerator_type:
+        # Ray's own spelling of accelerator_type inside a bundle.
+        extra[f"accelerator_type:{wanted.accelerator_type}"] = 0.001
+    if device == "cpu":
+        return tuple({"CPU": float(cores), **extra} for _ in range(ranks))
+    if _spans_nodes(worker):
+        return ({"CPU": float(cores)}, *({"GPU": 1.0, **extra} for _ in range(ranks)))
+    return ({"CPU": float(cores), "GPU": float(ranks), **extra},)
+
+
+def _ray_actor_options(
+    worker: Worker, device: Device, cores: int, bundles: tuple[dict[str, float], ...]
+) -> dict[str, Any]:
+    """What the replica itself takes: its share of the first bundle, or of the node without one."""
+    wanted = worker.deployment
+    if worker.generator.type == "fake":
+        # It computes nothing, so it takes nothing unless told to.
+        return {"num_cpus": wanted.num_cpus or 0, "resources": dict(wanted.resources)}
+    options: dict[str, Any] = {"num_cpus": cores}
+    if device == "gpu":
+        options["num_gpus"] = bundles[0].get("GPU", 0.0) if bundles else 1.0
+    elif preload := intel_openmp():
+        # Only an environment that exists before the process does can preload a library. Threads that
+        # sleep 1 ms after their last piece of work leave the cores to the rest of the server.
+        environment = {"LD_PRELOAD": preload, "KMP_BLOCKTIME": "1", "OMP_NUM_THREADS": str(cores)}
+        options["runtime_env"] = {"env_vars": environment}
+    if not bundles:
+        options["resources"] = dict(wanted.resources)
+        if wanted.accelerator_type:
+            options["accelerator_type"] = wanted.accelerator_type
+    return options
+
+
+def intel_openmp() -> str | None:
+    """Return the path of `libiomp5.so`, which vLLM's CPU wheels bring along; None where it isn't."""
+    library = Path(sys.prefix, "lib", "libiomp5.so")
+    return str(library) if library.is_file() else None
+
+
+def _engine_args(worker: Worker, device: Device, files: ModelFiles | None) -> dict[str, Any]:
+    generator = worker.generator
+    if generator.type == "fake":
+        return dict(generator.engine_args)
+    longest = generator.max_model_len or (files.max_model_len if files else None)
+    arguments: dict[str, Any] = {
+        "runner": "pooling",
+        "dtype": "auto",
+        "max_model_len": generator.max_model_len,
+        "max_num_seqs": generator.max_num_seqs,
+        "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, longest or 0),
+        "tensor_parallel_size": generator.tensor_parallel_size,
+        "pipeline_parallel_size": generator.pipeline_parallel_size,
+        # Texts to embed seldom share a beginning; hashing each one's blocks costs more than it saves.
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+    }
+    if files and files.is_causal:
+        arguments["convert"] = "embed"
+    if generator.world_size > 1:
+        arguments["distributed_executor_backend"] = (
+            "ray" if device == "gpu" and _spans_nodes(worker) else "mp"
+        )
+    if device == "cpu":
+        kv_bytes = files.kv_bytes_per_token * arguments["max_num_batched_tokens"] if files else 2**30
+        arguments |= {
+            "block_size": 32,
+            # Unset, vLLM claims 92% of the node's memory, and a second replica on it can't start.
+            "kv_cache_memory_bytes": max(MIN_KV_CACHE_BYTES, kv_bytes),
+            # Compiling costs 10 s at every start and half a millisecond less a call. Pipeline
+            # stages can't do without: vLLM skips the warm-up that sets up their buffers.
+            "enforce_eager": generator.pipeline_parallel_size == 1,
+        }
+    return {k: v for k, v in (arguments | generator.engine_args).items() if v is not None}

@@ -1,0 +1,200 @@
+"""The worker file, edition 1, as frozen pydantic models.
+
+The four tables of the published format (`edition`, `[generator]`, `[queue]`, `[monitoring]`) and our
+extensions (`[generator.engine_args]`, `[deployment]`, `[limits]`, `[queue.models.NAME.embedding_task]`).
+Types are strict and unknown keys are errors: a typo must not become a default.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s/#?][^\s#?]*$")]
+Probe = Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$")]
+
+# Set from keys of their own, or fixed by what a worker is; [generator.engine_args] may not repeat them.
+RESERVED_ENGINE_ARGS = {
+    "model": "generator.model_path",
+    "runner": "generator.task",
+    "task": "generator.task",
+    "max_model_len": "generator.max_model_len",
+    "max_num_seqs": "generator.max_num_seqs",
+    "tensor_parallel_size": "generator.tensor_parallel_size",
+    "pipeline_parallel_size": "generator.pipeline_parallel_size",
+    "data_parallel_size": "deployment.num_replicas",
+    "distributed_executor_backend": "deployment.placement_group_strategy",
+    "served_model_name": "queue.models",
+}
+
+
+class Table(BaseModel):
+    """A TOML table: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Generator(Table):
+    """`[generator]`: the engine and the model."""
+
+    type: Literal["vllm", "fake"]
+    model_path: Annotated[str, Field(min_length=1)] = ""
+    max_model_len: Count | None = None
+    max_num_seqs: Count = 256
+    pipeline_parallel_size: Count = 1
+    tensor_parallel_size: Count = 1
+    task: Literal["embed"] = "embed"
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("engine_args")
+    @classmethod
+    def _not_reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if name in RESERVED_ENGINE_ARGS:
+                raise ValueError(f"`{name}` can't be set here; use {RESERVED_ENGINE_ARGS[name]}")
+        return value
+
+    @model_validator(mode="after")
+    def _has_model(self) -> "Generator":
+        if self.type == "vllm" and not self.model_path:
+            raise ValueError("type `vllm` needs a model_path")
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of one replica: TP times PP."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+class EmbeddingTask(Table):
+    """`[queue.models.NAME.embedding_task]`: what one public name may do.
+
+    `dimensions` are the sizes a request may ask for besides the model's own; `prompts` maps a use
+    (`query`, `document`, …) to the text put before each input, over the model's own prompts.
+    """
+
+    supported: bool = False
+    dimensions: tuple[Count, ...] = Field(default=(), strict=False)
+    prompts: dict[str, str] = Field(default_factory=dict)
+    token_input: Literal["native", "reject"] = "native"
+    truncation: Literal["none", "start", "end"] = "none"
+
+
+class Model(Table):
+    """`[queue.models.NAME]`: one public name of the worker."""
+
+    maximum_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    description: str = ""
+    embedding_task: EmbeddingTask = EmbeddingTask()
+
+
+class Queue(Table):
+    """`[queue]`: how the worker shows itself to the outside."""
+
+    url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    token: SecretStr | None = None
+    checkpoint_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    version: int | str = 1
+    tags: tuple[str, ...] = Field(default=(), strict=False)
+    http_request_retries: Annotated[int, Field(ge=0, le=100)] = 7
+    service_name: str = "worker"
+    service_role: str = "Worker"
+    models: dict[Name, Model] = Field(min_length=1)
+
+
+class Monitoring(Table):
+    """`[monitoring]`: metrics and conditions for readiness."""
+
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    tcp_probes: tuple[Probe, ...] = Field(default=(), strict=False)
+
+
+class Autoscaling(Table):
+    """`[deployment.autoscaling]`: Ray Serve's own names, passed on unchanged."""
+
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    max_replicas: Count = 1
+    initial_replicas: Annotated[int, Field(ge=0)] | None = None
+    target_ongoing_requests: Annotated[float, Field(gt=0)] | None = None
+    upscale_delay_s: Annotated[float, Field(ge=0)] | None = None
+    downscale_delay_s: Annotated[float, Field(ge=0)] | None = None
+    downscale_to_zero_delay_s: Annotated[float, Field(ge=0)] | None = None
+    upscaling_factor: Annotated[float, Field(gt=0)] | None = None
+    downscaling_factor: Annotated[float, Field(gt=0)] | None = None
+    metrics_interval_s: Annotated[float, Field(gt=0)] | None = None
+    look_back_period_s: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Autoscaling":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})"
+            )
+        return self
+
+
+class Deployment(Table):
+    """`[deployment]`: Ray's own names for resources, placement and count.
+
+    `num_cpus` and `num_gpus` are per rank. Absent `num_gpus` means: a GPU for each rank where the
+    cluster has GPUs, else CPUs. Absent `num_cpus` means: the machine's cores, shared out evenly.
+    """
+
+    num_replicas: Count | None = None
+    num_cpus: Annotated[int, Field(ge=1)] | None = None
+    num_gpus: Literal[0, 1] | None = None
+    accelerator_type: str | None = None
+    resources: dict[str, Annotated[float, Field(gt=0, strict=False)]] = Field(default_factory=dict)
+    placement_group_strategy: Literal["STRICT_PACK", "PACK"] = "STRICT_PACK"
+    max_replicas_per_node: Annotated[int, Field(ge=1, le=100)] | None = None
+    autoscaling: Autoscaling | None = None
+
+    @model_validator(mode="after")
+    def _one_scaling(self) -> "Deployment":
+        if self.num_replicas is not None and self.autoscaling is not None:
+            raise ValueError("num_replicas and [deployment.autoscaling] exclude each other")
+        return self
+
+    @property
+    def max_replicas(self) -> int:
+        """The most replicas that there may be at a time."""
+        return self.autoscaling.max_replicas if self.autoscaling else self.num_replicas or 1
+
+
+class Limits(Table):
+    """`[limits]`: what one request to this worker may hold, and how long it may take."""
+
+    max_inputs: Count = 2048
+    max_request_tokens: Count = 300_000
+    request_timeout_s: Annotated[float, Field(gt=0, le=3600, strict=False)] = 60.0
+
+
+class Worker(Table):
+    """One worker file."""
+
+    edition: Literal[1]
+    generator: Generator
+    queue: Queue
+    monitoring: Monitoring = Monitoring()
+    deployment: Deployment = Deployment()
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _spreads_single_ranks(self) -> "Worker":
+        if self.deployment.max_replicas_per_node and self.generator.world_size > 1:
+            raise ValueError(
+                "deployment.max_replicas_per_node can't be combined with tensor or pipeline"
+                " parallelism: the placement group of the ranks decides where they go"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """The deployment's name and the metrics label."""
+        return self.queue.checkpoint_name
+
+    @property
+    def is_hub_id(self) -> bool:
+        """Whether the model is named by its id on a hub rather than by a place on disk."""
+        return re.fullmatch(r"[\w.-]+/[\w.-]+", self.generator.model_path) is not None

@@ -1,0 +1,56 @@
+"""The engine's contract: five names that every engine fulfils, and nothing else."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from deployments.config.plan import WorkerPlan
+from deployments.engine.batch import TokenBatch
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What the outside must know of a started model.
+
+    `tokenizer` is the model's tokenizer in the JSON of Hugging Face's `tokenizers`; `dimension` the
+    length of a vector; `max_model_len` the most tokens of an input; ids go from 0 to `vocab_size` - 1.
+    `prompts` maps a use to the text put before each input.
+    """
+
+    tokenizer: str
+    dimension: int
+    max_model_len: int
+    vocab_size: int
+    prompts: dict[str, str] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """One model, loaded once. `start` comes first, `stop` last; `embed` may be called concurrently."""
+
+    def start(self) -> ModelCard:
+        """Load the model and return its card. Blocks; raises EngineStartError with one line."""
+
+    async def embed(self, batch: TokenBatch) -> np.ndarray:
+        """Return float32 vectors of shape (len(batch), dimension), in the order of the batch.
+
+        Raises EngineError where this call failed, EngineDeadError where every later one will.
+        Cancelling the call frees its work.
+        """
+
+    def check(self) -> None:
+        """Raise EngineDeadError if the engine can't embed any more. Doesn't block."""
+
+    def stop(self) -> None:
+        """End the engine and every process that it started. Blocks; may be called twice."""
+
+
+def make_engine(plan: WorkerPlan) -> Engine:
+    """Return the engine that `[generator] type` names, not yet started."""
+    if plan.worker.generator.type == "fake":
+        from deployments.engine.fake import FakeEngine
+
+        return FakeEngine(**plan.engine_args, max_model_len=plan.worker.generator.max_model_len)
+    from deployments.engine.vllm import VllmEngine
+
+    return VllmEngine(plan)

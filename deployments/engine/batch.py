@@ -1,0 +1,41 @@
+"""Token ids of several inputs, flat: what travels to a replica."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids of `len(lengths)` inputs, one after the other.
+
+    `ids` has shape (sum of lengths,) and `lengths` shape (inputs,), both int32. Two arrays pickle in
+    microseconds, where lists of Python integers take a millisecond for a few thousand tokens.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def of(cls, inputs: Sequence[Sequence[int]]) -> "TokenBatch":
+        """Join token id sequences."""
+        lengths = np.fromiter(map(len, inputs), np.int32, len(inputs))
+        total = int(lengths.sum())
+        ids = np.fromiter((token for tokens in inputs for token in tokens), np.int32, total)
+        return cls(ids, lengths)
+
+    def __len__(self) -> int:
+        """Return the number of inputs."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield each input's ids, a view of shape (length,)."""
+        ends = np.cumsum(self.lengths)
+        for start, end in zip(ends - self.lengths, ends, strict=True):
+            yield self.ids[start:end]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all inputs."""
+        return len(self.ids)

@@ -1,0 +1,71 @@
+"""A stand-in for tests and load studies: no weights, a set service time, telling vectors.
+
+A vector is a pure function of its input's token ids, and differs for every input: results that were
+swapped, dropped or doubled on their way show at once. `fake_vectors` says what is right.
+"""
+
+import asyncio
+import time
+import zlib
+
+import numpy as np
+
+from deployments.engine import ModelCard
+from deployments.engine.batch import TokenBatch
+from deployments.engine.tokenizer import byte_tokenizer
+from deployments.errors import EngineDeadError
+
+VOCAB_SIZE = 256
+
+
+def fake_vectors(batch: TokenBatch, dimension: int) -> np.ndarray:
+    """Return unit vectors of shape (len(batch), dimension), float32: a hash of the ids, spread out."""
+    seeds = np.fromiter((zlib.crc32(ids.astype(np.int32).tobytes()) for ids in batch), np.float64, len(batch))
+    steps = np.sqrt(np.arange(2, dimension + 2, dtype=np.float64))
+    vectors: np.ndarray = np.sin(seeds[:, None] * steps[None, :])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors.astype(np.float32)
+
+
+class FakeEngine:
+    """Serves one call at a time, as a busy device would: `call_seconds` + tokens times `token_seconds`."""
+
+    def __init__(
+        self,
+        dimension: int = 64,
+        call_seconds: float = 0.0,
+        token_seconds: float = 0.0,
+        start_seconds: float = 0.0,
+        max_model_len: int | None = None,
+    ) -> None:
+        """Set the size of the vectors and the times."""
+        self._dimension = dimension
+        self._call_seconds = call_seconds
+        self._token_seconds = token_seconds
+        self._start_seconds = start_seconds
+        self._max_model_len = max_model_len or 8192
+        self._device = asyncio.Lock()
+        self._stopped = False
+
+    def start(self) -> ModelCard:
+        """Wait for the set time, as if weights were loaded."""
+        time.sleep(self._start_seconds)
+        return ModelCard(byte_tokenizer(), self._dimension, self._max_model_len, VOCAB_SIZE)
+
+    async def embed(self, batch: TokenBatch) -> np.ndarray:
+        """Return `fake_vectors` after the service time."""
+        self.check()
+        seconds = self._call_seconds + batch.tokens * self._token_seconds
+        if seconds:
+            async with self._device:
+                await asyncio.sleep(seconds)
+        return fake_vectors(batch, self._dimension)
+
+    def check(self) -> None:
+        """Raise once stopped."""
+        if self._stopped:
+            raise EngineDeadError("the engine was stopped")
+
+    def stop(self) -> None:
+        """Refuse from now on."""
+        self._stopped = True

@@ -1,0 +1,76 @@
+"""Text → token ids, outside the engine: once per request, all texts in one call into Rust."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from deployments.config.model_files import ModelFiles
+from deployments.errors import EngineStartError, InvalidRequestError
+
+
+class TextTokenizer:
+    """A model's tokenizer, with special tokens, without padding or truncation of its own."""
+
+    def __init__(self, serialized: str) -> None:
+        """Take the tokenizer out of a model card."""
+        self._tokenizer = Tokenizer.from_str(serialized)
+        # Many tokenizer.json files cut at 128 tokens and pad to it; what is cut is our decision.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # How many special tokens stand before and after a text.
+        mask = self._tokenizer.encode("a").special_tokens_mask
+        text = mask.index(0)
+        self._frame = text, mask[text:].count(1)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, special tokens included. Threads may share this."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def truncate(self, ids: list[int], longest: int, drop_start: bool, framed: bool) -> list[int]:
+        """Return `longest` of the ids, the others dropped at the end, or with `drop_start` there.
+
+        Ids that were made here are `framed`: their special tokens stay.
+        """
+        lead, trail = self._frame if framed else (0, 0)
+        keep = longest - lead - trail
+        if keep < 1:
+            raise InvalidRequestError(
+                f"no text is left in {longest} tokens, {lead + trail} of them special",
+                "truncate_prompt_tokens",
+            )
+        body = ids[lead : len(ids) - trail]
+        body = body[len(body) - keep :] if drop_start else body[:keep]
+        return [*ids[:lead], *body, *ids[len(ids) - trail :]]
+
+
+def read_tokenizer(folder: str, files: ModelFiles | None) -> str:
+    """Return the tokenizer of a model folder or hub id as JSON. Raises EngineStartError.
+
+    Transformers reads it where it has no `tokenizer.json`, or where the hub has to be asked.
+    """
+    path = Path(folder, "tokenizer.json")
+    if path.is_file():
+        tokenizer = Tokenizer.from_file(str(path))
+    else:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+        except (OSError, ValueError, AttributeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise EngineStartError(f"no fast tokenizer in {folder}: {reason}") from error
+    if files and files.sentence_bert_config.get("do_lower_case"):
+        lowercase = [normalizers.Lowercase()]
+        if tokenizer.normalizer is not None:
+            lowercase.append(tokenizer.normalizer)
+        tokenizer.normalizer = normalizers.Sequence(lowercase)
+    return str(tokenizer.to_str())
+
+
+def byte_tokenizer() -> str:
+    """Return a tokenizer that makes a token of each UTF-8 byte, for the engine that has no model."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return str(tokenizer.to_str())

@@ -1,0 +1,272 @@
+"""vLLM as an embedding engine: in the replica's own process, on a thread of its own.
+
+`LLMEngine` runs in the caller's process (no zmq, no serialisation), which starts in a third of the
+time of `AsyncLLM` and embeds short texts about twice as fast on a CPU. Under tensor or pipeline
+parallelism its executor starts the ranks as processes. torch and vllm are imported here, at use.
+"""
+
+import asyncio
+import importlib.util
+import os
+import platform
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deployments.config.model_files import ModelFiles, resolve_model_path
+from deployments.config.plan import WorkerPlan
+from deployments.engine import ModelCard
+from deployments.engine.batch import TokenBatch
+from deployments.engine.cores import CoreClaim
+from deployments.engine.tokenizer import read_tokenizer
+from deployments.errors import EngineDeadError, EngineError, EngineStartError
+
+# Floating-point formats that the CPU computes in natively; bfloat16 halves the time there.
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+@dataclass(eq=False)
+class _Job:
+    """One call of `embed`: its requests, the rows that are there, and who waits for them."""
+
+    inputs: list[list[int]]
+    loop: asyncio.AbstractEventLoop
+    future: "asyncio.Future[np.ndarray]"
+    rows: list[np.ndarray | None] = field(default_factory=list)
+    pending: set[str] = field(default_factory=set)
+
+    def settle(self, result: np.ndarray | None, error: BaseException | None) -> None:
+        """Give the waiting task its result, from any thread."""
+
+        def set_result() -> None:
+            if self.future.done():
+                return
+            if error is not None:
+                self.future.set_exception(error)
+            else:
+                assert result is not None
+                self.future.set_result(result)
+
+        try:
+            self.loop.call_soon_threadsafe(set_result)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            pass
+
+
+class VllmEngine:
+    """Runs one `LLMEngine`; see the module's docstring."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        """Remember the plan; nothing is loaded yet."""
+        self._plan = plan
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._running: dict[str, tuple[_Job, int]] = {}
+        self._started = threading.Event()
+        self._card: ModelCard | None = None
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._next_id = 0
+
+    # --- the contract, called from the replica's threads -------------------------------------------
+
+    def start(self) -> ModelCard:
+        """Load the model on the engine's thread; all of torch's own threads belong to it."""
+        require_vllm()
+        self._thread.start()
+        self._started.wait()
+        if self._card is None:
+            assert self._failure is not None
+            if isinstance(self._failure, EngineStartError):
+                raise self._failure
+            raise EngineStartError(f"vLLM can't start: {_one_line(self._failure)}") from self._failure
+        return self._card
+
+    async def embed(self, batch: TokenBatch) -> np.ndarray:
+        """Queue the batch for the engine's next step."""
+        self.check()
+        loop = asyncio.get_running_loop()
+        job = _Job([ids.tolist() for ids in batch], loop, loop.create_future())
+        self._jobs.put(job)
+        return await job.future
+
+    def check(self) -> None:
+        """Raise if the engine's thread has ended."""
+        if self._failure is not None or (self._started.is_set() and not self._thread.is_alive()):
+            raise EngineDeadError(f"the engine has ended: {_one_line(self._failure)}")
+
+    def stop(self) -> None:
+        """Let the thread finish its step and end the ranks."""
+        self._jobs.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # --- the engine's thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        claim = None
+        engine = None
+        try:
+            if self._plan.device == "cpu":
+                claim = CoreClaim(self._plan.cores_per_rank * self._plan.worker.generator.world_size)
+                self._bind(claim.claim())
+            engine, self._card = self._load()
+            self._started.set()
+            self._serve(engine)
+        except BaseException as failure:
+            self._failure = failure
+            self._fail_all(EngineDeadError(f"the engine has ended: {_one_line(failure)}"))
+        finally:
+            if engine is not None:
+                engine.engine_core.shutdown()
+            if claim is not None:
+                claim.release()
+            self._started.set()
+
+    def _bind(self, cores: Sequence[int]) -> None:
+        """Keep this thread, and so all that torch starts from it, on its own cores."""
+        os.sched_setaffinity(0, cores)
+        each = self._plan.cores_per_rank
+        os.environ["OMP_NUM_THREADS"] = str(each)
+        ranks = [cores[start : start + each] for start in range(0, len(cores), each)]
+        # vLLM's own choice would put every replica of a host on the same cores.
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, rank)) for rank in ranks)
+
+    def _load(self) -> tuple[Any, ModelCard]:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when the configuration is made
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        folder, files = self._model_folder()
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        arguments = dict(self._plan.engine_args)
+        if files and files.is_causal:
+            arguments.setdefault("convert", "embed")
+        if arguments.get("dtype") == "auto" and self._plan.device == "cpu":
+            arguments["dtype"] = cpu_dtype()
+        engine = LLMEngine.from_engine_args(EngineArgs(model=folder, **arguments))
+        config = engine.vllm_config.model_config
+        card = ModelCard(
+            tokenizer=read_tokenizer(arguments.get("tokenizer") or folder, files),
+            dimension=int(config.embedding_size),
+            max_model_len=int(config.max_model_len),
+            vocab_size=int(config.get_vocab_size()),
+            prompts=files.prompts if files else self._plan.prompts,
+        )
+        return engine, card
+
+    def _model_folder(self) -> tuple[str, ModelFiles | None]:
+        """Return the model's folder on this node and its files; of a hub id, the id and None."""
+        worker = self._plan.worker
+        try:
+            folder = resolve_model_path(worker.generator.model_path)
+            if worker.is_hub_id and not Path(folder).is_dir():
+                return folder, None
+            files = ModelFiles.read(folder)
+        except (FileNotFoundError, ValueError) as error:
+            raise EngineStartError(f"generator.model_path: {error}") from error
+        objections = files.objections(
+            worker.generator.max_model_len,
+            worker.generator.tensor_parallel_size,
+            worker.generator.pipeline_parallel_size,
+        )
+        if objections:
+            raise EngineStartError("; ".join(f"{key}: {reason}" for key, reason in objections))
+        return folder, files
+
+    def _serve(self, engine: Any) -> None:
+        """Add what waits, step, hand out what is done; sleep while there is nothing to do."""
+        from vllm import PoolingParams
+
+        parameters = PoolingParams(task="embed")
+        while True:
+            while not self._running or not self._jobs.empty():
+                job = self._jobs.get()
+                if job is None:
+                    self._fail_all(EngineDeadError("the engine was stopped"))
+                    return
+                self._add(engine, job, parameters)
+            self._drop_cancelled(engine)
+            for output in engine.step():
+                self._collect(output)
+
+    def _add(self, engine: Any, job: _Job, parameters: Any) -> None:
+        if job.future.cancelled():
+            return
+        job.rows = [None] * len(job.inputs)
+        for row, ids in enumerate(job.inputs):
+            self._next_id += 1
+            request_id = str(self._next_id)
+            try:
+                prompt = {"type": "token", "prompt_token_ids": ids}
+                engine.add_request(request_id, prompt, parameters)
+            except ValueError as error:  # vLLM's refusal of this one prompt
+                self._forget(engine, job)
+                job.settle(None, EngineError(f"vLLM refused an input: {_one_line(error)}"))
+                return
+            self._running[request_id] = (job, row)
+            job.pending.add(request_id)
+
+    def _collect(self, output: Any) -> None:
+        job, row = self._running.pop(output.request_id)
+        job.pending.discard(output.request_id)
+        # The tensor may be a view into the batch's buffer, which the next step writes over.
+        job.rows[row] = np.array(output.outputs.data.numpy(), dtype=np.float32, copy=True)
+        if not job.pending:
+            try:
+                job.settle(np.stack(job.rows), None)  # type: ignore[arg-type]
+            except ValueError:  # an aborted request comes back as an empty row
+                job.settle(None, EngineError("vLLM gave rows of different sizes"))
+
+    def _drop_cancelled(self, engine: Any) -> None:
+        for job in {job for job, _ in self._running.values() if job.future.cancelled()}:
+            self._forget(engine, job)
+
+    def _forget(self, engine: Any, job: _Job) -> None:
+        engine.abort_request(list(job.pending))
+        for request_id in job.pending:
+            del self._running[request_id]
+        job.pending.clear()
+
+    def _fail_all(self, error: EngineError) -> None:
+        jobs = {job for job, _ in self._running.values()}
+        while not self._jobs.empty():
+            if (waiting := self._jobs.get()) is not None:
+                jobs.add(waiting)
+        self._running.clear()
+        for job in jobs:
+            job.settle(None, error)
+
+
+def require_vllm() -> None:
+    """Raise EngineStartError with the command that installs vLLM where there is none."""
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineStartError(
+            "vLLM isn't installed: run `make setup`, or install the extra `cpu` or `gpu` of embedding-cluster"
+        )
+
+
+def cpu_dtype() -> str:
+    """Return bfloat16 where this node's CPU computes in it, else float32.
+
+    vLLM's own choice for a float32 checkpoint is float16, which CPUs emulate slowly.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "float32"
+    key = "Features" if platform.machine() == "aarch64" else "flags"
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(key)), [])
+    return "bfloat16" if BFLOAT16_FLAGS & set(flags) else "float32"
+
+
+def _one_line(error: BaseException | None) -> str:
+    if error is None:
+        return "it was stopped"
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,139 @@
+"""The tree of errors. Status, code and type stand on the class; raising one is enough.
+
+Every error survives pickling, since it crosses process borders on its way from a replica to the
+ingress: constructor arguments are positional and go to ``super().__init__`` unchanged.
+"""
+
+from http import HTTPStatus
+
+
+class EmbeddingError(Exception):
+    """Base of everything that this package raises on purpose.
+
+    ``message`` is for the client: it never holds the input, a secret or a traceback.
+    ``param`` names the request field at fault. ``retry_after`` is in seconds.
+    """
+
+    status: int = HTTPStatus.INTERNAL_SERVER_ERROR
+    code: str = "internal_error"
+    type: str = "server_error"
+
+    def __init__(self, message: str, param: str | None = None, retry_after: float | None = None) -> None:
+        """Keep the arguments positional, so that the error can be pickled."""
+        super().__init__(message, param, retry_after)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        """Return the message alone."""
+        return self.message
+
+
+# --- the client can mend these ---------------------------------------------------------------
+
+
+class InvalidRequestError(EmbeddingError):
+    """The request is malformed; ``param`` names the field."""
+
+    status = HTTPStatus.BAD_REQUEST
+    code = "invalid_request"
+    type = "invalid_request_error"
+
+
+class ContextLengthError(InvalidRequestError):
+    """An input, or all inputs together, hold more tokens than allowed."""
+
+    code = "context_length_exceeded"
+
+
+class TooManyInputsError(InvalidRequestError):
+    """The request holds more inputs than allowed."""
+
+    code = "too_many_inputs"
+
+
+class MissingCapabilityError(InvalidRequestError):
+    """The model exists, and can't do what is asked of it."""
+
+    code = "MISSING_CAPABILITY"
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """No worker serves a model of that name."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "model_not_found"
+
+
+class RouteNotFoundError(InvalidRequestError):
+    """No route has that path."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "not_found"
+
+
+class MethodNotAllowedError(InvalidRequestError):
+    """The path exists, and doesn't take that method."""
+
+    status = HTTPStatus.METHOD_NOT_ALLOWED
+    code = "method_not_allowed"
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """The request body is over the limit."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "body_too_large"
+
+
+# --- time and load: the same request may succeed later ------------------------------------------
+
+
+class DeadlineExceededError(EmbeddingError):
+    """The request's time ran out. 408 is what both client families read as a timeout."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
+    code = "deadline_exceeded"
+    type = "timeout_error"
+
+
+class ModelUnavailableError(EmbeddingError):
+    """No replica of the model could answer."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "model_unavailable"
+    type = "unavailable_error"
+
+
+class QueueFullError(ModelUnavailableError):
+    """The model has as much work waiting as it may have."""
+
+    code = "queue_full"
+
+
+# --- ours to mend ------------------------------------------------------------------------------
+
+
+class NonFiniteEmbeddingError(EmbeddingError):
+    """The engine gave a vector with NaN or infinity in it. Not retried: the input would do it again."""
+
+    code = "non_finite_embedding"
+
+
+class EngineError(EmbeddingError):
+    """The engine failed on this call and lives on."""
+
+
+class EngineDeadError(EngineError):
+    """The engine is gone; its replica has to be replaced."""
+
+
+class EngineStartError(EngineError):
+    """The engine can't start; the message is one line that says why."""
+
+
+class ConfigError(EmbeddingError):
+    """Worker files hold mistakes. ``message`` has one line for each, with file and key."""
+
+    code = "invalid_config"

@@ -1,0 +1,65 @@
+"""Public model names → the worker that serves each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deployments.config.worker import Model
+from deployments.errors import MissingCapabilityError, ModelNotFoundError
+from deployments.gateway.dispatch import Dispatch
+
+
+@dataclass(frozen=True)
+class Served:
+    """A public name, what the worker file says of it, and the worker behind it."""
+
+    name: str
+    model: Model
+    dispatch: Dispatch
+
+    def listing(self) -> dict[str, Any]:
+        """Return the model's entry in OpenAI's listing, with our additions."""
+        worker = self.dispatch.plan.worker
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": worker.name,
+            "version": worker.queue.version,
+            "description": self.model.description,
+            "maximum_completion_tokens": self.model.maximum_completion_tokens,
+            "max_model_len": worker.generator.max_model_len,
+            "embedding_task": {"supported": self.model.embedding_task.supported},
+        }
+
+
+class Catalog:
+    """All the models of the cluster, in the order of their files."""
+
+    def __init__(self, dispatches: Mapping[str, Dispatch]) -> None:
+        """Index the public names of every worker."""
+        self.dispatches = dispatches
+        self._served = {
+            name: Served(name, model, dispatch)
+            for dispatch in dispatches.values()
+            for name, model in dispatch.plan.worker.queue.models.items()
+        }
+
+    def find(self, name: str) -> Served:
+        """Return the model of that name. Raises ModelNotFoundError that names those there are."""
+        served = self._served.get(name)
+        if served is None:
+            names = ", ".join(f"`{known}`" for known in self._served)
+            raise ModelNotFoundError(f"no model of that name; there are {names}", "model")
+        return served
+
+    def find_embedder(self, name: str) -> Served:
+        """As `find`; raises MissingCapabilityError where the worker file doesn't say it embeds."""
+        served = self.find(name)
+        if not served.model.embedding_task.supported:
+            raise MissingCapabilityError(f"`{name}` doesn't support embeddings", "model")
+        return served
+
+    def listing(self) -> list[dict[str, Any]]:
+        """Return every model's entry."""
+        return [served.listing() for served in self._served.values()]

@@ -1,0 +1,251 @@
+"""The tuned start: a local Ray, Serve on its fast data plane, the application, an orderly end.
+
+The same application as under `serve run`. What differs are switches that Ray reads when it is
+imported, so `prepare_environment` has to run before anything imports Ray.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ApplicationStatusOverview
+
+APPLICATION = "default"
+# gRPC's own 4 MiB hold one answer of 2,730 vectors of 384 numbers; ours may be a hundred times that.
+MAX_MESSAGE_BYTES = 512 * 2**20
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class ServeArguments:
+    """What the command line says."""
+
+    config: str
+    host: str
+    port: int
+    ingress_replicas: int
+
+
+def prepare_environment(folder: Path) -> None:
+    """Set Ray's switches for the fast data plane; `folder` is private to this server.
+
+    HAProxy in front (C, one thread), ingress replicas reached directly, gRPC between replicas, one
+    event loop each. HAProxy's files are in a folder of our own: its admin socket is open to everyone
+    who can reach it, and a second server on this machine would take the first one's.
+    """
+    fallback_http, fallback_grpc, metrics, stats = free_ports(4)
+    switches = {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_PROXY_USE_GRPC": "1",
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(MAX_MESSAGE_BYTES),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
+        # An ingress that leaves waits this long for HAProxy to learn of it, the last one at the end too.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    for name, value in switches.items():
+        os.environ.setdefault(name, value)
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nothing listens on right now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def run(arguments: ServeArguments) -> int:
+    """Serve until SIGINT or SIGTERM; return the exit status."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((arguments.host, arguments.port))
+        except OSError as error:
+            print(f"{arguments.host}:{arguments.port}: {error.strerror}", file=sys.stderr)
+            return 1
+    # A short path: Ray adds 56 characters to it, and a socket's path may have 97.
+    folder = Path(tempfile.mkdtemp(prefix="embeddings-", dir="/tmp"))
+    prepare_environment(folder)
+    stop = threading.Event()
+    with _signals(stop):
+        try:
+            return _serve(arguments, stop)
+        finally:
+            _shut_down()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _serve(arguments: ServeArguments, stop: threading.Event) -> int:
+    import ray
+    from ray import serve
+
+    from deployments.app import BuildArguments, build
+
+    level = os.environ.get("LOG_LEVEL", "WARNING").upper()
+    logging.getLogger("ray.serve").setLevel(level)
+    started = time.monotonic()
+    _say(started, "starting Ray")
+    ray.init(
+        include_dashboard=False,
+        log_to_driver=level == "DEBUG",
+        logging_level=logging.ERROR,
+    )
+    if stop.is_set():
+        return 0
+    application = build(BuildArguments(config=arguments.config, ingress_replicas=arguments.ingress_replicas))
+    serve.start(http_options={"host": arguments.host, "port": arguments.port})
+    failure: list[BaseException] = []
+
+    def deploy() -> None:
+        try:
+            serve.run(application, name=APPLICATION)
+        except BaseException as error:  # a worker's failure is told by its status, below
+            failure.append(error)
+
+    deploying = threading.Thread(target=deploy, daemon=True)
+    deploying.start()
+    status = _watch(started, deploying, stop)
+    if stop.is_set():
+        return 0
+    failed = {name: _reason(d.message) for name, d in status.deployments.items() if not _is_up(d)}
+    if len(failed) >= len(status.deployments) - 1 and failure:
+        for name, reason in failed.items():
+            print(f"{name}: {reason}", file=sys.stderr)
+        return 1
+    if not _wait_for_port(arguments, stop):
+        return 0
+    _say(started, "ready" if not failed else "ready, but for the workers that failed")
+    print(table(arguments, failed), flush=True)
+    while not stop.wait(1.0):
+        pass
+    print("stopping", flush=True)
+    return 0
+
+
+def _watch(started: float, deploying: threading.Thread, stop: threading.Event) -> "ApplicationStatusOverview":
+    """Tell each change of a worker's state until the deployment is through."""
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+
+    told: dict[str, str] = {}
+    status = ApplicationStatusOverview(ApplicationStatus.NOT_STARTED, "", 0.0, {})
+    while not stop.wait(POLL_SECONDS):
+        status = serve.status().applications.get(APPLICATION, status)
+        for name, deployment in status.deployments.items():
+            counts = ", ".join(f"{n} {state.lower()}" for state, n in deployment.replica_states.items())
+            line = f"{name}: {'ready' if _is_up(deployment) else counts or 'waiting'}"
+            if told.get(name) != line:
+                told[name] = line
+                _say(started, line)
+        if not deploying.is_alive():
+            break
+    return status
+
+
+def _is_up(deployment: Any) -> bool:
+    return str(deployment.status.value) == "HEALTHY"
+
+
+def _reason(message: str) -> str:
+    """Return the last line of Serve's message that says something: our own one-line error."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    ours = [line for line in lines if "Error: " in line]
+    return (ours or lines or ["no reason given"])[-1].rpartition("Error: ")[2]
+
+
+def _wait_for_port(arguments: ServeArguments, stop: threading.Event) -> bool:
+    """Wait until the port accepts; HAProxy learns of the ingress a moment after Serve does."""
+    import http.client
+
+    while not stop.wait(POLL_SECONDS / 4):
+        connection = http.client.HTTPConnection(arguments.host, arguments.port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                return True
+        except (OSError, http.client.HTTPException):
+            continue
+        finally:
+            connection.close()
+    return False
+
+
+def table(arguments: ServeArguments, failed: dict[str, str]) -> str:
+    """Return what an operator wants to see first: models, addresses, keys."""
+    from deployments.config.load import load_workers
+
+    rows = [("MODEL", "WORKER", "VERSION", "STATE")]
+    for worker in load_workers(arguments.config, check_models=False):
+        state = f"failed: {failed[worker.name]}" if worker.name in failed else "ready"
+        rows += [(name, worker.name, str(worker.queue.version), state) for name in worker.queue.models]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    ]
+    base = f"http://{arguments.host}:{arguments.port}"
+    return "\n".join(
+        [
+            "",
+            *lines,
+            "",
+            f"OpenAI API  {base}/v1",
+            f"Docs        {base}/docs",
+            "Keys        none set: whoever reaches this address may use it",
+            "Stop        Ctrl-C",
+        ]
+    )
+
+
+def _say(started: float, text: str) -> None:
+    print(f"{time.monotonic() - started:6.1f} s  {text}", flush=True)
+
+
+@contextlib.contextmanager
+def _signals(stop: threading.Event) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into an orderly end, also before anything runs."""
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _shut_down() -> None:
+    """End Serve, then Ray, and wait for the processes."""
+    import ray
+    from ray import serve
+
+    if ray.is_initialized():
+        with contextlib.suppress(Exception):  # a half-started Serve has nothing to shut down
+            serve.shutdown()
+        ray.shutdown()
