@@ -6,7 +6,6 @@ worker plan → engine → model card; token batch → engine → checked float3
 import asyncio
 import logging
 import os
-import socket
 
 import numpy as np
 
@@ -22,12 +21,15 @@ from deployments.errors import (
 
 logger = logging.getLogger("ray.serve")
 
-# Any short input does; these ids exist in every vocabulary that we have met.
+# Any short input does: the last ids of the vocabulary are there in every one.
 CANARY_TOKENS = 5
 # Batching changes the order of sums, so the canary's vector may differ in its last digits.
 CANARY_MIN_COSINE = 0.99
 CANARY_SECONDS = 20.0
 PROBE_SECONDS = 2.0
+PROBE_PAUSE_SECONDS = 1.0
+# One batch of them brings up the engine's threads and buffers before a client waits for it.
+WARM_UP_INPUTS = 64
 # Long enough for the answers to calls in flight to leave, short enough that nobody is sent here.
 LAST_WORDS_SECONDS = 0.1
 
@@ -35,18 +37,20 @@ LAST_WORDS_SECONDS = 0.1
 class Replica:
     """The Ray Serve deployment of one worker."""
 
-    def __init__(self, plan: WorkerPlan) -> None:
-        """Start the engine and embed a canary. Raises EngineStartError with one line."""
+    async def __init__(self, plan: WorkerPlan) -> None:
+        """Start the engine, warm it up, embed the canary. Raises EngineStartError with one line."""
         self._plan = plan
+        await self._await_probes()
         self._engine = make_engine(plan)
         try:
-            self._card = self._engine.start()
+            self._card = await asyncio.to_thread(self._engine.start)
         except EngineStartError as error:
             # Serve shows the last line of a replica's failure: it has to say all.
             raise EngineStartError(f"worker {plan.name}: {error.message}") from None
-        last = self._card.vocab_size - 1
-        self._canary = TokenBatch.of([[last - i for i in range(min(CANARY_TOKENS, last))]])
-        self._canary_vector: np.ndarray | None = None
+        tokens = range(1, min(CANARY_TOKENS, self._card.max_model_len) + 1)
+        self._canary = TokenBatch.of([[self._card.vocab_size - token for token in tokens]])
+        await self.embed(TokenBatch.of([self._canary.ids] * WARM_UP_INPUTS))
+        self._canary_vector = (await self.embed(self._canary))[0]
 
     async def embed(self, batch: TokenBatch) -> np.ndarray:
         """Return float32 vectors of shape (len(batch), dimension), checked, in order.
@@ -73,19 +77,23 @@ class Replica:
                 vector = (await self.embed(self._canary))[0]
         except TimeoutError:
             raise EngineError(f"the canary took longer than {CANARY_SECONDS:g} s") from None
-        if self._canary_vector is None:
-            self._canary_vector = vector
         norms = np.linalg.norm(vector) * np.linalg.norm(self._canary_vector)
         if float(vector @ self._canary_vector) < CANARY_MIN_COSINE * norms:
             raise EngineError("the canary embeds to another vector than at the start")
-        for probe in self._plan.worker.monitoring.tcp_probes:
-            await asyncio.to_thread(_probe, probe)
 
     def __del__(self) -> None:
         """Stop the engine and its processes when Serve lets go of the replica."""
         engine = getattr(self, "_engine", None)
         if engine is not None:
             engine.stop()
+
+    async def _await_probes(self) -> None:
+        """Wait until every address of `monitoring.tcp_probes` accepts a connection."""
+        for address in self._plan.worker.monitoring.tcp_probes:
+            host, _, port = address.rpartition(":")
+            while not await _accepts(host, int(port)):
+                logger.warning("%s: waiting for tcp_probes %s", self._plan.name, address)
+                await asyncio.sleep(PROBE_PAUSE_SECONDS)
 
     def _prove(self, batch: TokenBatch, vectors: np.ndarray) -> None:
         expected = (len(batch), self._card.dimension)
@@ -99,9 +107,11 @@ class Replica:
         asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, os._exit, 1)
 
 
-def _probe(address: str) -> None:
-    host, _, port = address.rpartition(":")
+async def _accepts(host: str, port: int) -> bool:
     try:
-        socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
-    except OSError as error:
-        raise EngineError(f"tcp_probes: {address} doesn't accept a connection: {error}") from None
+        async with asyncio.timeout(PROBE_SECONDS):
+            _, writer = await asyncio.open_connection(host, port)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True

@@ -158,7 +158,7 @@ class ModelFiles:
     def prompts(self) -> dict[str, str]:
         """The model's own prompts by use, as sentence-transformers saves them."""
         prompts = self.sentence_transformers_config.get("prompts") or {}
-        return {str(use): str(text) for use, text in prompts.items() if text}
+        return {str(use): str(text) for use, text in prompts.items()}
 
     def objections(
         self, max_model_len: int | None, tensor_parallel_size: int, pipeline_parallel_size: int

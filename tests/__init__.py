@@ -1,0 +1,1 @@
+"""Tests: unit (no Ray), app (ASGI, fake engine), cluster (local Ray), model (real vLLM)."""

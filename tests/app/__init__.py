@@ -1,0 +1,1 @@
+"""The HTTP application over fake engines in this process."""

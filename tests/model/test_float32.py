@@ -1,0 +1,87 @@
+"""In float32 the vectors are sentence-transformers' own; the published example serves a Qwen3."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from scipy.stats import spearmanr
+
+from tests import checkpoints, workers
+from tests.model.conftest import cosines, encode
+from tests.model.test_two_models import token_ids, vectors_of
+from tests.server import Server, serve
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
+QWEN = "qwen3-embedding-8b"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, qwen3: Path) -> Iterator[Server]:
+    """MiniLM in float32, and the published example with only model_path changed, under `serve run`."""
+    folder = tmp_path_factory.mktemp("float32")
+    config = folder / "workers"
+    config.mkdir()
+    (config / "minilm.toml").write_text(workers.vllm("minilm", checkpoints.minilm(), 'dtype = "float32"'))
+    published = workers.PUBLISHED.replace("/path/to/weights/Qwen/Qwen3-Embedding-8B", str(qwen3))
+    (config / "config.toml").write_text(published)
+    with serve(config, folder, tuned=False) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    """The official SDK."""
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused")
+
+
+def test_vectors_agree_with_sentence_transformers(
+    client: openai.OpenAI,
+    reference: dict[str, np.ndarray],
+    lee_documents: list[str],
+    human_judgements: np.ndarray,
+) -> None:
+    """Cosine of each text, and the rank correlation with what people say of the 50 documents."""
+    got = vectors_of(client.embeddings.create(model="minilm", input=list(reference)))
+    expected = np.stack(list(reference.values()))
+    assert cosines(got, expected).min() >= 0.9999
+    pairs = np.triu_indices(len(lee_documents), 1)
+    count = len(lee_documents)
+    judged = human_judgements[pairs]
+    ours = spearmanr((got[:count] @ got[:count].T)[pairs], judged).statistic
+    theirs = spearmanr((expected[:count] @ expected[:count].T)[pairs], judged).statistic
+    assert theirs > 0.4
+    assert abs(ours - theirs) <= 0.005
+
+
+def test_a_text_alone_in_a_batch_and_as_token_ids_is_one_vector(
+    client: openai.OpenAI, lee_documents: list[str], sentences: list[str]
+) -> None:
+    """A batch of 64 mixed lengths against each of its texts alone."""
+    batch = [text for pair in zip(lee_documents, sentences, strict=False) for text in pair][:64]
+    together = vectors_of(client.embeddings.create(model="minilm", input=batch))
+    ids = vectors_of(client.embeddings.create(model="minilm", input=[token_ids(text) for text in batch]))
+    alone = np.concatenate(
+        [vectors_of(client.embeddings.create(model="minilm", input=text)) for text in batch]
+    )
+    assert cosines(together, alone).min() >= 0.99999
+    assert cosines(together, ids).min() >= 0.99999
+
+
+def test_the_published_example_embeds_with_prompt_and_last_token(
+    server: Server, client: openai.OpenAI, qwen3: Path
+) -> None:
+    """As sentence-transformers reads the same folder; no matryoshka flag, so no other dimensions."""
+    texts = ["What is the capital of China?", "Explain gravity", "a"]
+    got = vectors_of(client.embeddings.create(model=QWEN, input=texts))
+    assert got.shape == (3, 256)
+    assert np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-2)
+    assert cosines(got, encode(qwen3, texts)).min() >= 0.999
+    body = {"model": QWEN, "input": texts, "input_type": "query"}
+    answer = httpx.post(f"{server.url}/v1/embeddings", json=body).json()
+    queries = np.array([item["embedding"] for item in answer["data"]])
+    assert cosines(queries, encode(qwen3, [checkpoints.PROMPT + text for text in texts])).min() >= 0.999
+    refused = httpx.post(f"{server.url}/v1/embeddings", json={"model": QWEN, "input": "a", "dimensions": 64})
+    assert refused.json()["error"]["param"] == "dimensions"

@@ -1,0 +1,95 @@
+"""Tensor and pipeline parallelism: real vLLM ranks inside one Serve replica's placement group."""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from ray import serve
+from ray.util.placement_group import placement_group_table
+
+from deployments.app import BuildArguments, build
+from deployments.engine.batch import TokenBatch
+from tests import checkpoints, workers
+from tests.model.conftest import cosines
+from tests.model.test_two_models import token_ids
+from tests.server import free_port, wait_for
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
+TEXTS = ["What is the capital of China?", "Explain gravity", "a", "The quick brown fox jumps. " * 20]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A local Ray with Serve on a free port."""
+    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2)
+    serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
+    yield
+    serve.shutdown()
+    ray.shutdown()
+
+
+def embed(folder: Path, model: Path, tensor: int, pipeline: int) -> tuple[np.ndarray, list[Any], list[str]]:
+    """Serve one worker, embed, look at its group and its processes, and take it down again."""
+    generator = (
+        f'type = "vllm"\nmodel_path = "{model}"\ntensor_parallel_size = {tensor}\n'
+        f"pipeline_parallel_size = {pipeline}"
+    )
+    file = folder / "worker.toml"
+    file.write_text(workers.worker("m", generator, "[deployment]\nnum_cpus = 1\nnum_gpus = 0"))
+    serve.run(build(BuildArguments(config=str(file))), name="parallel", route_prefix="/parallel")
+    handle = serve.get_deployment_handle("m", "parallel")
+    batch = TokenBatch.of([token_ids(text) for text in TEXTS])
+    vectors = handle.embed.remote(batch).result(timeout_s=60)
+    groups = live_groups()
+    ranks = rank_processes()
+    serve.delete("parallel")
+    wait_for(lambda: not rank_processes(), 60, "the ranks have ended")
+    wait_for(lambda: not live_groups(), 60, "the placement group is gone")
+    gc.collect()
+    return vectors, groups, ranks
+
+
+def live_groups() -> list[Any]:
+    """Return the placement groups that Ray shows, but for those removed."""
+    return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def rank_processes() -> list[str]:
+    """Return the titles of vLLM's rank processes."""
+    titles = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if "VLLM::Worker" in title and process.info["status"] != psutil.STATUS_ZOMBIE:
+            titles.append(title)
+    return sorted(titles)
+
+
+@pytest.fixture(scope="module")
+def single(cluster: None, qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """Each model's vectors on one rank."""
+    found = {}
+    for name, model in (("qwen3", qwen3), ("minilm", checkpoints.minilm())):
+        found[name], groups, ranks = embed(tmp_path_factory.mktemp("single"), model, 1, 1)
+        assert [group["bundles"] for group in groups] == [{0: {"CPU": 1.0}}]
+        assert not ranks  # one rank runs in the replica's own process
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor", "pipeline"), [("qwen3", 2, 1), ("qwen3", 1, 2), ("minilm", 2, 1)]
+)
+def test_parallel_ranks_give_the_same_vectors(
+    single: dict[str, np.ndarray], qwen3: Path, tmp_path: Path, model: str, tensor: int, pipeline: int
+) -> None:
+    """Two ranks, two bundles in one group; nothing is left of either afterwards."""
+    folder = qwen3 if model == "qwen3" else checkpoints.minilm()
+    vectors, groups, ranks = embed(tmp_path, folder, tensor, pipeline)
+    assert cosines(vectors, single[model]).min() >= 0.999
+    assert [group["bundles"] for group in groups] == [{0: {"CPU": 1.0}, 1: {"CPU": 1.0}}]
+    assert groups[0]["strategy"] == "STRICT_PACK"
+    assert len(ranks) == 2

@@ -1,0 +1,115 @@
+"""Starts the real server as a user does, and ends it; knows every process that belongs to it."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+START_SECONDS = 180
+STOP_SECONDS = 60
+MARK = "EMBEDDING_CLUSTER_TEST"
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Wait until the condition holds; fail with `what` after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
+
+
+@dataclass
+class Server:
+    """A running server. `processes` finds all that it started, by a mark in their environment."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    mark: str
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the live processes that inherited this server's environment."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                alive = process.status() != psutil.STATUS_ZOMBIE
+                if alive and process.environ().get(MARK) == self.mark:
+                    found.append(process)
+        return found
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> None:
+        """Ask it to end, and wait until nothing of it is left."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            self.process.wait(STOP_SECONDS)
+            wait_for(lambda: not self.processes(), STOP_SECONDS, f"no process left: {self.processes()}")
+        finally:
+            for process in self.processes():
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+
+
+@contextlib.contextmanager
+def serve(
+    config: Path, folder: Path, environ: Mapping[str, str] | None = None, tuned: bool = True
+) -> Iterator[Server]:
+    """Serve a worker file or folder until the block ends; `folder` gets the log.
+
+    `tuned` means `embedding-cluster serve`; otherwise Ray's own `serve run` builds the application from
+    a YAML file, which is where a port can be given to it, inside the cluster as under `serve deploy`.
+    """
+    port, mark = free_port(), uuid.uuid4().hex
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        str(Path(sys.executable).parent / "embedding-cluster"),
+        "serve",
+        "--port",
+        str(port),
+        str(config),
+    ]
+    if not tuned:
+        application = {"import_path": "deployments.app:build", "args": {"config": str(config)}}
+        options = {"host": "127.0.0.1", "port": port}
+        file = folder / f"serve-{port}.yaml"
+        file.write_text(json.dumps({"http_options": options, "applications": [application]}))
+        command = [str(Path(sys.executable).parent / "serve"), "run", str(file)]
+    log = folder / f"server-{port}.log"
+    variables = {**os.environ, MARK: mark, "RAY_AUTH_MODE": "disabled", **(environ or {})}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
+        )
+    server = Server(url, process, log, mark)
+    try:
+        wait_for(lambda: process.poll() is not None or is_ready(url), START_SECONDS, log.read_text())
+        assert process.poll() is None, log.read_text()
+        yield server
+    finally:
+        server.stop(signal.SIGINT if tuned else signal.SIGTERM)  # `serve run` has no use for SIGINT here
+
+
+def is_ready(url: str) -> bool:
+    """Return whether every model answers."""
+    try:
+        return httpx.get(f"{url}/ready", timeout=10).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,1 @@
+"""Without Ray, without a model."""

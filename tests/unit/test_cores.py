@@ -1,0 +1,51 @@
+"""Cores are owned: by one claim at a time, until the claim or its process ends."""
+
+import multiprocessing
+import os
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from deployments.engine.cores import CoreClaim
+from deployments.errors import EngineStartError
+
+CORES = sorted(os.sched_getaffinity(0))
+
+
+def hold(folder: Path, connection: Connection) -> None:
+    """Claim one core in a process of its own and hold it until killed."""
+    connection.send(CoreClaim(1, folder).claim(wait_seconds=0))
+    connection.recv()
+
+
+def test_two_claims_never_share_a_core(tmp_path: Path) -> None:
+    """Each gets another one, and there are no more than the machine has."""
+    claims = [CoreClaim(1, tmp_path) for _ in CORES]
+    assert sorted(core for claim in claims for core in claim.claim(0)) == CORES
+    with pytest.raises(EngineStartError, match="other replicas"):
+        CoreClaim(1, tmp_path).claim(wait_seconds=0)
+    claims[0].release()
+    assert len(CoreClaim(1, tmp_path).claim(wait_seconds=0)) == 1
+
+
+def test_more_cores_than_the_node_has_are_refused_at_once(tmp_path: Path) -> None:
+    """The message says how many there are."""
+    with pytest.raises(EngineStartError, match=f"its node has {len(CORES)}"):
+        CoreClaim(len(CORES) + 1, tmp_path).claim()
+
+
+def test_a_killed_holder_loses_its_cores(tmp_path: Path) -> None:
+    """SIGKILL leaves no lock behind."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    holder = context.Process(target=hold, args=(tmp_path, theirs))
+    holder.start()
+    (held,) = ours.recv()
+    rest = CoreClaim(len(CORES) - 1, tmp_path).claim(0) if len(CORES) > 1 else []
+    assert held not in rest
+    with pytest.raises(EngineStartError):
+        CoreClaim(1, tmp_path).claim(wait_seconds=0)
+    holder.kill()
+    holder.join()
+    assert CoreClaim(1, tmp_path).claim(wait_seconds=5) == [held]
