@@ -13,6 +13,7 @@ from deployments.config.plan import WorkerPlan
 from deployments.engine import ModelCard, make_engine
 from deployments.engine.batch import TokenBatch
 from deployments.errors import (
+    EmbeddingError,
     EngineDeadError,
     EngineError,
     EngineStartError,
@@ -37,20 +38,20 @@ LAST_WORDS_SECONDS = 0.1
 class Replica:
     """The Ray Serve deployment of one worker."""
 
-    async def __init__(self, plan: WorkerPlan) -> None:
+    async def __init__(self, plan: WorkerPlan) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Start the engine, warm it up, embed the canary. Raises EngineStartError with one line."""
         self._plan = plan
         await self._await_probes()
         self._engine = make_engine(plan)
         try:
             self._card = await asyncio.to_thread(self._engine.start)
-        except EngineStartError as error:
+            tokens = range(1, min(CANARY_TOKENS, self._card.max_model_len) + 1)
+            self._canary = TokenBatch.of([[self._card.vocab_size - token for token in tokens]])
+            await self.embed(TokenBatch.of([self._canary.ids.tolist()] * WARM_UP_INPUTS))
+            self._canary_vector = (await self.embed(self._canary))[0]
+        except EmbeddingError as error:
             # Serve shows the last line of a replica's failure: it has to say all.
             raise EngineStartError(f"worker {plan.name}: {error.message}") from None
-        tokens = range(1, min(CANARY_TOKENS, self._card.max_model_len) + 1)
-        self._canary = TokenBatch.of([[self._card.vocab_size - token for token in tokens]])
-        await self.embed(TokenBatch.of([self._canary.ids] * WARM_UP_INPUTS))
-        self._canary_vector = (await self.embed(self._canary))[0]
 
     async def embed(self, batch: TokenBatch) -> np.ndarray:
         """Return float32 vectors of shape (len(batch), dimension), checked, in order.

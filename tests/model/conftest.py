@@ -9,6 +9,8 @@ import pytest
 from tests import checkpoints, workers
 from tests.server import Server, serve
 
+MINILM = "all-minilm-l6-v2"
+
 
 @pytest.fixture(scope="session")
 def lee_documents() -> list[str]:
@@ -58,7 +60,7 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("two")
     config = folder / "workers"
     config.mkdir()
-    (config / "minilm.toml").write_text(workers.vllm("all-minilm-l6-v2", checkpoints.minilm()))
+    (config / "minilm.toml").write_text(workers.vllm(MINILM, checkpoints.minilm()))
     (config / "sre.toml").write_text(workers.vllm("sre", checkpoints.sre()))
     with serve(config, folder) as server:
         yield server

@@ -13,11 +13,11 @@ from aleph_alpha_client import Client, EmbeddingV2Request
 from tokenizers import Tokenizer
 
 from tests import checkpoints
-from tests.model.conftest import cosines, encode
+from tests.model.conftest import MINILM, cosines, encode
 from tests.server import Server
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
-MODEL = "all-minilm-l6-v2"
+MODEL = MINILM
 TEXT = "Input text to be embedded"
 
 

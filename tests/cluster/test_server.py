@@ -1,0 +1,183 @@
+"""The server's life on a real Ray cluster: start, failure, death of a replica, end."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+
+from deployments.engine.batch import TokenBatch
+from deployments.engine.fake import fake_vectors
+from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
+from tests import workers
+from tests.server import MARK, Server, free_port, serve, wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+TWO_REPLICAS = "[deployment]\nnum_replicas = 2"
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tuned", "serve-run"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two fake models, one of them with two replicas, on either data plane."""
+    folder = tmp_path_factory.mktemp("server")
+    config = folder / "workers"
+    config.mkdir()
+    (config / "a.toml").write_text(workers.fake("a", "call_seconds = 0.01", TWO_REPLICAS))
+    (config / "b.toml").write_text(workers.fake("b"))
+    with serve(config, folder, tuned=request.param) as server:
+        yield server
+
+
+def expected(texts: list[str]) -> np.ndarray:
+    """Return the right vectors of the fake engine."""
+    return fake_vectors(TokenBatch.of(TextTokenizer(byte_tokenizer()).encode(texts)), 64)
+
+
+def replicas(server: Server, worker: str) -> list[psutil.Process]:
+    """Return the processes of a worker's replicas."""
+    found = []
+    for process in server.processes():
+        with contextlib.suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            if f"ServeReplica:default:{worker}" in title:
+                found.append(process)
+    return found
+
+
+def test_two_models_answer_by_name(server: Server) -> None:
+    """In order, with exact bits, over the SDK."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
+    texts = [f"text {number}" for number in range(100)]
+    for model in "ab":
+        answer = client.embeddings.create(model=model, input=texts)
+        got = np.array([item.embedding for item in answer.data], np.float32)
+        assert np.array_equal(got, expected(texts))
+
+
+def test_a_large_answer_crosses_every_message_limit(server: Server) -> None:
+    """2,048 inputs of some 100 tokens each: beyond gRPC's default of 4 MiB both ways, as floats."""
+    texts = [f"{number:05d}" * 20 for number in range(2048)]
+    body = {"model": "a", "input": texts}
+    answer = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60).json()
+    got = np.array([item["embedding"] for item in answer["data"]], np.float32)
+    assert np.array_equal(got, expected(texts))
+
+
+def test_killing_a_replica_under_load_loses_nothing(server: Server) -> None:
+    """Kill -9 of one of two: every answer arrives and is right, and the replica is replaced."""
+    stop = threading.Event()
+    statuses: list[int] = []
+    wrong: list[str] = []
+
+    def load(number: int) -> None:
+        with httpx.Client(timeout=60) as client:
+            while not stop.is_set():
+                text = f"client {number} request {len(statuses)}"
+                response = client.post(f"{server.url}/v1/embeddings", json={"model": "a", "input": text})
+                statuses.append(response.status_code)
+                if response.status_code == 200:
+                    got = np.array(response.json()["data"][0]["embedding"], np.float32)
+                    if not np.array_equal(got, expected([text])[0]):
+                        wrong.append(text)
+
+    clients = [threading.Thread(target=load, args=(number,)) for number in range(8)]
+    for client in clients:
+        client.start()
+    wait_for(lambda: len(statuses) > 100, 60, "load before the fault")
+    before = {process.pid for process in replicas(server, "a")}
+    assert len(before) == 2
+    os.kill(min(before), signal.SIGKILL)
+    at_fault = len(statuses)
+    wait_for(lambda: len(statuses) > at_fault + 300, 60, "load after the fault")
+    wait_for(lambda: len({p.pid for p in replicas(server, "a")} - before) == 1, 60, "a replica in its place")
+    stop.set()
+    for client in clients:
+        client.join()
+    assert set(statuses) == {200}
+    assert not wrong
+
+
+def test_a_worker_that_cant_start_leaves_the_others_serving(tmp_path: Path) -> None:
+    """Its state and reason stand in the table; the other model answers."""
+    config = tmp_path / "workers"
+    config.mkdir()
+    (config / "good.toml").write_text(workers.fake("good"))
+    (config / "bad.toml").write_text(workers.fake("bad", "dimension = -1"))  # only its replica finds out
+    with start(config, tmp_path) as (process, url, log):
+        wait_for(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None, 120, "the table")
+        assert process.poll() is None, log.read_text()
+        assert "failed: worker bad: the engine gave shape (64, 0)" in log.read_text()
+        body = {"model": "good", "input": "x"}
+        assert httpx.post(f"{url}/v1/embeddings", json=body).status_code == 200
+        ready = httpx.get(f"{url}/ready")
+        assert ready.status_code == 503
+        assert {m["deployment"]: m["ready"] for m in ready.json()["models"]} == {"bad": False, "good": True}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_models_load_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
+    """The end is as orderly before the server is ready."""
+    config = tmp_path / "slow.toml"
+    config.write_text(workers.fake("slow", "start_seconds = 600.0"))
+    with start(config, tmp_path) as (process, _, log):
+        wait_for(lambda: "slow: 1 starting" in log.read_text(), 60, "loading")
+        process.send_signal(number)
+        assert process.wait(60) == 0, log.read_text()
+
+
+def test_a_broken_worker_file_ends_the_start_with_all_mistakes(tmp_path: Path) -> None:
+    """Exit status 2, before anything is started."""
+    config = tmp_path / "broken.toml"
+    config.write_text(workers.fake("broken").replace("edition = 1", "edition = 7"))
+    with start(config, tmp_path) as (process, _, log):
+        assert process.wait(60) == 2
+        assert "broken.toml: edition: must be 1, not 7" in log.read_text()
+
+
+def test_a_taken_port_is_told_before_anything_starts(tmp_path: Path) -> None:
+    """Rather than after the models are loaded."""
+    config = tmp_path / "a.toml"
+    config.write_text(workers.fake("a"))
+    with start(config, tmp_path) as (first, url, log):
+        wait_for(lambda: "Ctrl-C" in log.read_text() or first.poll() is not None, 120, "the first server")
+        begun = time.monotonic()
+        command = [
+            sys.executable,
+            "-m",
+            "deployments",
+            "serve",
+            "--port",
+            url.rpartition(":")[2],
+            str(config),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        assert "Address already in use" in result.stderr
+        assert time.monotonic() - begun < 10
+
+
+@contextlib.contextmanager
+def start(config: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+    """Start the command without waiting for it; assert at the end that it left no process."""
+    port, mark, log = free_port(), f"{os.getpid()}-{time.time_ns()}", folder / "log"
+    command = [sys.executable, "-m", "deployments", "serve", "--port", str(port), str(config)]
+    environ = {**os.environ, MARK: mark, "RAY_AUTH_MODE": "disabled"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environ, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        yield process, url, log
+    finally:
+        Server(url, process, log, mark).stop()

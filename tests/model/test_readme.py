@@ -1,0 +1,92 @@
+"""The README's own blocks run as they stand, but for the server's address."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli
+import yaml
+
+from deployments.config.load import load_workers
+from tests.model.conftest import MINILM
+from tests.server import Server
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ADDRESS = "http://127.0.0.1:8000"
+
+
+def blocks(language: str) -> list[str]:
+    """Return the code blocks of a language, in order."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    assert found
+    return found
+
+
+def test_the_curl_command_answers_as_shown(two_models: Server) -> None:
+    """The same keys and first numbers as in the block that follows it."""
+    (command,) = blocks("bash")
+    shell = command.replace(ADDRESS, two_models.url)
+    answer = json.loads(subprocess.run(["bash", "-c", shell], capture_output=True, check=True).stdout)
+    vector = answer["data"][0]["embedding"]
+    assert len(vector) == 384
+    shown = json.loads(blocks("json")[0].replace(", …", ""))
+    numbers = shown["data"][0]["embedding"]
+    assert numbers == pytest.approx(vector[: len(numbers)], abs=5e-3)
+    answer["data"][0]["embedding"] = numbers
+    assert answer == shown
+    assert answer["model"] == MINILM
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(two_models: Server, code: str) -> None:
+    """Each on its own, against the running server."""
+    code = code.replace(ADDRESS, two_models.url)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_worker_file_loads_and_shows_every_key(tmp_path: Path) -> None:
+    """What the schema has, the README explains; what it shows, the schema has."""
+    (text,) = blocks("toml")
+    file = tmp_path / "all-minilm-l6-v2.toml"
+    file.write_text(text)
+    (worker,) = load_workers(file, environ={})
+    shown = tomli.loads(text)
+    for table in ("generator", "queue", "monitoring", "limits"):
+        assert set(type(getattr(worker, table)).model_fields) == set(shown[table])
+    for key in type(worker.deployment).model_fields:
+        assert key in README
+    task = shown["queue"]["models"][MINILM]["embedding_task"]
+    assert set(task) == set(type(worker.queue.models[MINILM].embedding_task).model_fields)
+
+
+def test_commands_of_the_console_blocks_exist(tmp_path: Path) -> None:
+    """Every make target is there, and every command parses; check and plan run."""
+    (tmp_path / "workers").symlink_to(ROOT / "deployments" / "workers")
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    lines = [line for block in blocks("console") for line in block.splitlines() if line]
+    assert len(lines) >= 8
+    for line in lines:
+        program, *arguments = shlex.split(line, comments=True)
+        if program == "make":
+            assert arguments[0] in targets
+        elif program == "embedding-cluster" and arguments[0] != "serve":
+            command = [sys.executable, "-m", "deployments", *arguments]
+            subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True)
+        else:
+            assert arguments[0] in ("serve", "run")
+
+
+def test_the_deploy_file_names_the_builder() -> None:
+    """Its import path and arguments are those of `build`."""
+    from deployments.app import BuildArguments, build
+
+    (application,) = yaml.safe_load(blocks("yaml")[0])["applications"]
+    assert application["import_path"] == f"{build.__module__}:{build.__name__}"
+    BuildArguments(**application["args"])
