@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -91,12 +90,12 @@ def run(arguments: ServeArguments) -> int:
     folder = Path(tempfile.mkdtemp(prefix="embeddings-", dir="/tmp"))
     prepare_environment(folder)
     stop = threading.Event()
-    with _signals(stop):
-        try:
-            return _serve(arguments, stop)
-        finally:
-            _shut_down()
-            shutil.rmtree(folder, ignore_errors=True)
+    _install(stop)
+    try:
+        return _serve(arguments, stop)
+    finally:
+        _shut_down()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _serve(arguments: ServeArguments, stop: threading.Event) -> int:
@@ -116,23 +115,16 @@ def _serve(arguments: ServeArguments, stop: threading.Event) -> int:
     )
     if stop.is_set():
         return 0
+    _install(stop)  # Ray has put a handler of its own in the place of ours
     application = build(BuildArguments(config=arguments.config, ingress_replicas=arguments.ingress_replicas))
     serve.start(http_options={"host": arguments.host, "port": arguments.port})
-    failure: list[BaseException] = []
-
-    def deploy() -> None:
-        try:
-            serve.run(application, name=APPLICATION)
-        except BaseException as error:  # a worker's failure is told by its status, below
-            failure.append(error)
-
-    deploying = threading.Thread(target=deploy, daemon=True)
-    deploying.start()
-    status = _watch(started, deploying, stop)
+    target = serve.RunTarget(application, name=APPLICATION, route_prefix="/")
+    serve.run_many([target], wait_for_applications_running=False)
+    status = _watch(started, stop)
     if stop.is_set():
         return 0
     failed = {name: _reason(d.message) for name, d in status.deployments.items() if not _is_up(d)}
-    if len(failed) >= len(status.deployments) - 1 and failure:
+    if len(failed) == len(status.deployments) - 1:  # the ingress alone is up
         for name, reason in failed.items():
             print(f"{name}: {reason}", file=sys.stderr)
         return 1
@@ -146,8 +138,8 @@ def _serve(arguments: ServeArguments, stop: threading.Event) -> int:
     return 0
 
 
-def _watch(started: float, deploying: threading.Thread, stop: threading.Event) -> "ApplicationStatusOverview":
-    """Tell each change of a worker's state until the deployment is through."""
+def _watch(started: float, stop: threading.Event) -> "ApplicationStatusOverview":
+    """Tell each change of a worker's state until all are up or have failed for good."""
     from ray import serve
     from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
@@ -161,7 +153,8 @@ def _watch(started: float, deploying: threading.Thread, stop: threading.Event) -
             if told.get(name) != line:
                 told[name] = line
                 _say(started, line)
-        if not deploying.is_alive():
+        updating = any(d.status.value == "UPDATING" for d in status.deployments.values())
+        if status.deployments and not updating:
             break
     return status
 
@@ -225,19 +218,14 @@ def _say(started: float, text: str) -> None:
     print(f"{time.monotonic() - started:6.1f} s  {text}", flush=True)
 
 
-@contextlib.contextmanager
-def _signals(stop: threading.Event) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into an orderly end, also before anything runs."""
+def _install(stop: threading.Event) -> None:
+    """Turn SIGINT and SIGTERM into an orderly end."""
 
     def handle(_number: int, _frame: FrameType | None) -> None:
         stop.set()
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
 
 
 def _shut_down() -> None:

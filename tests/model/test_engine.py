@@ -1,0 +1,33 @@
+"""The vLLM engine fulfils the same contract as the fake one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import checkpoints, workers
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+
+# In a process of its own, as in a replica: an engine binds its threads and sets variables for vLLM.
+PROGRAM = """
+import asyncio, sys
+from deployments.config.load import load_workers
+from deployments.config.plan import Machine, make_plans
+from deployments.engine import make_engine
+from tests.engine_contract import check_engine
+(plan,) = make_plans(load_workers(sys.argv[1]), Machine(1, 0, 1))
+engine = make_engine(plan)
+asyncio.run(check_engine(engine, engine.start(), 0.99999))
+"""
+
+
+def test_vllm_fulfils_the_contract(tmp_path: Path) -> None:
+    """In float32, where batching may change no more than the last digits."""
+    file = tmp_path / "minilm.toml"
+    file.write_text(workers.vllm("minilm", checkpoints.minilm(), 'dtype = "float32"'))
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(file)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
