@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from deployments.config.load import read_workers
 from deployments.config.plan import Machine, make_plans
+from deployments.config.worker import MAX_PORT
 from deployments.errors import ConfigError
 
 BUNDLED = Path(__file__).parent / "workers"
@@ -36,8 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=_plan)
     serve = commands.add_parser("serve", help="serve on this machine, on the fast data plane")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=8000, help="port (default: %(default)s)")
-    serve.add_argument("--ingress-replicas", type=int, default=1, help="HTTP processes (default: 1)")
+    serve.add_argument("--port", type=_port, default=8000, help="port (default: %(default)s)")
+    serve.add_argument("--ingress-replicas", type=_positive, default=1, help="HTTP processes (default: 1)")
     serve.set_defaults(command=_serve)
     for command in (check, plan, serve):
         command.add_argument(
@@ -61,7 +63,7 @@ def _plan(parsed: argparse.Namespace) -> int:
         raise ConfigError("\n".join(map(str, problems)))
     cpus = parsed.cpus or _cores()
     plans = make_plans(workers.values(), Machine(cpus, parsed.gpus, cpus))
-    print(json.dumps([plan.describe() for plan in plans], indent=2))
+    print(json.dumps([plan.describe() for plan in plans], indent=2, default=str))
     return 0
 
 
@@ -72,9 +74,21 @@ def _serve(parsed: argparse.Namespace) -> int:
     return run(ServeArguments(parsed.path, parsed.host, parsed.port, parsed.ingress_replicas))
 
 
-def _cores() -> int:
-    import os
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 < port <= MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{port} isn't a port")
+    return port
 
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} isn't a positive number")
+    return number
+
+
+def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 

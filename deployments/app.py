@@ -4,6 +4,7 @@
 `serve deploy` inside the cluster.
 """
 
+import logging
 import os
 from typing import Any
 
@@ -14,10 +15,12 @@ from ray.serve.schema import LoggingConfig
 
 from deployments.config.load import load_workers
 from deployments.config.plan import Machine, WorkerPlan, make_plans
+from deployments.config.worker import INGRESS_NAME
+from deployments.errors import ConfigError
 from deployments.gateway.ingress import Ingress
 from deployments.replica import Replica
 
-INGRESS_NAME = "ingress"
+ROUTER = "deployments.gateway.serve_router.ServeRouter"
 # Requests that one ingress replica holds at a time; each costs a body and a coroutine.
 MAX_INGRESS_REQUESTS = 4096
 HEALTH_CHECK_PERIOD_SECONDS = 5.0
@@ -62,17 +65,26 @@ def local_machine() -> Machine:
     return Machine(cpus, 0, cpus)
 
 
+def logging_config() -> LoggingConfig:
+    """Return Ray Serve's logging at the level that `LOG_LEVEL` names, without a line for each request.
+
+    Raises ConfigError for a level that isn't one.
+    """
+    level = os.environ.get("LOG_LEVEL", "INFO").upper()
+    if level not in logging.getLevelNamesMapping():
+        raise ConfigError(f"LOG_LEVEL: no such level: {level}")
+    return LoggingConfig(enable_access_log=False, log_level=level)
+
+
 def bind_replica(plan: WorkerPlan) -> serve.Application:
     """Bind one worker's deployment."""
-    return (
-        serve.deployment(
-            health_check_period_s=HEALTH_CHECK_PERIOD_SECONDS,
-            health_check_timeout_s=HEALTH_CHECK_TIMEOUT_SECONDS,
-            logging_config=LoggingConfig(enable_access_log=False),
-        )(Replica)
-        .options(**plan.deployment_options)
-        .bind(plan)
-    )
+    deployment = serve.deployment(
+        health_check_period_s=HEALTH_CHECK_PERIOD_SECONDS,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_SECONDS,
+        logging_config=logging_config(),
+        request_router_config={"request_router_class": ROUTER},
+    )(Replica)
+    return deployment.options(**plan.deployment_options).bind(plan)
 
 
 def bind_ingress(
@@ -86,6 +98,6 @@ def bind_ingress(
         num_replicas=arguments.ingress_replicas,
         max_ongoing_requests=MAX_INGRESS_REQUESTS,
         ray_actor_options={"num_cpus": 0},  # the cores are for the engines; this one waits for them
-        logging_config=LoggingConfig(enable_access_log=False),
+        logging_config=logging_config(),
     )(serve.ingress()(Ingress))
     return ingress.bind(plans, handles, arguments.max_body_bytes)

@@ -19,6 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from deployments.config.load import load_workers
+from deployments.config.plan import make_plans, unplaceable
+from deployments.errors import ConfigError
+
 if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
@@ -102,13 +106,15 @@ def _serve(arguments: ServeArguments, stop: threading.Event) -> int:
     import ray
     from ray import serve
 
-    from deployments.app import BuildArguments, build
+    from deployments.app import BuildArguments, build, cluster_machine, logging_config
 
     level = os.environ.get("LOG_LEVEL", "WARNING").upper()
+    logging_config()  # an unknown level is told before anything starts
     logging.getLogger("ray.serve").setLevel(level)
     started = time.monotonic()
     _say(started, "starting Ray")
     ray.init(
+        address="local",  # never somebody else's cluster, which we would shut down in the end
         include_dashboard=False,
         log_to_driver=level == "DEBUG",
         logging_level=logging.ERROR,
@@ -116,6 +122,10 @@ def _serve(arguments: ServeArguments, stop: threading.Event) -> int:
     if stop.is_set():
         return 0
     _install(stop)  # Ray has put a handler of its own in the place of ours
+    workers = load_workers(arguments.config)
+    machine = cluster_machine(ray.nodes())
+    if problems := unplaceable(make_plans(workers, machine), machine):
+        raise ConfigError("\n".join(problems))
     application = build(BuildArguments(config=arguments.config, ingress_replicas=arguments.ingress_replicas))
     serve.start(http_options={"host": arguments.host, "port": arguments.port})
     target = serve.RunTarget(application, name=APPLICATION, route_prefix="/")
@@ -189,8 +199,6 @@ def _wait_for_port(arguments: ServeArguments, stop: threading.Event) -> bool:
 
 def table(arguments: ServeArguments, failed: dict[str, str]) -> str:
     """Return what an operator wants to see first: models, addresses, keys."""
-    from deployments.config.load import load_workers
-
     rows = [("MODEL", "WORKER", "VERSION", "STATE")]
     for worker in load_workers(arguments.config, check_models=False):
         state = f"failed: {failed[worker.name]}" if worker.name in failed else "ready"

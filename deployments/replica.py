@@ -41,6 +41,7 @@ class Replica:
     async def __init__(self, plan: WorkerPlan) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Start the engine, warm it up, embed the canary. Raises EngineStartError with one line."""
         self._plan = plan
+        self._answered = 0  # calls, so that a health check can tell a busy engine from one that hangs
         await self._await_probes()
         self._engine = make_engine(plan)
         try:
@@ -53,8 +54,10 @@ class Replica:
             # Serve shows the last line of a replica's failure: it has to say all.
             raise EngineStartError(f"worker {plan.name}: {error.message}") from None
 
-    async def embed(self, batch: TokenBatch) -> np.ndarray:
+    async def embed(self, batch: TokenBatch, call_id: str = "") -> np.ndarray:
         """Return float32 vectors of shape (len(batch), dimension), checked, in order.
+
+        `call_id` is for the router, which sees a call's arguments.
 
         Raises NonFiniteEmbeddingError, EngineError, or EngineDeadError, after which this replica
         ends, so that Serve puts another in its place.
@@ -65,18 +68,26 @@ class Replica:
             self._end(error)
             raise
         self._prove(batch, vectors)
+        self._answered += 1
         return vectors
 
     async def describe(self) -> ModelCard:
         """Return the model's card; the ingress tokenises and checks by it."""
         return self._card
 
+    async def ping(self) -> None:
+        """Raise EngineDeadError if this replica couldn't embed; for `/ready`, so it takes no time."""
+        self._engine.check()
+
     async def check_health(self) -> None:
         """Ray Serve's health check: the canary embeds in time, to the vector that it had at first."""
+        begun = self._answered
         try:
             async with asyncio.timeout(CANARY_SECONDS):
                 vector = (await self.embed(self._canary))[0]
         except TimeoutError:
+            if self._answered > begun:  # busy, not ill: the canary waits in line like everybody
+                return
             raise EngineError(f"the canary took longer than {CANARY_SECONDS:g} s") from None
         norms = np.linalg.norm(vector) * np.linalg.norm(self._canary_vector)
         if float(vector @ self._canary_vector) < CANARY_MIN_COSINE * norms:

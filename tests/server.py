@@ -28,11 +28,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait until the condition holds; fail with `what` after so many seconds."""
+def wait_for(condition: Callable[[], object], seconds: float, what: str | Path) -> None:
+    """Wait until the condition holds; fail with `what`, or what that file holds, after so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        told = what.read_text() if isinstance(what, Path) else what
+        assert time.monotonic() < deadline, f"not within {seconds} s: {told}"
         time.sleep(0.05)
 
 
@@ -100,7 +101,7 @@ def serve(
         )
     server = Server(url, process, log, mark)
     try:
-        wait_for(lambda: process.poll() is not None or is_ready(url), START_SECONDS, log.read_text())
+        wait_for(lambda: process.poll() is not None or is_ready(url), START_SECONDS, log)
         assert process.poll() is None, log.read_text()
         yield server
     finally:

@@ -25,6 +25,7 @@ class EmbeddingRequest:
     encoding_format: EncodingFormat = "float"
     dimensions: int | None = None
     use: str | None = None
+    use_field: str | None = None
     truncate_prompt_tokens: int | None = None
 
     def __len__(self) -> int:
@@ -45,13 +46,15 @@ def parse_request(body: bytes) -> EmbeddingRequest:
         raise InvalidRequestError("the body must be a JSON object", "body")
     fields = {name: value for name, value in fields.items() if value is not None}
     texts, token_ids = _parse_input(fields)
+    use, use_field = _parse_use(fields)
     return EmbeddingRequest(
         model=_parse_model(fields),
         texts=texts,
         token_ids=token_ids,
         encoding_format=_parse_encoding_format(fields),
         dimensions=_parse_positive(fields, "dimensions"),
-        use=_parse_use(fields),
+        use=use,
+        use_field=use_field,
         truncate_prompt_tokens=_parse_positive(fields, "truncate_prompt_tokens"),
     )
 
@@ -116,13 +119,14 @@ def _parse_positive(fields: Mapping[str, Any], name: str) -> int | None:
     return value
 
 
-def _parse_use(fields: Mapping[str, Any]) -> str | None:
+def _parse_use(fields: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Return the prompt's name and the field that named it."""
     for name in ("input_type", "prompt_name"):
         if (value := fields.get(name)) is not None:
             if not isinstance(value, str) or not value:
                 raise InvalidRequestError(f"`{name}` must be a string", name)
-            return value
-    return None
+            return value, name
+    return None, None
 
 
 def answer(vectors: np.ndarray, model: str, encoding_format: EncodingFormat, prompt_tokens: int) -> bytes:

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import tomli
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from deployments.config.model_files import PACKAGE, ModelFiles, resolve_model_path
-from deployments.config.worker import RESERVED_ENGINE_ARGS, Worker
+from deployments.config.worker import RESERVED_ENGINE_ARGS, Model, Worker
 from deployments.errors import ConfigError
 
 # WORKER__GENERATOR__MAX_NUM_SEQS=32 sets the key in every file, WORKER_<STEM>__… in one of them.
 ENV_PREFIX = "WORKER"
 ENV_SEPARATOR = "__"
+
+Location = tuple[str, ...]
 
 
 @dataclass(frozen=True, order=True)
@@ -73,20 +75,23 @@ def _read_file(
     file: Path, check_models: bool, environ: Mapping[str, str]
 ) -> tuple[Worker | None, list[Problem]]:
     try:
-        content = tomli.loads(file.read_text(encoding="utf-8"))
+        content = tomli.loads(file.read_text(encoding="utf-8-sig"))  # some editors put a mark first
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
         return None, [Problem(str(file), "", f"can't be read: {reason}")]
     except tomli.TOMLDecodeError as error:
         return None, [Problem(str(file), "", f"isn't valid TOML: {error}")]
-    _override(content, file.stem, environ)
-    problems = []
+    overrides, problems = _override(content, file, environ)
     worker = None
     try:
         worker = Worker.model_validate(content)
     except ValidationError as error:
         # What pydantic says of a table hides nothing else, so the model is checked all the same.
-        problems += [_explain(str(file), content, detail) for detail in error.errors()]
+        for detail in error.errors():
+            problem = _explain(str(file), content, detail)
+            variable = overrides.get(tuple(map(str, detail["loc"])))
+            said = f"{problem.message} (from the variable {variable})" if variable else problem.message
+            problems.append(Problem(problem.file, problem.key, said))
     problems += list(_check_engine_args(str(file), content))
     problems += list(_check_model(file, content, check_models))
     if worker is None or problems:
@@ -97,21 +102,39 @@ def _read_file(
 # --- environment -------------------------------------------------------------------------------
 
 
-def _override(content: dict[str, Any], stem: str, environ: Mapping[str, str]) -> None:
-    own = f"{ENV_PREFIX}_{re.sub(r'[^A-Za-z0-9]', '_', stem).upper()}"
+def _override(
+    content: dict[str, Any], file: Path, environ: Mapping[str, str]
+) -> tuple[dict[Location, str], list[Problem]]:
+    """Put the environment's values into the file's; return which variable set what."""
+    overrides: dict[Location, str] = {}
+    problems = []
+    own = f"{ENV_PREFIX}_{re.sub(r'[^A-Za-z0-9]', '_', file.stem).upper()}"
     for prefix in (ENV_PREFIX, own):  # the file's own variables come last and win
         start = prefix + ENV_SEPARATOR
         for variable in sorted(environ):
             if not variable.startswith(start):
                 continue
-            *tables, key = variable.removeprefix(start).lower().split(ENV_SEPARATOR)
-            target = content
-            for table in tables:
-                target = target.setdefault(table, {})
-            target[key] = _toml_value(environ[variable])
+            location = tuple(variable.removeprefix(start).lower().split(ENV_SEPARATOR))
+            target: Any = content
+            for table in location[:-1]:
+                target = target.setdefault(table, {}) if isinstance(target, dict) else None
+            if not isinstance(target, dict):
+                message = f"is no table, so {variable} can't set a key of it"
+                problems.append(Problem(str(file), _dotted(location[:-1]), message))
+                continue
+            target[location[-1]] = _value(location, environ[variable])
+            overrides[location] = variable
+    return overrides, problems
 
 
-def _toml_value(text: str) -> Any:
+def _value(location: Location, text: str) -> Any:
+    """Read a variable as TOML, except for keys that hold text: a token of digits stays text."""
+    field = _table_at(location[:-1])
+    info = field.model_fields.get(location[-1]) if field else None
+    annotation: Any = info.annotation if info else None
+    kinds = {annotation, *getattr(annotation, "__args__", ())}
+    if kinds & {str, SecretStr}:
+        return int(text) if int in kinds and text.isdecimal() else text
     try:
         return tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
@@ -122,15 +145,16 @@ def _toml_value(text: str) -> Any:
 
 
 def _explain(file: str, content: dict[str, Any], detail: Any) -> Problem:
-    location = tuple(str(part) for part in detail["loc"])
+    location: Location = tuple(str(part) for part in detail["loc"])
     kind, message = detail["type"], detail["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        if dotted := _dotted_name(content, location):
+        hint = _did_you_mean(location[-1], _fields_at(location[:-1]))
+        dotted = None if hint else _dotted_name(content, location)
+        message = "unknown key" + hint
+        if dotted:
             quoted = f'[queue.models."{dotted}"]'
             message = f"a name with dots must be quoted: write {quoted}"
             location = location[:3]
-        else:
-            message = "unknown key" + _did_you_mean(location[-1], _fields_at(location[:-1]))
     elif kind == "missing":
         message = "is missing"
     elif kind == "literal_error":
@@ -142,22 +166,39 @@ def _explain(file: str, content: dict[str, Any], detail: Any) -> Problem:
     return Problem(file, _dotted(location), message)
 
 
-def _dotted(location: tuple[str, ...]) -> str:
+def _dotted(location: Location) -> str:
     return ".".join(f'"{part}"' if "." in part else part for part in location)
 
 
-def _dotted_name(content: dict[str, Any], location: tuple[str, ...]) -> str | None:
+def _dotted_name(content: dict[str, Any], location: Location) -> str | None:
     """Return the name that `[queue.models.a.b]` was meant to be, if that is the mistake here."""
-    if location[:2] != ("queue", "models") or len(location) < 4:
+    if location[:2] != ("queue", "models") or len(location) != 4:
         return None
-    table: Any = content["queue"]["models"]
-    for part in location[2:]:
-        table = table.get(part) if isinstance(table, dict) else None
-    return ".".join(location[2:]) if isinstance(table, dict) else None
+    name = [location[2]]
+    table: Any = content["queue"]["models"][location[2]]
+    for part in _until_model(table, location[3]):
+        name.append(part)
+    return ".".join(name) if len(name) > 1 else None
 
 
-def _fields_at(location: tuple[str, ...]) -> list[str]:
+def _until_model(table: Any, part: str) -> Iterator[str]:
+    """Follow single nested tables down to the one that looks like a model's."""
+    while isinstance(table, dict) and isinstance(table.get(part), dict):
+        yield part
+        table = table[part]
+        if set(table) & set(Model.model_fields) or len(table) != 1:
+            return
+        part = next(iter(table))
+
+
+def _fields_at(location: Location) -> list[str]:
     """Return the keys that the schema knows in the table at `location`."""
+    table = _table_at(location)
+    return list(table.model_fields) if table else []
+
+
+def _table_at(location: Location) -> type[BaseModel] | None:
+    """Return the schema of the table at `location`, if there is one."""
     table: type[BaseModel] = Worker
     parts = iter(location)
     for part in parts:
@@ -169,11 +210,11 @@ def _fields_at(location: tuple[str, ...]) -> list[str]:
             if isinstance(each, type) and issubclass(each, BaseModel)
         ]
         if not inner:
-            return []
+            return None
         table = inner[0]
         if part == "models":
             next(parts, None)  # the model's name, which is free
-    return list(table.model_fields)
+    return table
 
 
 def _did_you_mean(word: str, known: Iterator[str] | list[str]) -> str:
@@ -199,16 +240,12 @@ def engine_arg_names() -> frozenset[str]:
     return frozenset(re.findall(r"^    ([a-z]\w*):", body, flags=re.MULTILINE))
 
 
-# The stand-in engine's own arguments; see engine/fake.py.
-FAKE_ENGINE_ARGS = frozenset({"dimension", "call_seconds", "token_seconds", "start_seconds"})
-
-
 def _check_engine_args(file: str, content: dict[str, Any]) -> Iterator[Problem]:
     generator = content.get("generator")
     arguments = generator.get("engine_args") if isinstance(generator, dict) else None
-    if not isinstance(generator, dict) or not isinstance(arguments, dict):
+    if not isinstance(arguments, dict) or generator is None or generator.get("type") != "vllm":
         return
-    known = FAKE_ENGINE_ARGS if generator.get("type") == "fake" else engine_arg_names()
+    known = engine_arg_names()
     for name in arguments:
         if known and name not in known and name not in RESERVED_ENGINE_ARGS:
             hint = _did_you_mean(name, sorted(known))

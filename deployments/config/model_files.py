@@ -6,6 +6,7 @@ what can be parallelised follows vLLM's `config/model.py` and its models' `Suppo
 
 import importlib.util
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,7 @@ NO_PIPELINE_PARALLEL = frozenset(
 )
 # vLLM's derivation skips the factor for these; see _get_and_verify_max_len.
 UNSCALED_ROPE = frozenset({"su", "longrope", "llama3", "yarn", "deepseek_yarn", "default"})
+BYTES_PER_ELEMENT = 4  # float32: a node's CPU may not compute in less
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
 
 
@@ -56,6 +58,20 @@ def resolve_model_path(model_path: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"the Python package `{package}` isn't installed")
     return str(Path(spec.submodule_search_locations[0], folder))
+
+
+def _number(config: dict[str, Any], *keys: str) -> int | None:
+    """Return the first of the keys that holds a positive number; files of models hold the oddest things."""
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+            return int(value)
+    return None
+
+
+def _table(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Return the first of the keys that holds a table, else an empty one."""
+    return next((config[key] for key in keys if isinstance(config.get(key), dict)), {})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -92,20 +108,21 @@ class ModelFiles:
                 sentence_bert_config=_read(folder / "sentence_bert_config.json"),
                 sentence_transformers_config=_read(folder / "config_sentence_transformers.json"),
             )
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"a JSON file in {folder} is broken: {error}") from error
+        except OSError as error:
+            raise FileNotFoundError(f"a JSON file in {folder} can't be read: {error.strerror}") from error
 
     @cached_property
     def text_config(self) -> dict[str, Any]:
         """The text part of a multi-modal config, else the config itself."""
-        nested = self.config.get("text_config")
-        return nested if isinstance(nested, dict) else self.config
+        return _table(self.config, "text_config") or self.config
 
     @property
     def architecture(self) -> str:
         """The first of `architectures`."""
-        names = self.config.get("architectures") or ["unknown"]
-        return str(names[0])
+        names = self.config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else "unknown"
 
     @property
     def is_causal(self) -> bool:
@@ -120,45 +137,44 @@ class ModelFiles:
     @property
     def num_attention_heads(self) -> int | None:
         """Attention heads, which tensor parallelism divides."""
-        heads = self.text_config.get("num_attention_heads", self.text_config.get("n_head"))
-        return int(heads) if heads is not None else None
+        return _number(self.text_config, "num_attention_heads", "n_head")
 
     @property
     def num_layers(self) -> int | None:
         """Layers, which pipeline parallelism divides."""
-        layers = self.text_config.get("num_hidden_layers", self.text_config.get("n_layer"))
-        return int(layers) if layers is not None else None
+        return _number(self.text_config, "num_hidden_layers", "n_layer")
 
     @property
     def max_model_len(self) -> int | None:
         """The longest input in tokens, as vLLM derives it; None where the files don't say."""
-        if length := self.sentence_bert_config.get("max_seq_length"):
-            return int(length)
-        lengths = [self.text_config[key] for key in LENGTH_KEYS if self.text_config.get(key)]
+        if length := _number(self.sentence_bert_config, "max_seq_length"):
+            return length
+        lengths = [length for key in LENGTH_KEYS if (length := _number(self.text_config, key))]
         if not lengths:
             return None
-        rope = self.text_config.get("rope_scaling") or self.text_config.get("rope_parameters") or {}
+        rope = _table(self.text_config, "rope_scaling", "rope_parameters")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        factor = 1.0 if kind in UNSCALED_ROPE else float(rope.get("factor") or 1.0)
-        own = min(self.tokenizer_config.get("model_max_length") or lengths[0], *lengths)
+        scaled = kind not in UNSCALED_ROPE and isinstance(rope.get("factor"), int | float)
+        factor = float(rope["factor"]) if scaled else 1.0
+        own = min(_number(self.tokenizer_config, "model_max_length") or lengths[0], *lengths)
         return int(own * factor)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of a 16-bit key-value cache for one token, over all layers; 0 where unknown."""
+        """Bytes of a float32 key-value cache for one token, over all layers; 0 where unknown."""
         config = self.text_config
-        heads, layers, hidden = self.num_attention_heads, self.num_layers, config.get("hidden_size")
+        heads, layers, hidden = self.num_attention_heads, self.num_layers, _number(config, "hidden_size")
         if not (heads and layers and hidden):
             return 0
-        kv_heads = config.get("num_key_value_heads") or heads
-        head_dim = config.get("head_dim") or hidden // heads
-        return int(2 * layers * kv_heads * head_dim * 2)
+        kv_heads = _number(config, "num_key_value_heads") or heads
+        head_dim = _number(config, "head_dim") or hidden // heads
+        return 2 * layers * kv_heads * head_dim * BYTES_PER_ELEMENT
 
     @property
     def prompts(self) -> dict[str, str]:
         """The model's own prompts by use, as sentence-transformers saves them."""
-        prompts = self.sentence_transformers_config.get("prompts") or {}
-        return {str(use): str(text) for use, text in prompts.items()}
+        prompts = _table(self.sentence_transformers_config, "prompts")
+        return {use: text for use, text in prompts.items() if isinstance(text, str)}
 
     def objections(
         self, max_model_len: int | None, tensor_parallel_size: int, pipeline_parallel_size: int

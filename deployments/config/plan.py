@@ -6,6 +6,7 @@ vLLM's `mp` executor splits; across nodes a bundle for the replica and one per G
 executor fills.
 """
 
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from deployments.config.model_files import ModelFiles, resolve_model_path
 from deployments.config.worker import Worker
+from deployments.errors import ConfigError
 
 Device = Literal["cpu", "gpu"]
 
@@ -22,11 +24,13 @@ MAX_CORES_PER_RANK = 16  # small encoders gain nothing from more
 MIN_KV_CACHE_BYTES = 256 * 2**20
 # Requests that wait in a replica wait in its engine's queue, where they are batched.
 MAX_ONGOING_REQUESTS = 1024
+BLOCK_SIZE = 32  # tokens; the size that vLLM's CPU attention is fastest with
+SPARE_BLOCKS = 4
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to share out: cores and GPUs in all, and cores of the largest node."""
+    """What there is to share out: cores and GPUs in all, and the cores of the largest node."""
 
     cpus: int
     gpus: int
@@ -49,6 +53,18 @@ class WorkerPlan:
     def name(self) -> str:
         """The deployment's name."""
         return self.worker.name
+
+    @property
+    def min_replicas(self) -> int:
+        """How many replicas there are at least."""
+        wanted = self.worker.deployment
+        return wanted.autoscaling.min_replicas if wanted.autoscaling else wanted.num_replicas or 1
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """CPUs and GPUs of one replica without a placement group."""
+        options = self.ray_actor_options
+        return {"CPU": float(options.get("num_cpus", 0)), "GPU": float(options.get("num_gpus", 0))}
 
     @property
     def deployment_options(self) -> dict[str, Any]:
@@ -86,7 +102,7 @@ class WorkerPlan:
                 "bundles": [dict(bundle) for bundle in self.bundles],
                 "strategy": worker.deployment.placement_group_strategy,
             },
-            "engine_args": self.engine_args,
+            "engine_args": {name: _shown(name, value) for name, value in self.engine_args.items()},
             "scaling": self.deployment_options.get("autoscaling_config")
             or {"num_replicas": self.deployment_options["num_replicas"]},
             "limits": worker.limits.model_dump(),
@@ -101,6 +117,34 @@ def make_plans(workers: Iterable[Worker], machine: Machine) -> tuple[WorkerPlan,
     devices = {worker.name: _device(worker, machine) for worker in workers}
     shared = _shared_cores([w for w in workers if _needs_cores(w, devices[w.name])], machine)
     return tuple(_plan(worker, devices[worker.name], shared) for worker in workers)
+
+
+def unplaceable(plans: Iterable[WorkerPlan], machine: Machine) -> list[str]:
+    """Return what can't be placed on a machine that doesn't grow, a line for each worker."""
+    problems = []
+    cpus, gpus = float(machine.cpus), float(machine.gpus)
+    for plan in plans:
+        count = plan.min_replicas
+        wanted = plan.bundles or (plan.resources,)
+        cpus -= count * sum(bundle.get("CPU", 0.0) for bundle in wanted)
+        gpus -= count * sum(bundle.get("GPU", 0.0) for bundle in wanted)
+        if cpus < 0 or gpus < 0:
+            needs = " and ".join(
+                f"{number * count:g} {kind}s"
+                for kind in ("CPU", "GPU")
+                if (number := sum(bundle.get(kind, 0.0) for bundle in wanted))
+            )
+            problems.append(
+                f"worker `{plan.name}` needs {needs}, and with the workers before it that is more than"
+                f" this machine's {machine.cpus} CPUs and {machine.gpus} GPUs;"
+                " lower deployment.num_cpus, num_replicas or the parallel sizes"
+            )
+    return problems
+
+
+def _shown(name: str, value: Any) -> Any:
+    """Return an argument as it may be printed: `hf_token` and its like are secrets."""
+    return "**********" if re.search(r"token$|secret|password|api_key", name) else value
 
 
 def _device(worker: Worker, machine: Machine) -> Device:
@@ -229,9 +273,21 @@ def _engine_args(worker: Worker, device: Device, files: ModelFiles | None) -> di
             "ray" if device == "gpu" and _spans_nodes(worker) else "mp"
         )
     if device == "cpu":
-        kv_bytes = files.kv_bytes_per_token * arguments["max_num_batched_tokens"] if files else 2**30
+        if generator.world_size > 1 and worker.deployment.placement_group_strategy == "PACK":
+            raise ConfigError(
+                f"worker `{worker.name}`: deployment.placement_group_strategy: `PACK` may put ranks on"
+                " several nodes, which vLLM can't do on CPUs; use `STRICT_PACK`"
+            )
+        if generator.pipeline_parallel_size > 1 and generator.engine_args.get("enforce_eager"):
+            raise ConfigError(
+                f"worker `{worker.name}`: generator.engine_args.enforce_eager: pipeline stages can't run"
+                " eagerly on CPUs; leave it out"
+            )
+        # Room for a whole step, and for the block that vLLM sets aside.
+        cached = arguments["max_num_batched_tokens"] + SPARE_BLOCKS * BLOCK_SIZE
+        kv_bytes = files.kv_bytes_per_token * cached if files else 2**30
         arguments |= {
-            "block_size": 32,
+            "block_size": BLOCK_SIZE,
             # Unset, vLLM claims 92% of the node's memory, and a second replica on it can't start.
             "kv_cache_memory_bytes": max(MIN_KV_CACHE_BYTES, kv_bytes),
             # Compiling costs 10 s at every start and half a millisecond less a call. Pipeline

@@ -29,10 +29,25 @@ RESERVED_ENGINE_ARGS = {
 }
 
 
+# The deployment in front of all workers.
+INGRESS_NAME = "ingress"
+MAX_PORT = 65535
+
+
 class Table(BaseModel):
     """A TOML table: frozen, strict, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class FakeEngineArgs(Table):
+    """`[generator.engine_args]` of the stand-in engine; times in seconds."""
+
+    dimension: Count = 64
+    call_seconds: Annotated[float, Field(ge=0)] = 0.0
+    token_seconds: Annotated[float, Field(ge=0)] = 0.0
+    start_seconds: Annotated[float, Field(ge=0)] = 0.0
+    start_error: str = ""
 
 
 class Generator(Table):
@@ -54,6 +69,12 @@ class Generator(Table):
             if name in RESERVED_ENGINE_ARGS:
                 raise ValueError(f"`{name}` can't be set here; use {RESERVED_ENGINE_ARGS[name]}")
         return value
+
+    @model_validator(mode="after")
+    def _fake_arguments(self) -> "Generator":
+        if self.type == "fake":
+            FakeEngineArgs.model_validate(self.engine_args)
+        return self
 
     @model_validator(mode="after")
     def _has_model(self) -> "Generator":
@@ -102,12 +123,27 @@ class Queue(Table):
     service_role: str = "Worker"
     models: dict[Name, Model] = Field(min_length=1)
 
+    @field_validator("checkpoint_name")
+    @classmethod
+    def _not_the_ingress(cls, value: str) -> str:
+        if value == INGRESS_NAME:
+            raise ValueError(f"`{value}` is the name of the deployment in front of all workers")
+        return value
+
 
 class Monitoring(Table):
     """`[monitoring]`: metrics and conditions for readiness."""
 
-    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    metrics_port: Annotated[int, Field(ge=0, le=MAX_PORT)] = 0
     tcp_probes: tuple[Probe, ...] = Field(default=(), strict=False)
+
+    @field_validator("tcp_probes")
+    @classmethod
+    def _ports(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            if int(address.rpartition(":")[2]) > MAX_PORT:
+                raise ValueError(f"`{address}` has no port of a machine")
+        return value
 
 
 class Autoscaling(Table):
@@ -131,6 +167,9 @@ class Autoscaling(Table):
             raise ValueError(
                 f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})"
             )
+        initial = self.initial_replicas
+        if initial is not None and not self.min_replicas <= initial <= self.max_replicas:
+            raise ValueError(f"initial_replicas ({initial}) must lie between min_replicas and max_replicas")
         return self
 
 
@@ -150,6 +189,13 @@ class Deployment(Table):
     max_replicas_per_node: Annotated[int, Field(ge=1, le=100)] | None = None
     autoscaling: Autoscaling | None = None
 
+    @field_validator("resources")
+    @classmethod
+    def _custom(cls, value: dict[str, float]) -> dict[str, float]:
+        if named := {"CPU", "GPU", "memory"} & set(value):
+            raise ValueError(f"{', '.join(sorted(named))} can't be set here; use num_cpus and num_gpus")
+        return value
+
     @model_validator(mode="after")
     def _one_scaling(self) -> "Deployment":
         if self.num_replicas is not None and self.autoscaling is not None:
@@ -163,22 +209,33 @@ class Deployment(Table):
 
 
 class Limits(Table):
-    """`[limits]`: what one request to this worker may hold, and how long it may take."""
+    """`[limits]`: what a request to this worker may hold, how long it may take, how much may wait.
+
+    Absent `max_outstanding_tokens` means: what the worker's measured speed can embed in half the deadline.
+    """
 
     max_inputs: Count = 2048
     max_request_tokens: Count = 300_000
+    max_outstanding_tokens: Count | None = None
     request_timeout_s: Annotated[float, Field(gt=0, le=3600, strict=False)] = 60.0
 
 
 class Worker(Table):
     """One worker file."""
 
-    edition: Literal[1]
+    edition: int
     generator: Generator
     queue: Queue
     monitoring: Monitoring = Monitoring()
     deployment: Deployment = Deployment()
     limits: Limits = Limits()
+
+    @field_validator("edition")
+    @classmethod
+    def _known_edition(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(f"must be 1, not {value!r}")
+        return value
 
     @model_validator(mode="after")
     def _spreads_single_ranks(self) -> "Worker":

@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from deployments.config.plan import WorkerPlan
+from deployments.config.worker import FakeEngineArgs
 from deployments.engine.batch import TokenBatch
 
 
@@ -50,7 +51,8 @@ def make_engine(plan: WorkerPlan) -> Engine:
     if plan.worker.generator.type == "fake":
         from deployments.engine.fake import FakeEngine
 
-        return FakeEngine(**plan.engine_args, max_model_len=plan.worker.generator.max_model_len)
+        arguments = FakeEngineArgs.model_validate(plan.engine_args)
+        return FakeEngine(arguments, plan.worker.generator.max_model_len)
     from deployments.engine.vllm import VllmEngine
 
     return VllmEngine(plan)

@@ -25,6 +25,12 @@ class TokenBatch:
         ids = np.fromiter((token for tokens in inputs for token in tokens), np.int32, total)
         return cls(ids, lengths)
 
+    @classmethod
+    def join(cls, inputs: Sequence[np.ndarray]) -> "TokenBatch":
+        """Join arrays of ids, each int32 of shape (length,)."""
+        lengths = np.fromiter(map(len, inputs), np.int32, len(inputs))
+        return cls(np.concatenate(inputs), lengths)
+
     def __len__(self) -> int:
         """Return the number of inputs."""
         return len(self.lengths)

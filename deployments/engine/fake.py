@@ -10,12 +10,14 @@ import zlib
 
 import numpy as np
 
+from deployments.config.worker import FakeEngineArgs
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
 from deployments.engine.tokenizer import byte_tokenizer
-from deployments.errors import EngineDeadError
+from deployments.errors import EngineDeadError, EngineStartError
 
 VOCAB_SIZE = 256
+MAX_MODEL_LEN = 8192
 
 
 def fake_vectors(batch: TokenBatch, dimension: int) -> np.ndarray:
@@ -30,36 +32,28 @@ def fake_vectors(batch: TokenBatch, dimension: int) -> np.ndarray:
 class FakeEngine:
     """Serves one call at a time, as a busy device would: `call_seconds` + tokens times `token_seconds`."""
 
-    def __init__(
-        self,
-        dimension: int = 64,
-        call_seconds: float = 0.0,
-        token_seconds: float = 0.0,
-        start_seconds: float = 0.0,
-        max_model_len: int | None = None,
-    ) -> None:
+    def __init__(self, arguments: FakeEngineArgs | None = None, max_model_len: int | None = None) -> None:
         """Set the size of the vectors and the times."""
-        self._dimension = dimension
-        self._call_seconds = call_seconds
-        self._token_seconds = token_seconds
-        self._start_seconds = start_seconds
-        self._max_model_len = max_model_len or 8192
+        self._arguments = arguments or FakeEngineArgs()
+        self._max_model_len = max_model_len or MAX_MODEL_LEN
         self._device = asyncio.Lock()
         self._stopped = False
 
     def start(self) -> ModelCard:
-        """Wait for the set time, as if weights were loaded."""
-        time.sleep(self._start_seconds)
-        return ModelCard(byte_tokenizer(), self._dimension, self._max_model_len, VOCAB_SIZE)
+        """Wait for the set time, as if weights were loaded; fail if told to."""
+        time.sleep(self._arguments.start_seconds)
+        if self._arguments.start_error:
+            raise EngineStartError(self._arguments.start_error)
+        return ModelCard(byte_tokenizer(), self._arguments.dimension, self._max_model_len, VOCAB_SIZE)
 
     async def embed(self, batch: TokenBatch) -> np.ndarray:
         """Return `fake_vectors` after the service time."""
         self.check()
-        seconds = self._call_seconds + batch.tokens * self._token_seconds
+        seconds = self._arguments.call_seconds + batch.tokens * self._arguments.token_seconds
         if seconds:
             async with self._device:
                 await asyncio.sleep(seconds)
-        return fake_vectors(batch, self._dimension)
+        return fake_vectors(batch, self._arguments.dimension)
 
     def check(self) -> None:
         """Raise once stopped."""

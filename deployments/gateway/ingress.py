@@ -5,11 +5,13 @@ Ray Serve takes or makes the `x-request-id` and returns it; that is left to it.
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -20,6 +22,7 @@ from deployments.api.encoding import truncate
 from deployments.config.plan import WorkerPlan
 from deployments.errors import (
     BodyTooLargeError,
+    DeadlineExceededError,
     EmbeddingError,
     InvalidRequestError,
     MethodNotAllowedError,
@@ -27,12 +30,19 @@ from deployments.errors import (
 )
 from deployments.gateway.catalog import Catalog
 from deployments.gateway.dispatch import Dispatch
+from deployments.gateway.meter import RetryBudget
 from deployments.gateway.prepare import prepare
+from deployments.gateway.work import Lane
 
 logger = logging.getLogger("ray.serve")
 
 # The version of the inference API that we speak; clients ask for major 1, 1.19.0 or later.
 API_VERSION = "1.19.0"
+# Ray Serve's own header: a client may lower its request's deadline, never raise it.
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+TIMEOUT_MARGIN = 0.05
+# Which model it is for, and so its deadline, is known once the body is there.
+BODY_SECONDS = 30.0
 CLIENT_CLOSED_REQUEST = 499  # nginx's name for it: nobody reads this answer
 
 
@@ -46,7 +56,8 @@ class Ingress:
         max_body_bytes: int,
     ) -> None:
         """Make one dispatch for each worker; `handles` are by the worker's name."""
-        catalog = Catalog({plan.name: Dispatch(plan, handles[plan.name]) for plan in plans})
+        budget = RetryBudget()
+        catalog = Catalog({plan.name: Dispatch(plan, handles[plan.name], budget) for plan in plans})
         self._app = make_app(catalog, max_body_bytes)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -60,12 +71,14 @@ def make_app(catalog: Catalog, max_body_bytes: int) -> FastAPI:
         title="Embedding cluster",
         description="OpenAI-compatible embeddings.",
         version=API_VERSION,
-        openapi_url="/openapi.json",
+        openapi_url=None,  # both are among the routes, at either prefix
+        docs_url=None,
         redoc_url=None,
     )
     app.add_middleware(Errors)
     app.add_exception_handler(HTTPException, _http_exception)
     router = _routes(catalog, max_body_bytes)
+    _add_documentation(app, router)
     app.include_router(router, prefix="/v1")
     # The same routes without prefix: some clients are given the host with /v1, some without.
     app.include_router(router, include_in_schema=False)
@@ -78,14 +91,19 @@ def _routes(catalog: Catalog, max_body_bytes: int) -> APIRouter:
     async def embeddings(request: Request) -> Response:
         """Embed one text or many; the answer keeps their order."""
         arrival = asyncio.get_running_loop().time()
-        body = await read_body(request, max_body_bytes)
+        try:
+            async with asyncio.timeout_at(arrival + min(BODY_SECONDS, wanted_seconds(request))):
+                body = await read_body(request, max_body_bytes)
+        except TimeoutError:
+            raise DeadlineExceededError("the body took too long to arrive", "body") from None
         wanted = openai.parse_request(body)
         served = catalog.find_embedder(wanted.model)
         limits = served.dispatch.plan.worker.limits
-        deadline = arrival + limits.request_timeout_s
+        deadline = arrival + min(limits.request_timeout_s, wanted_seconds(request))
         card, tokenizer = await served.dispatch.model(deadline)
         batch = await prepare(wanted, served.model.embedding_task, limits, card, tokenizer)
-        vectors = await served.dispatch.embed(batch, deadline)
+        lane = Lane.BULK if request.query_params.get("nice") == "true" else Lane.INTERACTIVE
+        vectors = await served.dispatch.embed(batch, deadline, lane, caller_of(request))
         vectors = truncate(vectors, wanted.dimensions)
         answer = openai.answer(vectors, wanted.model, wanted.encoding_format, batch.tokens)
         return Response(answer, media_type="application/json")
@@ -131,6 +149,38 @@ def _routes(catalog: Catalog, max_body_bytes: int) -> APIRouter:
     router.add_api_route("/ready", ready, responses={503: {"description": "Not every model is ready"}})
     router.add_api_route("/version", version)
     return router
+
+
+def wanted_seconds(request: Request) -> float:
+    """Return how long the client is willing to wait; infinity where it doesn't say.
+
+    A little less than it says: it should read our answer rather than Ray Serve's, or give up by itself.
+    """
+    try:
+        seconds = float(request.headers.get(TIMEOUT_HEADER, ""))
+    except ValueError:
+        return math.inf
+    return seconds * (1 - TIMEOUT_MARGIN) if seconds > 0 else math.inf
+
+
+def caller_of(request: Request) -> str:
+    """Return what tells callers apart for taking turns: the key, else the address. Never logged."""
+    for header in ("authorization", "x-api-key", "api-key"):
+        if value := request.headers.get(header):
+            return value
+    return request.client.host if request.client else ""
+
+
+def _add_documentation(app: FastAPI, router: APIRouter) -> None:
+    async def openapi_json() -> Response:
+        return _json(app.openapi())
+
+    async def docs(request: Request) -> Response:
+        prefix = request.url.path.removesuffix("/docs")
+        return get_swagger_ui_html(openapi_url=f"{prefix}/openapi.json", title=app.title)
+
+    router.add_api_route("/openapi.json", openapi_json, include_in_schema=False)
+    router.add_api_route("/docs", docs, include_in_schema=False)
 
 
 async def read_body(request: Request, max_body_bytes: int) -> bytes:

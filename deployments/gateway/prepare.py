@@ -59,7 +59,7 @@ async def _tokenise(
         prompts = card.prompts | task.prompts
         if request.use not in prompts:
             known = f"it has {', '.join(sorted(prompts))}" if prompts else "it has none"
-            raise MissingCapabilityError(f"the model has no prompt `{request.use}`; {known}", "input_type")
+            raise MissingCapabilityError(f"the model has no prompt of that name; {known}", request.use_field)
         texts = [prompts[request.use] + text for text in texts]
     if sum(map(len, texts)) < INLINE_CHARACTERS:
         return tokenizer.encode(texts)
@@ -70,7 +70,7 @@ def _check_token_ids(request: EmbeddingRequest, task: EmbeddingTask, card: Model
     if task.token_input == "reject":
         raise MissingCapabilityError("this model takes texts only, no token ids", "input")
     if request.use is not None:
-        raise InvalidRequestError("a prompt can't be put before token ids; send text", "input_type")
+        raise InvalidRequestError("a prompt can't be put before token ids; send text", request.use_field)
     for index, ids in enumerate(request.token_ids):
         if max(ids) >= card.vocab_size:
             raise InvalidRequestError(
@@ -83,6 +83,8 @@ def _check_lengths(inputs: list[list[int]], longest: int, limits: Limits) -> Non
     total = 0
     for index, ids in enumerate(inputs):
         total += len(ids)
+        if not ids:
+            raise InvalidRequestError(f"`input[{index}]` holds nothing that the model can read", "input")
         if len(ids) > longest:
             raise ContextLengthError(
                 f"`input[{index}]` has {len(ids)} tokens, and the model takes {longest}", "input"
@@ -94,9 +96,9 @@ def _check_lengths(inputs: list[list[int]], longest: int, limits: Limits) -> Non
 
 
 def _check_dimensions(dimensions: int | None, task: EmbeddingTask, card: ModelCard) -> None:
-    if dimensions in (None, card.dimension) or dimensions in task.dimensions:
+    sizes = sorted({*(size for size in task.dimensions if size < card.dimension), card.dimension})
+    if dimensions is None or dimensions in sizes:
         return
-    sizes = sorted({*task.dimensions, card.dimension})
     raise InvalidRequestError(
         f"`dimensions` can't be {dimensions}; this model gives {', '.join(map(str, sizes))}",
         "dimensions",

@@ -13,6 +13,7 @@ from deployments.config.plan import Machine, make_plans
 from deployments.gateway.catalog import Catalog
 from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.ingress import make_app
+from deployments.gateway.meter import RetryBudget
 from deployments.replica import Replica
 from tests import workers
 
@@ -40,7 +41,7 @@ class LocalHandle:
     def __getattr__(self, name: str) -> LocalMethod:
         """Return a method of the replica; it raises what `failures` holds first."""
 
-        async def call(*arguments: Any) -> Any:
+        async def call(*arguments: Any, **_: Any) -> Any:
             if self.failures:
                 raise self.failures.pop(0)
             async with self._starting:
@@ -56,7 +57,10 @@ FILES = {
     "a.toml": workers.fake("a", "dimension = 16", task='prompts = {query = "find: "}\ndimensions = [4, 8]'),
     "b.toml": workers.fake("b", "dimension = 16", "[limits]\nmax_request_tokens = 100\nmax_inputs = 3"),
     "slow.toml": workers.fake("slow", "call_seconds = 0.3", "[limits]\nrequest_timeout_s = 0.1"),
-    "texts.toml": workers.fake("texts", task='token_input = "reject"\ntruncation = "end"'),
+    "patient.toml": workers.fake("patient", "call_seconds = 0.2"),
+    "texts.toml": workers.fake(
+        "texts", task='token_input = "reject"\ntruncation = "end"\ndimensions = [100000]'
+    ),
     "mute.toml": workers.fake("mute").replace("supported = true", "supported = false"),
 }
 
@@ -73,7 +77,8 @@ def handles(tmp_path: Path) -> dict[str, LocalHandle]:
 @pytest.fixture
 async def client(handles: dict[str, LocalHandle]) -> AsyncIterator[httpx.AsyncClient]:
     """An HTTP client of the application."""
-    catalog = Catalog({name: Dispatch(h._plan, h) for name, h in handles.items()})  # type: ignore[arg-type]
+    budget = RetryBudget()
+    catalog = Catalog({name: Dispatch(h._plan, h, budget) for name, h in handles.items()})  # type: ignore[arg-type]
     transport = httpx.ASGITransport(make_app(catalog, MAX_BODY_BYTES), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://cluster/v1") as client:
         yield client

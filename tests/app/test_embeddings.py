@@ -12,7 +12,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from deployments.api.encoding import truncate
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import fake_vectors
-from deployments.errors import EngineDeadError
+from deployments.errors import EngineDeadError, EngineError
 from tests.app.conftest import MAX_BODY_BYTES, LocalHandle
 
 
@@ -58,7 +58,14 @@ async def test_both_prefixes_serve_the_same(client: httpx.AsyncClient) -> None:
     """Clients are configured with and without /v1."""
     for path in ("/v1/models", "/models"):
         response = await client.get(f"http://cluster{path}")
-        assert [model["id"] for model in response.json()["data"]] == ["a", "b", "mute", "slow", "texts"]
+        assert [model["id"] for model in response.json()["data"]] == [
+            "a",
+            "b",
+            "mute",
+            "patient",
+            "slow",
+            "texts",
+        ]
     assert (await client.get("/models/b")).json()["id"] == "b"
 
 
@@ -119,7 +126,7 @@ async def test_what_is_refused(
 async def test_an_unknown_model_is_told_which_there_are(client: httpx.AsyncClient) -> None:
     """A typo shows at once."""
     error = await refuse(client, 404, "model_not_found", model="A", input="x")
-    assert "`a`, `b`, `mute`, `slow`, `texts`" in error["message"]
+    assert "`a`, `b`, `mute`, `patient`, `slow`, `texts`" in error["message"]
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -180,7 +187,7 @@ async def test_ready_tells_each_model(client: httpx.AsyncClient, handles: dict[s
     response = await client.get("/ready")
     assert response.status_code == 503
     states = {state["deployment"]: state["ready"] for state in response.json()["models"]}
-    assert states == {"a": True, "b": False, "mute": True, "slow": True, "texts": True}
+    assert states == {"a": True, "b": False, "mute": True, "patient": True, "slow": True, "texts": True}
 
 
 async def test_an_internal_error_shows_nothing(
@@ -213,6 +220,47 @@ async def test_the_openapi_document_shows_request_and_errors(client: httpx.Async
     schema = post["requestBody"]["content"]["application/json"]["schema"]
     assert {"model", "input", "encoding_format", "dimensions"} <= set(schema["properties"])
     assert {"200", "400", "404", "408", "413", "500", "503"} <= set(post["responses"])
-    assert (await client.get("http://cluster/docs")).status_code == 200
+    assert (await client.get("/docs")).status_code == 200
+    assert (await client.get("/openapi.json")).json() == document
     assert json.loads((await client.get("/health")).text) == {"status": "ok"}
     assert (await client.get("/version")).text.split(".")[0] == "1"
+
+
+async def test_sizes_beyond_the_model_are_not_promised(client: httpx.AsyncClient) -> None:
+    """A worker file may list more than its model has."""
+    error = await refuse(client, 400, "invalid_request", model="texts", input="x", dimensions=100_000)
+    assert error["message"].endswith("this model gives 64")
+
+
+async def test_a_wrong_prompt_is_blamed_on_the_field_that_named_it(client: httpx.AsyncClient) -> None:
+    """There are two names for it."""
+    error = await refuse(client, 400, "MISSING_CAPABILITY", input="x", prompt_name="nope")
+    assert error["param"] == "prompt_name"
+
+
+async def test_a_client_may_lower_its_deadline(client: httpx.AsyncClient) -> None:
+    """By Ray Serve's header; zero and nonsense don't count."""
+    body = {"model": "patient", "input": "x"}
+    headers = {"x-request-timeout-seconds": "0.05"}
+    await client.post("/embeddings", json=body)
+    response = await client.post("/embeddings", json=body, headers=headers)
+    assert (response.status_code, response.json()["code"]) == (408, "deadline_exceeded")
+    for value in ("0", "-1", "soon"):
+        headers = {"x-request-timeout-seconds": value}
+        assert (await client.post("/embeddings", json=body, headers=headers)).status_code == 200
+
+
+async def test_a_busy_engine_is_healthy_and_a_hanging_one_isnt(
+    monkeypatch: pytest.MonkeyPatch, handles: dict[str, LocalHandle]
+) -> None:
+    """The canary waits in line; only when nothing at all was answered it speaks of an illness."""
+    monkeypatch.setattr("deployments.replica.CANARY_SECONDS", 0.45)
+    await handles["patient"].describe.remote()
+    replica = handles["patient"]._replica
+    work = [asyncio.ensure_future(replica.embed(TokenBatch.of([[number]]))) for number in range(5)]
+    await asyncio.sleep(0)
+    await replica.check_health()
+    await asyncio.gather(*work)
+    async with replica._engine._device:
+        with pytest.raises(EngineError, match="the canary took longer"):
+            await replica.check_health()

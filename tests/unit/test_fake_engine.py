@@ -4,6 +4,7 @@ import asyncio
 
 import numpy as np
 
+from deployments.config.worker import FakeEngineArgs
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import FakeEngine, fake_vectors
 from tests.engine_contract import check_engine
@@ -11,13 +12,13 @@ from tests.engine_contract import check_engine
 
 async def test_fake_fulfils_the_contract() -> None:
     """The same checks that vLLM passes."""
-    engine = FakeEngine(dimension=32, call_seconds=0.001)
+    engine = FakeEngine(FakeEngineArgs(dimension=32, call_seconds=0.001))
     await check_engine(engine, engine.start(), 0.999999)
 
 
 async def test_calls_are_served_one_at_a_time() -> None:
     """As by a busy device: two calls take twice the service time."""
-    engine = FakeEngine(call_seconds=0.05)
+    engine = FakeEngine(FakeEngineArgs(call_seconds=0.05))
     engine.start()
     loop = asyncio.get_running_loop()
     begun = loop.time()

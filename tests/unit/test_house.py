@@ -25,7 +25,14 @@ LAYERS = [
     ["deployments.engine.fake", "deployments.engine.vllm"],
     ["deployments.api.encoding"],
     ["deployments.api.openai"],
-    ["deployments.replica", "deployments.gateway.dispatch", "deployments.gateway.prepare"],
+    [
+        "deployments.replica",
+        "deployments.gateway.router",
+        "deployments.gateway.work",
+        "deployments.gateway.meter",
+    ],
+    ["deployments.gateway.lanes", "deployments.gateway.prepare", "deployments.gateway.serve_router"],
+    ["deployments.gateway.dispatch"],
     ["deployments.gateway.catalog"],
     ["deployments.gateway.ingress"],
     ["deployments.app"],
@@ -46,6 +53,7 @@ HEAVY = {
     "ray": {
         "deployments.app",
         "deployments.launch",
+        "deployments.gateway.router",
         "deployments.gateway.dispatch",
         "deployments.gateway.ingress",
     },
@@ -146,7 +154,8 @@ import asyncio
 import deployments.app, deployments.launch
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import FakeEngine
-engine = FakeEngine(dimension=8)
+from deployments.config.worker import FakeEngineArgs
+engine = FakeEngine(FakeEngineArgs(dimension=8))
 engine.start()
 print(asyncio.run(engine.embed(TokenBatch.of([[1, 2], [3]]))).shape)
 """)

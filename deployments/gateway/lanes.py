@@ -1,0 +1,60 @@
+"""The queue of one worker: two lanes, in each of them the callers take turns."""
+
+from collections import OrderedDict, deque
+
+from deployments.gateway.work import Lane, Part
+
+# Beyond this the engine gains nothing from a larger call, and some thousands have crashed it.
+MAX_CALL_INPUTS = 1024
+
+
+class Lanes:
+    """Parts that wait, by lane and caller. A caller with a thousand parts waits behind one with one."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._lanes: dict[Lane, OrderedDict[str, deque[Part]]] = {lane: OrderedDict() for lane in Lane}
+
+    def put(self, part: Part, first: bool = False) -> None:
+        """Queue a part behind its caller's others, or `first` when it has been tried before."""
+        waiting = self._lanes[part.lane].setdefault(part.caller, deque())
+        if first:
+            waiting.appendleft(part)
+        else:
+            waiting.append(part)
+
+    def take(self, lane: Lane, part_tokens: int) -> Part | None:
+        """Take the next part of a lane, joined with what else waits there, up to `part_tokens`."""
+        joined: Part | None = None
+        tokens = 0
+        while (caller := next(iter(self._lanes[lane]), None)) is not None:
+            waiting = self._lanes[lane][caller]
+            part = waiting[0]
+            part.inputs = [each for each in part.inputs if each.waiters]
+            if joined is not None and part.inputs:
+                if part.alone or tokens + part.tokens > part_tokens:
+                    return joined
+                if len(joined.inputs) + len(part.inputs) > MAX_CALL_INPUTS:
+                    return joined
+            self._advance(lane, caller)
+            if not part.inputs:
+                continue
+            tokens += part.tokens
+            if joined is None:
+                joined = part
+                if part.alone:
+                    return part
+            else:
+                joined.inputs += part.inputs
+                joined.attempts = max(joined.attempts, part.attempts)
+        return joined
+
+    def _advance(self, lane: Lane, caller: str) -> None:
+        """Take a caller's first part off, and send the caller to the end of the line."""
+        callers = self._lanes[lane]
+        waiting = callers[caller]
+        waiting.popleft()
+        if waiting:
+            callers.move_to_end(caller)
+        else:
+            del callers[caller]

@@ -1,0 +1,124 @@
+"""Ray Serve's request router for our replicas: the one with the fewest outstanding tokens.
+
+Serve's own counts requests, and a request may be two tokens or two hundred thousand. One router lives in
+every process that holds a handle; it knows the tokens that this process has sent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import ray
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from deployments.engine.batch import TokenBatch
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call under way: where its tokens count."""
+
+    replica: ReplicaID
+    tokens: int
+    call_id: str | None
+
+
+class TokenRouter(RequestRouter):
+    """Ranks replicas by outstanding tokens, those on this node first on a tie, suspects last.
+
+    A call names itself by the keyword `call_id`, so that its sender can find out where it went.
+    """
+
+    _by_deployment: ClassVar[WeakValueDictionary[str, "TokenRouter"]] = WeakValueDictionary()
+
+    def initialize_state(self, **_: Any) -> None:
+        """Ray Serve's constructor for subclasses."""
+        self._outstanding: dict[ReplicaID, int] = {}
+        self._calls: dict[str, _Call] = {}
+        self._places: dict[str, ReplicaID] = {}
+        self._suspects: set[ReplicaID] = set()
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._by_deployment[self._deployment_id.name] = self
+
+    @classmethod
+    def of(cls, deployment: str) -> "TokenRouter | None":
+        """Return this process's router of a deployment, once its handle has been used."""
+        return cls._by_deployment.get(deployment)
+
+    @property
+    def num_replicas(self) -> int:
+        """How many replicas there are to choose from."""
+        return len(self.curr_replicas)
+
+    def suspect(self, call_id: str) -> bool:
+        """Choose the call's replica last from now on; say whether there is another one to choose."""
+        place = self._places.get(call_id) or next(
+            (call.replica for call in self._calls.values() if call.call_id == call_id), None
+        )
+        if place is None or self.num_replicas < 2:
+            return False
+        self._suspects.add(place)
+        return True
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """Return the replicas one by one, the best first. Its tokens count as sent from here on."""
+        if pending_request is not None:
+            # Serve asks again at once otherwise, without ever giving way.
+            pending_request.routing_context.should_backoff = True
+        ranked = sorted(candidate_replicas, key=self._cost)
+        if ranked and pending_request is not None:
+            self._take(ranked[0].replica_id, pending_request)
+        return [[replica] for replica in ranked]
+
+    def _cost(self, replica: RunningReplica) -> tuple[bool, int, bool]:
+        identity = replica.replica_id
+        elsewhere = replica.node_id != self._node_id
+        return identity in self._suspects, self._outstanding.get(identity, 0), elsewhere
+
+    def _take(self, replica: ReplicaID, request: PendingRequest) -> None:
+        """Count the request's tokens now: a burst is routed before the first of it is accepted."""
+        self._release(request.metadata.internal_request_id)
+        call = _Call(replica, _tokens(request.args), request.kwargs.get("call_id"))
+        self._calls[request.metadata.internal_request_id] = call
+        self._outstanding[replica] = self._outstanding.get(replica, 0) + call.tokens
+
+    def _release(self, internal_request_id: str) -> None:
+        call = self._calls.pop(internal_request_id, None)
+        if call is not None and call.replica in self._outstanding:
+            self._outstanding[call.replica] -= call.tokens
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """A replica has taken the call, perhaps not the one that was ranked first."""
+        call = self._calls.get(pending_request.metadata.internal_request_id)
+        if call is None:
+            return
+        if call.replica != replica_id:
+            self._take(replica_id, pending_request)
+        if call.call_id is not None:
+            self._places[call.call_id] = replica_id
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Take the call's tokens off again."""
+        self._release(internal_request_id)
+
+    def forget(self, call_id: str, answered: bool) -> None:
+        """The call has ended; a replica that answered is no suspect any more."""
+        place = self._places.pop(call_id, None)
+        if answered and place is not None:
+            self._suspects.discard(place)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Forget what was counted for replicas that are gone."""
+        super().update_replicas(replicas)
+        alive = {replica.replica_id for replica in replicas}
+        self._suspects &= alive
+        self._outstanding = {i: tokens for i, tokens in self._outstanding.items() if i in alive}
+
+
+def _tokens(arguments: Sequence[Any]) -> int:
+    return sum(argument.tokens for argument in arguments if isinstance(argument, TokenBatch))

@@ -1,0 +1,112 @@
+"""What waits and what flies: inputs, the requests that wait for them, and how they are cut into parts."""
+
+import asyncio
+import enum
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from deployments.errors import EmbeddingError
+
+
+class Lane(enum.IntEnum):
+    """Interactive work goes first; bulk work yields to it."""
+
+    INTERACTIVE = 0
+    BULK = 1
+
+
+class Job:
+    """One request: rows of float32 that fill up as its inputs are embedded."""
+
+    def __init__(self, count: int, future: "asyncio.Future[np.ndarray]") -> None:
+        """Wait for `count` vectors."""
+        self.future = future
+        self.inputs: list[Input] = []
+        self._missing = count
+        self._count = count
+        self._vectors: np.ndarray | None = None
+
+    def deliver(self, row: int, vector: np.ndarray) -> None:
+        """Take one vector of shape (dimension,)."""
+        if self.future.done():
+            return
+        if self._vectors is None:
+            self._vectors = np.empty((self._count, len(vector)), np.float32)
+        self._vectors[row] = vector
+        self._missing -= 1
+        if not self._missing:
+            self.future.set_result(self._vectors)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every vector is there."""
+        return not self._missing
+
+    def fail(self, error: EmbeddingError) -> None:
+        """Give the whole request up."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+@dataclass(eq=False, slots=True)
+class Input:
+    """The token ids of one text, embedded once for everybody who waits for it."""
+
+    key: bytes
+    ids: np.ndarray
+    lane: Lane
+    waiters: list[tuple[Job, int]] = field(default_factory=list)
+    part: "Part | None" = None
+
+    def deliver(self, vector: np.ndarray) -> None:
+        """Give the vector to all who wait."""
+        for job, row in self.waiters:
+            job.deliver(row, vector)
+
+    def fail(self, error: EmbeddingError) -> None:
+        """Fail all who wait."""
+        for job, _ in self.waiters:
+            job.fail(error)
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """Inputs that travel together. `alone` parts are not joined with others: one in them is at fault."""
+
+    inputs: list[Input]
+    caller: str
+    lane: Lane
+    attempts: int = 0
+    alone: bool = False
+    task: "asyncio.Task[None] | None" = None
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether anybody still waits for any of its inputs."""
+        return any(each.waiters for each in self.inputs)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all its inputs."""
+        return sum(len(each.ids) for each in self.inputs)
+
+
+def split(inputs: Sequence[Input], part_tokens: int, replicas: int) -> list[list[Input]]:
+    """Cut inputs into parts of nearly equal tokens, none much above `part_tokens`.
+
+    What is more than a part becomes a multiple of `replicas` parts, so that all finish together.
+    """
+    lengths = np.fromiter((len(each.ids) for each in inputs), np.int64, len(inputs))
+    total = int(lengths.sum())
+    if total <= part_tokens or len(inputs) == 1:
+        return [list(inputs)]
+    rounds = -(-total // (part_tokens * replicas))
+    count = min(rounds * replicas, len(inputs))
+    # Each input belongs to the part in which its middle token lies.
+    middles = np.cumsum(lengths) - lengths / 2
+    numbers = np.minimum((middles * count / total).astype(np.int64), count - 1)
+    borders = np.searchsorted(numbers, np.arange(count + 1))
+    return [list(inputs[a:b]) for a, b in itertools.pairwise(borders) if a < b]

@@ -1,0 +1,267 @@
+"""Joining, splitting, sharing, lanes, retries and admission, over engines with a set service time."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError
+
+from deployments.config.load import load_workers
+from deployments.config.plan import Machine, make_plans
+from deployments.engine.batch import TokenBatch
+from deployments.engine.fake import fake_vectors
+from deployments.errors import (
+    DeadlineExceededError,
+    EngineError,
+    ModelUnavailableError,
+    NonFiniteEmbeddingError,
+    QueueFullError,
+)
+from deployments.gateway.dispatch import Dispatch
+from deployments.gateway.meter import RetryBudget
+from deployments.gateway.work import Input, Job, Lane, split
+from tests import workers
+from tests.app.conftest import LocalHandle
+
+Make = Callable[..., Dispatch]
+
+
+class RecordingHandle(LocalHandle):
+    """Keeps the batches of all calls that were made, cancelled or not."""
+
+    def __init__(self, plan: Any) -> None:
+        """Start with none."""
+        super().__init__(plan)
+        self.batches: list[TokenBatch] = []
+        self.cancelled = 0
+        self.poison: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        """Record what `embed` is called with."""
+        method = super().__getattr__(name)
+        inner = method.remote
+
+        async def call(*arguments: Any, **keywords: Any) -> Any:
+            if name == "embed":
+                self.batches.append(arguments[0])
+                if self.poison & set(arguments[0].ids.tolist()):
+                    raise NonFiniteEmbeddingError("not finite")
+            try:
+                return await inner(*arguments, **keywords)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+
+        method.remote = call
+        return method
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Return a function that makes a dispatch to one fake replica."""
+
+    def make(engine_args: str = "", more: str = "", retries: int = 7) -> Dispatch:
+        text = workers.fake("m", engine_args, more)
+        file = tmp_path / "m.toml"
+        file.write_text(text.replace("[queue]", f"[queue]\nhttp_request_retries = {retries}"))
+        (plan,) = make_plans(load_workers(file, environ={}), Machine(2, 0, 2))
+        return Dispatch(plan, RecordingHandle(plan), RetryBudget())  # type: ignore[arg-type]
+
+    return make
+
+
+def handle_of(dispatch: Dispatch) -> RecordingHandle:
+    """Return the handle behind a dispatch."""
+    handle = dispatch._handle
+    assert isinstance(handle, RecordingHandle)
+    return handle
+
+
+def soon(seconds: float = 30.0) -> float:
+    """Return a deadline."""
+    return asyncio.get_running_loop().time() + seconds
+
+
+def inputs(count: int, length: int = 3, start: int = 0) -> TokenBatch:
+    """Return `count` inputs that differ from each other."""
+    numbers = range(start, start + count)
+    return TokenBatch.of([[n % 256, n // 256 % 256, *[7] * (length - 2)] for n in numbers])
+
+
+async def check(dispatch: Dispatch, batch: TokenBatch, **options: Any) -> None:
+    """Embed and compare with what is right."""
+    vectors = await dispatch.embed(batch, soon(), **options)
+    assert np.array_equal(vectors, fake_vectors(batch, 64))
+
+
+async def test_what_waits_is_joined(make: Make) -> None:
+    """256 single inputs at once need at most a eighth as many calls, and each gets its own vector."""
+    dispatch = make("call_seconds = 0.01")
+    await dispatch.model(soon())
+    await asyncio.gather(*(check(dispatch, inputs(1, start=n)) for n in range(256)))
+    handle = handle_of(dispatch)
+    assert sum(map(len, handle.batches)) == 256
+    assert len(handle.batches) <= 256 / 8
+
+
+async def test_a_lone_request_leaves_at_once(make: Make) -> None:
+    """No timer: the call has begun before anything else happens."""
+    dispatch = make()
+    await dispatch.model(soon())
+    task = asyncio.ensure_future(check(dispatch, inputs(1)))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert len(handle_of(dispatch).batches) == 1
+    await task
+
+
+async def test_identical_inputs_are_embedded_once(make: Make) -> None:
+    """Within a request, and across requests that wait or fly."""
+    dispatch = make("call_seconds = 0.02")
+    await dispatch.model(soon())
+    same = TokenBatch.of([[1, 2], [3], [1, 2], [1, 2]])
+    await asyncio.gather(*(check(dispatch, same) for _ in range(50)))
+    assert sum(map(len, handle_of(dispatch).batches)) == 2
+    await check(dispatch, same)  # and nothing is kept
+    assert sum(map(len, handle_of(dispatch).batches)) == 4
+
+
+async def test_a_big_request_is_split_and_comes_back_in_order(make: Make) -> None:
+    """Mixed lengths; parts of nearly equal tokens."""
+    dispatch = make()
+    lengths = np.random.default_rng(0).integers(2, 200, 2048)
+    batch = TokenBatch.of([[n % 256, n // 256, *[9] * int(length)] for n, length in enumerate(lengths)])
+    await check(dispatch, batch)
+    tokens = [part.tokens for part in handle_of(dispatch).batches]
+    assert len(tokens) > 10
+    assert sum(tokens) == batch.tokens
+
+
+def test_parts_for_four_replicas_differ_by_less_than_a_tenth() -> None:
+    """And their number is a multiple of four."""
+    rng = np.random.default_rng(1)
+    job = Job(2048, None)  # type: ignore[arg-type]
+    waiting = [
+        Input(b"", np.zeros(int(length), np.int32), Lane.BULK, [(job, 0)])
+        for length in rng.lognormal(3.5, 1, 2048).clip(2, 2000)
+    ]
+    parts = split(waiting, 4096, 4)
+    tokens = [sum(len(each.ids) for each in part) for part in parts]
+    assert len(parts) % 4 == 0
+    assert [each for part in parts for each in part] == waiting
+    shares = [sum(tokens[number::4]) for number in range(4)]
+    assert max(shares) / min(shares) < 1.1
+
+
+async def test_interactive_work_passes_bulk_work(make: Make) -> None:
+    """A short request is through long before the bulk that came first."""
+    dispatch = make("token_seconds = 0.00005")
+    await dispatch.model(soon())
+    bulk = asyncio.ensure_future(check(dispatch, inputs(2000, length=10), lane=Lane.BULK))
+    await asyncio.sleep(0)
+    await check(dispatch, inputs(1, start=5000))
+    assert not bulk.done()
+    await bulk
+
+
+async def test_callers_take_turns(make: Make) -> None:
+    """One with a single request isn't put behind all of one with a hundred."""
+    dispatch = make("token_seconds = 0.00002")
+    await dispatch.model(soon())
+    order: list[str] = []
+
+    async def ask(caller: str, number: int) -> None:
+        await check(dispatch, inputs(10, length=100, start=number * 10), caller=caller)
+        order.append(caller)
+
+    flood = [asyncio.ensure_future(ask("flood", number)) for number in range(60)]
+    await asyncio.sleep(0)
+    await ask("other", 1000)
+    assert order.index("other") < 25
+    await asyncio.gather(*flood)
+
+
+async def test_a_client_that_leaves_frees_its_work(make: Make) -> None:
+    """Its waiting parts are never sent, and the call in flight is cancelled."""
+    dispatch = make("call_seconds = 0.2")
+    await dispatch.model(soon())
+    task = asyncio.ensure_future(dispatch.embed(inputs(2000, length=20), soon()))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert handle_of(dispatch).batches
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    sent = len(handle_of(dispatch).batches)
+    await check(dispatch, inputs(1, start=9000))
+    assert handle_of(dispatch).cancelled == sent
+    assert len(handle_of(dispatch).batches) == sent + 1
+    assert dispatch._outstanding == 0
+    assert not dispatch._inputs
+
+
+async def test_one_who_shares_an_input_keeps_it_when_the_other_leaves(make: Make) -> None:
+    """Cancelling one request must not fail another."""
+    dispatch = make("call_seconds = 0.05")
+    await dispatch.model(soon())
+    first = asyncio.ensure_future(dispatch.embed(inputs(1), soon()))
+    await asyncio.sleep(0)
+    second = asyncio.ensure_future(check(dispatch, inputs(1)))
+    await asyncio.sleep(0)
+    first.cancel()
+    await second
+    assert len(handle_of(dispatch).batches) == 1
+
+
+async def test_a_deadline_ends_the_wait(make: Make) -> None:
+    """With 408's error, and nothing is left behind."""
+    dispatch = make("call_seconds = 5.0")
+    with pytest.raises(DeadlineExceededError):
+        await dispatch.embed(inputs(3), soon(0.05))
+    assert not dispatch._inputs
+
+
+async def test_retries_are_bounded(make: Make) -> None:
+    """`http_request_retries` more calls, then 503's error with a Retry-After."""
+    dispatch = make(retries=2)
+    await dispatch.model(soon())
+    handle_of(dispatch).failures = [ActorDiedError() for _ in range(10)]
+    with pytest.raises(ModelUnavailableError) as caught:
+        await dispatch.embed(inputs(1), soon())
+    assert caught.value.retry_after
+    assert len(handle_of(dispatch).batches) == 3
+
+
+async def test_a_poisonous_input_fails_alone(make: Make) -> None:
+    """What was joined with it is embedded all the same."""
+    dispatch = make("call_seconds = 0.01")
+    await dispatch.model(soon())
+    handle_of(dispatch).poison = {255}
+    tasks = [asyncio.ensure_future(check(dispatch, inputs(1, start=n))) for n in range(100)]
+    with pytest.raises(NonFiniteEmbeddingError):
+        await dispatch.embed(TokenBatch.of([[255]]), soon())
+    await asyncio.gather(*tasks)
+
+
+async def test_an_engine_error_reaches_the_client_as_such(make: Make) -> None:
+    """Not as a retry: the same call would fail again."""
+    dispatch = make()
+    await dispatch.model(soon())
+    handle_of(dispatch).failures = [EngineError("refused")]
+    with pytest.raises(EngineError, match="refused"):
+        await dispatch.embed(inputs(1), soon())
+
+
+async def test_a_full_queue_refuses_at_once(make: Make) -> None:
+    """Told from the measured rate when to come back; what was let in is served."""
+    dispatch = make("token_seconds = 0.001", "[limits]\nmax_outstanding_tokens = 500")
+    await check(dispatch, inputs(10, length=40))
+    admitted = [asyncio.ensure_future(check(dispatch, inputs(1, 40, start=n))) for n in range(12)]
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFullError) as caught:
+        await dispatch.embed(inputs(1, 40, start=99), soon())
+    assert caught.value.retry_after == 1.0  # 480 tokens at 1,000 a second, rounded up to the least wait
+    await asyncio.gather(*admitted)
+    await check(dispatch, inputs(1))

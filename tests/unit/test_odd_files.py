@@ -1,0 +1,178 @@
+"""Files that people and tools really write: each gets a line with file and key, never a traceback."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.config.load import load_workers, read_workers
+from deployments.config.model_files import ModelFiles
+from deployments.config.plan import Machine, make_plans, unplaceable
+from deployments.errors import ConfigError
+from tests import checkpoints, workers
+from tests.unit.test_worker_files import NO_GPU, write, write_config
+
+
+def problems_of(folder: Path, text: str, environ: dict[str, str] | None = None) -> dict[str, str]:
+    """Return the messages of a worker file by key."""
+    _, problems = read_workers(write(folder, "w.toml", text), environ=environ or {})
+    return {problem.key: problem.message for problem in problems}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "key"),
+    [
+        ("edition = true", "edition"),
+        ("edition = 1.0", "edition"),
+        ("edition = 1\ngenerator = 3", "generator"),
+        ("edition = 1\n[[generator]]", "generator"),
+    ],
+)
+def test_a_key_of_another_type_is_named(tmp_path: Path, wrong: str, key: str) -> None:
+    """Whatever stands in its place."""
+    assert key in problems_of(tmp_path, wrong)
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ("[deployment.autoscaling]\nmin_replicas = 2\nmax_replicas = 1", "deployment.autoscaling"),
+        ("[deployment.autoscaling]\ninitial_replicas = 5\nmax_replicas = 2", "deployment.autoscaling"),
+        ("[deployment]\nresources = {CPU = 7}", "deployment.resources"),
+        ('[monitoring]\ntcp_probes = ["host:99999"]', "monitoring.tcp_probes"),
+        ("[deployment]\nnum_replicas = 1\nautoscaling = {}", "deployment"),
+    ],
+)
+def test_what_would_fail_later_is_refused_now(tmp_path: Path, more: str, key: str) -> None:
+    """Before Ray or a replica finds out."""
+    assert key in problems_of(tmp_path, workers.fake("m", more=more))
+
+
+def test_the_ingress_keeps_its_name(tmp_path: Path) -> None:
+    """Two deployments of one name would be one."""
+    assert "queue.checkpoint_name" in problems_of(tmp_path, workers.fake("ingress"))
+
+
+def test_the_fake_engine_checks_its_arguments(tmp_path: Path) -> None:
+    """By name and type, as vLLM's are."""
+    found = problems_of(tmp_path, workers.fake("m", 'dimension = "x"'))
+    assert any("dimension" in key + message for key, message in found.items()), found
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ('"m".embedding_tasks', "unknown key; did you mean `embedding_task`?"),
+        ('"m".embedding_task.prompt', "unknown key; did you mean `prompts`?"),
+        ("a.b.c.embedding_task", 'a name with dots must be quoted: write [queue.models."a.b.c"]'),
+    ],
+)
+def test_typos_and_dots_are_told_apart(tmp_path: Path, name: str, message: str) -> None:
+    """A typo in a table's name looks like a name with dots, and isn't one."""
+    text = workers.fake("m") + f"\n[queue.models.{name}]\nsupported = true\n"
+    assert message in problems_of(tmp_path, text).values()
+
+
+def test_a_variable_that_fits_nowhere_is_named(tmp_path: Path) -> None:
+    """Rather than blamed on the file."""
+    found = problems_of(tmp_path, workers.fake("m"), {"WORKER__ID": "7", "WORKER__EDITION__X": "1"})
+    assert "WORKER__ID" in found["id"]
+    assert "WORKER__EDITION__X" in found["edition"]
+
+
+@pytest.mark.parametrize("token", ["12345", "true", "2024-01-01", '"quoted"', "a#b"])
+def test_a_token_of_any_form_stays_as_it_is(tmp_path: Path, token: str) -> None:
+    """Variables are read as TOML but for keys that hold text."""
+    file = write(tmp_path, "w.toml", workers.fake("m"))
+    (worker,) = load_workers(file, environ={"WORKER__QUEUE__TOKEN": token, "WORKER__QUEUE__VERSION": "1.2"})
+    assert worker.queue.token is not None
+    assert worker.queue.token.get_secret_value() == token
+    assert worker.queue.version == "1.2"
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    """Some editors put one first."""
+    file = tmp_path / "w.toml"
+    file.write_text(workers.fake("m"), encoding="utf-8-sig")
+    assert load_workers(file, environ={})
+
+
+ODD: list[dict[str, Any]] = [
+    {"num_attention_heads": "4x"},
+    {"num_attention_heads": [4]},
+    {"num_hidden_layers": [1]},
+    {"architectures": {"a": 1}},
+    {"architectures": 3},
+    {"max_position_embeddings": "512"},
+    {"max_position_embeddings": float("inf")},
+    {"rope_scaling": "linear"},
+    {"hidden_size": "64"},
+    {"text_config": 3},
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_config_json_is_read_for_what_it_says(tmp_path: Path, odd: dict[str, Any]) -> None:
+    """What can't be understood is left to the engine; nothing here falls over it."""
+    model = write_config(tmp_path / "model", **odd)
+    file = write(tmp_path, "w.toml", workers.vllm("m", model))
+    (plan,) = make_plans(load_workers(file, environ={}), NO_GPU)
+    assert plan.engine_args["runner"] == "pooling"
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]", "\xff"])
+def test_a_broken_config_json_is_a_problem_with_the_model(tmp_path: Path, content: str) -> None:
+    """Named by the key that led there."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(content, encoding="latin-1")
+    assert list(problems_of(tmp_path, workers.vllm("m", model))) == ["generator.model_path"]
+
+
+def test_prompts_that_are_no_text_are_left_out(tmp_path: Path) -> None:
+    """A null would otherwise become the word None before every query."""
+    model = write_config(tmp_path / "model")
+    prompts = {"prompts": {"query": "find: ", "document": "", "other": None}}
+    (model / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    assert ModelFiles.read(model).prompts == {"query": "find: ", "document": ""}
+
+
+def test_a_secret_engine_argument_isnt_printed(tmp_path: Path) -> None:
+    """A hub's token reaches the engine and nobody else."""
+    model = write_config(tmp_path / "model")
+    file = write(tmp_path, "w.toml", workers.vllm("m", model, 'hf_token = "hf_secret", seed = 1'))
+    (plan,) = make_plans(load_workers(file, environ={}), NO_GPU)
+    assert "hf_secret" not in json.dumps(plan.describe())
+    assert plan.engine_args["hf_token"] == "hf_secret"
+    assert plan.describe()["engine_args"]["seed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("generator", "more"),
+    [
+        ("tensor_parallel_size = 2", '[deployment]\nplacement_group_strategy = "PACK"\nnum_gpus = 0'),
+        ("pipeline_parallel_size = 2\nengine_args = {enforce_eager = true}", "[deployment]\nnum_gpus = 0"),
+    ],
+)
+def test_what_cpus_cant_do_is_refused_when_planned(tmp_path: Path, generator: str, more: str) -> None:
+    """Ranks on several nodes, and eager pipeline stages."""
+    model = write_config(tmp_path / "model")
+    text = workers.worker("m", f'type = "vllm"\nmodel_path = "{model}"\n{generator}', more)
+    loaded = load_workers(write(tmp_path, "w.toml", text), environ={})
+    with pytest.raises(ConfigError, match="worker `m`: "):
+        make_plans(loaded, NO_GPU)
+
+
+def test_a_machine_that_is_too_small_is_told_before_anything_waits(tmp_path: Path) -> None:
+    """Three workers on two cores; a GPU where there is none."""
+    for name in "abc":
+        write(tmp_path, f"{name}.toml", workers.vllm(name, checkpoints.minilm()))
+    machine = Machine(cpus=2, gpus=0, cpus_per_node=2)
+    plans = make_plans(load_workers(tmp_path, environ={}), machine)
+    assert len(unplaceable(plans[:2], machine)) == 0
+    (problem,) = unplaceable(plans, machine)
+    assert "worker `c` needs 1 CPUs" in problem
+    write(tmp_path, "a.toml", workers.vllm("a", checkpoints.minilm(), more="[deployment]\nnum_gpus = 1"))
+    plans = make_plans(load_workers(tmp_path / "a.toml", environ={}), machine)
+    assert "1 GPUs" in unplaceable(plans, machine)[0]
