@@ -11,11 +11,14 @@ UV_VERSION := 0.13.9
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode
 
-.PHONY: help setup serve check test test-quick lock clean bench-memory
+.PHONY: help setup setup-gpu serve check test lock clean bench-memory
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: $(VENV)/cpu.stamp  ## Install what serving on CPUs needs into .venv
+
+setup-gpu: $(VENV)/uv.stamp  ## Install what serving on GPUs needs into .venv
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --editable '.[gpu]'
 
 serve: $(VENV)/cpu.stamp  ## Serve the bundled model on HOST:PORT
 	@exec $(BIN)/embedding-cluster serve --host $(HOST) --port $(PORT)

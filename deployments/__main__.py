@@ -6,8 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from deployments.config.load import read_workers
+from deployments.config.manifest import WORKERS_FOLDER, ray_service, serve_config
 from deployments.config.plan import Machine, make_plans
 from deployments.config.worker import MAX_PORT
 from deployments.errors import ConfigError
@@ -35,6 +37,13 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="print what would be deployed, as JSON")
     plan.add_argument("--cpus", type=int, default=0, help="cores of the node (default: this one's)")
     plan.add_argument("--gpus", type=int, default=1, help="GPUs of the cluster (default: %(default)s)")
+    plan.add_argument(
+        "--format",
+        choices=("json", "serve", "rayservice"),
+        default="json",
+        help="for people; for `serve deploy`; for KubeRay (default: %(default)s)",
+    )
+    plan.add_argument("--image", default="embedding-cluster:latest", help="container image, for rayservice")
     plan.set_defaults(command=_plan)
     serve = commands.add_parser("serve", help="serve on this machine, on the fast data plane")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -63,6 +72,14 @@ def _plan(parsed: argparse.Namespace) -> int:
         raise ConfigError("\n".join(map(str, problems)))
     cpus = parsed.cpus or _cores()
     plans = make_plans(workers.values(), Machine(cpus, parsed.gpus, cpus))
+    if parsed.format == "serve":
+        print(_yaml(serve_config(str(Path(parsed.path).resolve()))), end="")
+        return 0
+    if parsed.format == "rayservice":
+        files = {file.name: file.read_text(encoding="utf-8-sig") for file in workers}
+        inside = _yaml(serve_config(WORKERS_FOLDER))
+        print(_yaml(*ray_service(plans, files, parsed.image, inside)), end="")
+        return 0
     print(json.dumps([plan.describe() for plan in plans], indent=2, default=str))
     return 0
 
@@ -72,6 +89,12 @@ def _serve(parsed: argparse.Namespace) -> int:
     from deployments.launch import ServeArguments, run
 
     return run(ServeArguments(parsed.path, parsed.host, parsed.port, parsed.ingress_replicas))
+
+
+def _yaml(*documents: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump_all(documents, sort_keys=False, width=110)
 
 
 def _port(text: str) -> int:

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from deployments.config.load import load_workers
+from deployments.config.manifest import FAST_DATA_PLANE
 from deployments.config.plan import make_plans, unplaceable
 from deployments.errors import ConfigError
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
 APPLICATION = "default"
-# gRPC's own 4 MiB hold one answer of 2,730 vectors of 384 numbers; ours may be a hundred times that.
-MAX_MESSAGE_BYTES = 512 * 2**20
 POLL_SECONDS = 0.2
 
 
@@ -51,10 +50,7 @@ def prepare_environment(folder: Path) -> None:
     """
     fallback_http, fallback_grpc, metrics, stats = free_ports(4)
     switches = {
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_PROXY_USE_GRPC": "1",
-        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(MAX_MESSAGE_BYTES),
+        **FAST_DATA_PLANE,
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),

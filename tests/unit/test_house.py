@@ -19,7 +19,7 @@ LAYERS = [
     ["deployments.errors"],
     ["deployments.config.worker", "deployments.config.model_files"],
     ["deployments.config.load", "deployments.config.plan"],
-    ["deployments.engine.batch", "deployments.engine.cores"],
+    ["deployments.config.manifest", "deployments.engine.batch", "deployments.engine.cores"],
     ["deployments.engine.tokenizer"],
     ["deployments.engine"],
     ["deployments.engine.fake", "deployments.engine.vllm"],

@@ -1,0 +1,109 @@
+"""The files for other tools: valid by those tools' own schemas, and all about the same cluster."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.__main__ import main
+from deployments.config.manifest import FAST_DATA_PLANE, WORKERS_FOLDER
+from tests import checkpoints, workers
+from tests.unit.test_worker_files import write, write_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two CPU models, one of them scaled, and one on GPUs with TP 2; one file holds a token."""
+    config = tmp_path / "workers"
+    config.mkdir()
+    more = "[deployment]\nnum_gpus = 0\nnum_cpus = 4\n[deployment.autoscaling]\nmax_replicas = 6"
+    write(config, "minilm.toml", workers.vllm("minilm", checkpoints.minilm(), more=more))
+    sre = workers.vllm("sre", checkpoints.sre(), more="[deployment]\nnum_gpus = 0\nnum_cpus = 2")
+    write(config, "sre.toml", sre.replace("[queue]", '[queue]\ntoken = "worker-token"'))
+    model = write_config(tmp_path / "model")
+    generator = f'type = "vllm"\nmodel_path = "{model}"\ntensor_parallel_size = 2'
+    write(config, "qwen.toml", workers.worker("qwen", generator, "[deployment]\nnum_replicas = 3"))
+    return config
+
+
+def documents(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[Any]:
+    """Return what the command prints, as YAML."""
+    assert main(["plan", *arguments]) == 0
+    return list(yaml.safe_load_all(capsys.readouterr().out))
+
+
+def test_the_deploy_file_is_valid_for_ray_serve(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By Serve's own schema."""
+    (document,) = documents(capsys, str(folder), "--format", "serve")
+    schema = ServeDeploySchema.model_validate(document)
+    assert schema.applications[0].import_path == "deployments.app:build"
+    assert schema.applications[0].args == {"config": str(folder)}
+
+
+def test_the_ray_service_carries_the_worker_files_as_a_secret(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Byte for byte, mounted where its own Serve configuration looks for them, and nowhere else."""
+    secret, service = documents(capsys, str(folder), "--format", "rayservice")
+    assert secret["kind"] == "Secret"
+    assert secret["stringData"] == {file.name: file.read_text() for file in folder.glob("*.toml")}
+    assert "worker-token" not in yaml.safe_dump(service)
+    serve = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    assert serve.applications[0].args == {"config": WORKERS_FOLDER}
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["volumeMounts"][0]["mountPath"] == WORKERS_FOLDER
+        (volume,) = group["template"]["spec"]["volumes"]
+        assert volume["secret"]["secretName"] == secret["metadata"]["name"]
+        plain = {each["name"]: each.get("value") for each in container["env"]}
+        assert plain.items() >= {**FAST_DATA_PLANE, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": None}.items()
+
+
+def test_the_ray_service_has_room_for_every_replica(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At least for the smallest number of them at the start, at most for the largest."""
+    _, service = documents(capsys, str(folder), "--format", "rayservice", "--gpus", "6")
+    cpu, gpu = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    # minilm takes 4 CPUs, 1 to 6 times; sre takes 2: 6 CPUs at least, 26 at most, in pods of 4.
+    assert (cpu["groupName"], cpu["minReplicas"], cpu["maxReplicas"]) == ("cpu-workers", 2, 7)
+    limits = [g["template"]["spec"]["containers"][0]["resources"]["limits"] for g in (cpu, gpu)]
+    assert limits[0]["cpu"] == 4
+    assert "nvidia.com/gpu" not in limits[0]
+    # qwen takes two GPUs on one node, three times.
+    assert (gpu["minReplicas"], gpu["maxReplicas"], limits[1]["nvidia.com/gpu"]) == (3, 3, 2)
+
+
+def cluster_yaml() -> dict[str, Any]:
+    """Return the repository's own cluster.yaml."""
+    content: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    return content
+
+
+def test_cluster_yaml_is_valid_for_ray_up() -> None:
+    """By Ray's own schema, once Ray has filled in its defaults."""
+    validate_config(prepare_config(cluster_yaml()))
+
+
+def test_the_local_variant_of_cluster_yaml_is_valid_too() -> None:
+    """As its first comment says."""
+    config = cluster_yaml()
+    for key in ("available_node_types", "head_node_type"):
+        del config[key]
+    config["provider"] = {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2", "10.0.0.3"]}
+    config |= {"max_workers": 2, "min_workers": 2}
+    validate_config(prepare_config(config))
+
+
+@pytest.mark.parametrize("key", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_every_node_starts_on_the_fast_data_plane_with_token_authentication(key: str) -> None:
+    """The same switches as the tuned start sets; the dashboard stays on the head's loopback."""
+    start = cluster_yaml()[key][-1].split()
+    assert {f"{name}={value}" for name, value in FAST_DATA_PLANE.items()} <= set(start)
+    assert "RAY_AUTH_MODE=token" in start
+    if key.startswith("head"):
+        assert "--dashboard-host=127.0.0.1" in start
