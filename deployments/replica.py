@@ -6,12 +6,13 @@ worker plan → engine → model card; token batch → engine → checked float3
 import asyncio
 import logging
 import os
+import time
 
 import numpy as np
 
 from deployments.config.plan import WorkerPlan
 from deployments.engine import ModelCard, make_engine
-from deployments.engine.batch import TokenBatch
+from deployments.engine.batch import Embedded, TokenBatch
 from deployments.errors import (
     EmbeddingError,
     EngineDeadError,
@@ -49,12 +50,12 @@ class Replica:
             tokens = range(1, min(CANARY_TOKENS, self._card.max_model_len) + 1)
             self._canary = TokenBatch.of([[self._card.vocab_size - token for token in tokens]])
             await self.embed(TokenBatch.of([self._canary.ids.tolist()] * WARM_UP_INPUTS))
-            self._canary_vector = (await self.embed(self._canary))[0]
+            self._canary_vector = (await self.embed(self._canary)).vectors[0]
         except EmbeddingError as error:
             # Serve shows the last line of a replica's failure: it has to say all.
             raise EngineStartError(f"worker {plan.name}: {error.message}") from None
 
-    async def embed(self, batch: TokenBatch, call_id: str = "") -> np.ndarray:
+    async def embed(self, batch: TokenBatch, call_id: str = "") -> Embedded:
         """Return float32 vectors of shape (len(batch), dimension), checked, in order.
 
         `call_id` is for the router, which sees a call's arguments.
@@ -62,6 +63,7 @@ class Replica:
         Raises NonFiniteEmbeddingError, EngineError, or EngineDeadError, after which this replica
         ends, so that Serve puts another in its place.
         """
+        begun = time.perf_counter()
         try:
             vectors = await self._engine.embed(batch)
         except EngineDeadError as error:
@@ -69,7 +71,7 @@ class Replica:
             raise
         self._prove(batch, vectors)
         self._answered += 1
-        return vectors
+        return Embedded(vectors, batch.tokens, time.perf_counter() - begun)
 
     async def describe(self) -> ModelCard:
         """Return the model's card; the ingress tokenises and checks by it."""
@@ -84,7 +86,7 @@ class Replica:
         begun = self._answered
         try:
             async with asyncio.timeout(CANARY_SECONDS):
-                vector = (await self.embed(self._canary))[0]
+                vector = (await self.embed(self._canary)).vectors[0]
         except TimeoutError:
             if self._answered > begun:  # busy, not ill: the canary waits in line like everybody
                 return

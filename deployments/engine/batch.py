@@ -7,6 +7,15 @@ import numpy as np
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """A replica's answer: float32 vectors of shape (inputs, dimension), tokens, seconds in the engine."""
+
+    vectors: np.ndarray
+    tokens: int
+    engine_seconds: float
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """Token ids of `len(lengths)` inputs, one after the other.
 

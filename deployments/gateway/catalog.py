@@ -17,6 +17,11 @@ class Served:
     model: Model
     dispatch: Dispatch
 
+    def check_embeds(self) -> None:
+        """Raise MissingCapabilityError where the worker file doesn't say that the model embeds."""
+        if not self.model.embedding_task.supported:
+            raise MissingCapabilityError(f"`{self.name}` doesn't support embeddings", "model")
+
     def listing(self) -> dict[str, Any]:
         """Return the model's entry in OpenAI's listing, with our additions."""
         worker = self.dispatch.plan.worker
@@ -51,13 +56,6 @@ class Catalog:
         if served is None:
             names = ", ".join(f"`{known}`" for known in self._served)
             raise ModelNotFoundError(f"no model of that name; there are {names}", "model")
-        return served
-
-    def find_embedder(self, name: str) -> Served:
-        """As `find`; raises MissingCapabilityError where the worker file doesn't say it embeds."""
-        served = self.find(name)
-        if not served.model.embedding_task.supported:
-            raise MissingCapabilityError(f"`{name}` doesn't support embeddings", "model")
         return served
 
     def listing(self) -> list[dict[str, Any]]:

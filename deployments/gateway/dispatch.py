@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.config.plan import WorkerPlan
 from deployments.engine import ModelCard
-from deployments.engine.batch import TokenBatch
+from deployments.engine.batch import Embedded, TokenBatch
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.errors import (
     DeadlineExceededError,
@@ -34,6 +34,7 @@ from deployments.gateway.lanes import Lanes
 from deployments.gateway.meter import DrainMeter, RetryBudget
 from deployments.gateway.router import TokenRouter
 from deployments.gateway.work import Input, Job, Lane, Part, split
+from deployments.metrics import Metrics
 
 # What a client that was refused should wait at least: a replica takes seconds to start.
 RETRY_AFTER_SECONDS = 5.0
@@ -65,11 +66,15 @@ RETRYABLE = (RayActorError, EngineDeadError, DeploymentUnavailableError)
 class Dispatch:
     """One worker's replicas. Embeddings are pure, so a call that a replica took along may be repeated."""
 
-    def __init__(self, plan: WorkerPlan, handle: DeploymentHandle[Any], budget: RetryBudget) -> None:
-        """Remember the handle; nothing is called yet. `budget` is shared by all workers."""
+    def __init__(
+        self, plan: WorkerPlan, handle: DeploymentHandle[Any], budget: RetryBudget, metrics: Metrics
+    ) -> None:
+        """Remember the handle; nothing is called yet. `budget` and `metrics` are shared by all workers."""
         self.plan = plan
         self._handle = handle
         self._budget = budget
+        self._metrics = metrics
+        metrics.watch(plan.name, lambda: self._outstanding, self._num_replicas)
         self._model: tuple[ModelCard, TextTokenizer] | None = None
         self._asking = asyncio.Lock()
         self._lanes = Lanes()
@@ -110,9 +115,12 @@ class Dispatch:
             lane = Lane.BULK  # what needs several parts lets others in between
         self._outstanding += batch.tokens
         try:
-            for inputs in split(self._join(job, batch, lane), self._part_tokens(), self._replicas()):
-                if inputs:
-                    self._lanes.put(Part(inputs, caller, lane))
+            now = asyncio.get_running_loop().time()
+            parts = split(self._join(job, batch, lane), self._part_tokens(), self._replicas())
+            for inputs in parts:
+                self._lanes.put(Part(inputs, caller, lane, since=now))
+            if len(parts) > 1:
+                self._metrics.split.labels(self.plan.name).inc(len(parts))
             self._pump()
             async with asyncio.timeout_at(deadline):
                 return await job.future
@@ -172,6 +180,8 @@ class Dispatch:
                 fresh.append(known)
             known.waiters.append((job, row))
             job.inputs.append(known)
+        if shared := len(batch) - len(fresh):
+            self._metrics.shared.labels(self.plan.name).inc(shared)
         return fresh
 
     def _leave(self, job: Job) -> None:
@@ -207,6 +217,7 @@ class Dispatch:
         """Embed one part and hand out its rows; on failure try it again, elsewhere."""
         done = 0
         try:
+            self._begin(part)
             vectors = await self._ask(part, call_id)
         except RETRYABLE:
             self._try_again(part)
@@ -236,15 +247,19 @@ class Dispatch:
         response = self._handle.embed.remote(batch, call_id=call_id)
         answer = asyncio.ensure_future(_result(response))
         answered = False
+        begun = asyncio.get_running_loop().time()
         try:
             while True:
                 await asyncio.wait({answer}, timeout=self._share(part))
                 if answer.done():
                     answered = answer.exception() is None
-                    vectors: np.ndarray = answer.result()
-                    return vectors
+                    embedded = answer.result()
+                    self._observe("call", asyncio.get_running_loop().time() - begun)
+                    self._observe("engine", embedded.engine_seconds)
+                    return embedded.vectors
                 router = TokenRouter.of(self.plan.name)
                 if router is not None and router.suspect(call_id):
+                    self._metrics.cuts.labels(self.plan.name).inc()
                     raise EngineDeadError("the replica hangs")
         finally:
             answer.cancel()
@@ -258,7 +273,10 @@ class Dispatch:
             self._fail(part, self._unavailable("its replicas are gone"))
             return
 
+        self._metrics.retries.labels(self.plan.name).inc()
+
         def queue() -> None:
+            part.since = asyncio.get_running_loop().time()
             self._lanes.put(part, first=True)
             self._pump()
 
@@ -271,8 +289,11 @@ class Dispatch:
             self._fail(part, error)
             return
         middle = len(part.inputs) // 2
+        now = asyncio.get_running_loop().time()
         for inputs in (part.inputs[:middle], part.inputs[middle:]):
-            self._lanes.put(Part(inputs, part.caller, part.lane, part.attempts, alone=True), first=True)
+            self._lanes.put(
+                Part(inputs, part.caller, part.lane, part.attempts, alone=True, since=now), first=True
+            )
 
     def _fail(self, part: Part, error: EmbeddingError) -> None:
         for each in part.inputs:
@@ -286,10 +307,25 @@ class Dispatch:
 
     # --- what is known -----------------------------------------------------------------------------
 
+    def _begin(self, part: Part) -> None:
+        """Count a call as it leaves."""
+        name, now = self.plan.name, asyncio.get_running_loop().time()
+        self._metrics.call_inputs.labels(name).observe(len(part.inputs))
+        self._metrics.call_tokens.labels(name).observe(part.tokens)
+        if part.joined > 1:
+            self._metrics.joined.labels(name).inc(part.joined)
+        self._observe("wait", now - part.since)
+
+    def _observe(self, stage: str, seconds: float) -> None:
+        self._metrics.stage_seconds.labels(self.plan.name, stage).observe(seconds)
+
+    def _num_replicas(self) -> int:
+        router = TokenRouter.of(self.plan.name)
+        return router.num_replicas if router is not None else 0
+
     def _replicas(self) -> int:
         """How many replicas there are, at least one: a call may wait for the first."""
-        router = TokenRouter.of(self.plan.name)
-        return max(1, router.num_replicas) if router is not None else 1
+        return max(1, self._num_replicas())
 
     def _part_tokens(self) -> int:
         rate = self._meter.rate
@@ -327,7 +363,7 @@ class Dispatch:
         )
 
 
-async def _result(response: Any) -> np.ndarray:
+async def _result(response: Any) -> Embedded:
     """Await a handle's response, as a coroutine that can be cancelled."""
-    vectors: np.ndarray = await response
-    return vectors
+    embedded: Embedded = await response
+    return embedded

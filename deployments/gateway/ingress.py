@@ -5,24 +5,21 @@ Ray Serve takes or makes the `x-request-id` and returns it; that is left to it.
 
 import asyncio
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api import openai
-from deployments.api.encoding import truncate
 from deployments.config.plan import WorkerPlan
 from deployments.errors import (
-    BodyTooLargeError,
-    DeadlineExceededError,
     EmbeddingError,
     InvalidRequestError,
     MethodNotAllowedError,
@@ -31,19 +28,17 @@ from deployments.errors import (
 from deployments.gateway.catalog import Catalog
 from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.meter import RetryBudget
-from deployments.gateway.prepare import prepare
-from deployments.gateway.work import Lane
+from deployments.gateway.serving import Serving
+from deployments.metrics import CONTENT_TYPE, Metrics, merge
 
 logger = logging.getLogger("ray.serve")
 
 # The version of the inference API that we speak; clients ask for major 1, 1.19.0 or later.
 API_VERSION = "1.19.0"
-# Ray Serve's own header: a client may lower its request's deadline, never raise it.
-TIMEOUT_HEADER = "x-request-timeout-seconds"
-TIMEOUT_MARGIN = 0.05
-# Which model it is for, and so its deadline, is known once the body is there.
-BODY_SECONDS = 30.0
 CLIENT_CLOSED_REQUEST = 499  # nginx's name for it: nobody reads this answer
+
+# Returns the metrics of every ingress replica, as text.
+Gather = Callable[[], Awaitable[list[bytes]]]
 
 
 class Ingress:
@@ -56,16 +51,26 @@ class Ingress:
         max_body_bytes: int,
     ) -> None:
         """Make one dispatch for each worker; `handles` are by the worker's name."""
-        budget = RetryBudget()
-        catalog = Catalog({plan.name: Dispatch(plan, handles[plan.name], budget) for plan in plans})
-        self._app = make_app(catalog, max_body_bytes)
+        budget, metrics = RetryBudget(), Metrics()
+        dispatches = {plan.name: Dispatch(plan, handles[plan.name], budget, metrics) for plan in plans}
+        self._serving = Serving(Catalog(dispatches), metrics, max_body_bytes)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application; Ray Serve asks for it once the constructor is done."""
-        return self._app
+        return make_app(self._serving, self._gather)
+
+    async def metrics(self) -> bytes:
+        """Return this ingress replica's metrics as text; the others ask for it."""
+        return self._serving.metrics.text()
+
+    async def _gather(self) -> list[bytes]:
+        """Return the metrics of all ingress replicas: any of them may be asked."""
+        context = serve.get_replica_context()
+        ourselves = serve.get_deployment_handle(context.deployment, context.app_name)
+        return await ourselves.broadcast("metrics").results_async()
 
 
-def make_app(catalog: Catalog, max_body_bytes: int) -> FastAPI:
+def make_app(serving: Serving, gather: Gather) -> FastAPI:
     """Return the application over a catalog of models."""
     app = FastAPI(
         title="Embedding cluster",
@@ -77,7 +82,7 @@ def make_app(catalog: Catalog, max_body_bytes: int) -> FastAPI:
     )
     app.add_middleware(Errors)
     app.add_exception_handler(HTTPException, _http_exception)
-    router = _routes(catalog, max_body_bytes)
+    router = _routes(serving, gather)
     _add_documentation(app, router)
     app.include_router(router, prefix="/v1")
     # The same routes without prefix: some clients are given the host with /v1, some without.
@@ -85,28 +90,13 @@ def make_app(catalog: Catalog, max_body_bytes: int) -> FastAPI:
     return app
 
 
-def _routes(catalog: Catalog, max_body_bytes: int) -> APIRouter:
+def _routes(serving: Serving, gather: Gather) -> APIRouter:
     router = APIRouter()
+    catalog = serving.catalog
 
     async def embeddings(request: Request) -> Response:
         """Embed one text or many; the answer keeps their order."""
-        arrival = asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout_at(arrival + min(BODY_SECONDS, wanted_seconds(request))):
-                body = await read_body(request, max_body_bytes)
-        except TimeoutError:
-            raise DeadlineExceededError("the body took too long to arrive", "body") from None
-        wanted = openai.parse_request(body)
-        served = catalog.find_embedder(wanted.model)
-        limits = served.dispatch.plan.worker.limits
-        deadline = arrival + min(limits.request_timeout_s, wanted_seconds(request))
-        card, tokenizer = await served.dispatch.model(deadline)
-        batch = await prepare(wanted, served.model.embedding_task, limits, card, tokenizer)
-        lane = Lane.BULK if request.query_params.get("nice") == "true" else Lane.INTERACTIVE
-        vectors = await served.dispatch.embed(batch, deadline, lane, caller_of(request))
-        vectors = truncate(vectors, wanted.dimensions)
-        answer = openai.answer(vectors, wanted.model, wanted.encoding_format, batch.tokens)
-        return Response(answer, media_type="application/json")
+        return Response(await serving.embed(request), media_type="application/json")
 
     async def models() -> Response:
         """List the models."""
@@ -126,6 +116,10 @@ def _routes(catalog: Catalog, max_body_bytes: int) -> APIRouter:
         everything = all(state["ready"] for state in states)
         body = {"ready": everything, "models": states}
         return _json(body, 200 if everything else 503)
+
+    async def metrics() -> Response:
+        """Prometheus metrics of the whole cluster's gateway."""
+        return Response(merge(await gather()), media_type=CONTENT_TYPE)
 
     async def version() -> Response:
         """Give the version of the API as plain text."""
@@ -148,27 +142,8 @@ def _routes(catalog: Catalog, max_body_bytes: int) -> APIRouter:
     router.add_api_route("/health", health)
     router.add_api_route("/ready", ready, responses={503: {"description": "Not every model is ready"}})
     router.add_api_route("/version", version)
+    router.add_api_route("/metrics", metrics)
     return router
-
-
-def wanted_seconds(request: Request) -> float:
-    """Return how long the client is willing to wait; infinity where it doesn't say.
-
-    A little less than it says: it should read our answer rather than Ray Serve's, or give up by itself.
-    """
-    try:
-        seconds = float(request.headers.get(TIMEOUT_HEADER, ""))
-    except ValueError:
-        return math.inf
-    return seconds * (1 - TIMEOUT_MARGIN) if seconds > 0 else math.inf
-
-
-def caller_of(request: Request) -> str:
-    """Return what tells callers apart for taking turns: the key, else the address. Never logged."""
-    for header in ("authorization", "x-api-key", "api-key"):
-        if value := request.headers.get(header):
-            return value
-    return request.client.host if request.client else ""
 
 
 def _add_documentation(app: FastAPI, router: APIRouter) -> None:
@@ -181,23 +156,6 @@ def _add_documentation(app: FastAPI, router: APIRouter) -> None:
 
     router.add_api_route("/openapi.json", openapi_json, include_in_schema=False)
     router.add_api_route("/docs", docs, include_in_schema=False)
-
-
-async def read_body(request: Request, max_body_bytes: int) -> bytes:
-    """Return the whole body. Raises BodyTooLargeError before more than the limit is read."""
-    too_large = BodyTooLargeError(f"the body is over the limit of {max_body_bytes} bytes", "body")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > max_body_bytes:
-        raise too_large
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise InvalidRequestError("compressed bodies aren't accepted", "content-encoding")
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > max_body_bytes:
-            raise too_large
-        chunks.append(chunk)
-    return b"".join(chunks)
 
 
 def _json(content: Any, status: int = 200) -> Response:

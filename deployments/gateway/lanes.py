@@ -47,6 +47,7 @@ class Lanes:
             else:
                 joined.inputs += part.inputs
                 joined.attempts = max(joined.attempts, part.attempts)
+                joined.joined += part.joined
         return joined
 
     def _advance(self, lane: Lane, caller: str) -> None:

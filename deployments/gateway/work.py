@@ -74,7 +74,10 @@ class Input:
 
 @dataclass(eq=False, slots=True)
 class Part:
-    """Inputs that travel together. `alone` parts are not joined with others: one in them is at fault."""
+    """Inputs that travel together. `alone` parts are not joined with others: one in them is at fault.
+
+    `since` is when it was queued, in seconds of the event loop; `joined` how many parts became this one.
+    """
 
     inputs: list[Input]
     caller: str
@@ -82,6 +85,8 @@ class Part:
     attempts: int = 0
     alone: bool = False
     task: "asyncio.Task[None] | None" = None
+    since: float = 0.0
+    joined: int = 1
 
     @property
     def is_awaited(self) -> bool:
@@ -102,7 +107,7 @@ def split(inputs: Sequence[Input], part_tokens: int, replicas: int) -> list[list
     lengths = np.fromiter((len(each.ids) for each in inputs), np.int64, len(inputs))
     total = int(lengths.sum())
     if total <= part_tokens or len(inputs) == 1:
-        return [list(inputs)]
+        return [list(inputs)] if inputs else []
     rounds = -(-total // (part_tokens * replicas))
     count = min(rounds * replicas, len(inputs))
     # Each input belongs to the part in which its middle token lies.

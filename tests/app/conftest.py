@@ -14,6 +14,8 @@ from deployments.gateway.catalog import Catalog
 from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.ingress import make_app
 from deployments.gateway.meter import RetryBudget
+from deployments.gateway.serving import Serving
+from deployments.metrics import Metrics
 from deployments.replica import Replica
 from tests import workers
 
@@ -77,8 +79,13 @@ def handles(tmp_path: Path) -> dict[str, LocalHandle]:
 @pytest.fixture
 async def client(handles: dict[str, LocalHandle]) -> AsyncIterator[httpx.AsyncClient]:
     """An HTTP client of the application."""
-    budget = RetryBudget()
-    catalog = Catalog({name: Dispatch(h._plan, h, budget) for name, h in handles.items()})  # type: ignore[arg-type]
-    transport = httpx.ASGITransport(make_app(catalog, MAX_BODY_BYTES), raise_app_exceptions=False)
+    budget, metrics = RetryBudget(), Metrics()
+    catalog = Catalog({name: Dispatch(h._plan, h, budget, metrics) for name, h in handles.items()})  # type: ignore[arg-type]
+    serving = Serving(catalog, metrics, MAX_BODY_BYTES)
+
+    async def gather() -> list[bytes]:
+        return [metrics.text()]
+
+    transport = httpx.ASGITransport(make_app(serving, gather), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://cluster/v1") as client:
         yield client

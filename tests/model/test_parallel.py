@@ -44,7 +44,7 @@ def embed(folder: Path, model: Path, tensor: int, pipeline: int) -> tuple[np.nda
     serve.run(build(BuildArguments(config=str(file))), name="parallel", route_prefix="/parallel")
     handle = serve.get_deployment_handle("m", "parallel")
     batch = TokenBatch.of([token_ids(text) for text in TEXTS])
-    vectors = handle.embed.remote(batch).result(timeout_s=60)
+    vectors = handle.embed.remote(batch).result(timeout_s=60).vectors
     groups = live_groups()
     ranks = rank_processes()
     serve.delete("parallel")

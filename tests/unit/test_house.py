@@ -16,7 +16,7 @@ ROOT = Path(deployments.__file__).parent
 
 # A module imports only what stands below it: those of a later line may import those of an earlier one.
 LAYERS = [
-    ["deployments.errors"],
+    ["deployments.errors", "deployments.metrics"],
     ["deployments.config.worker", "deployments.config.model_files"],
     ["deployments.config.load", "deployments.config.plan"],
     ["deployments.config.manifest", "deployments.engine.batch", "deployments.engine.cores"],
@@ -34,6 +34,7 @@ LAYERS = [
     ["deployments.gateway.lanes", "deployments.gateway.prepare", "deployments.gateway.serve_router"],
     ["deployments.gateway.dispatch"],
     ["deployments.gateway.catalog"],
+    ["deployments.gateway.serving"],
     ["deployments.gateway.ingress"],
     ["deployments.app"],
     ["deployments.launch"],

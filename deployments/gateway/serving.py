@@ -1,0 +1,148 @@
+"""A request in named steps: read, parse, find, prepare, dispatch, answer. Counts how each one ends."""
+
+import asyncio
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.requests import Request
+
+from deployments.api import openai
+from deployments.api.encoding import truncate
+from deployments.errors import (
+    BodyTooLargeError,
+    DeadlineExceededError,
+    EmbeddingError,
+    InvalidRequestError,
+)
+from deployments.gateway.catalog import Catalog
+from deployments.gateway.prepare import prepare
+from deployments.gateway.work import Lane
+from deployments.metrics import CANCELLED, NO_MODEL, SUCCESS, Metrics
+
+# Ray Serve's own header: a client may lower its request's deadline, never raise it.
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+TIMEOUT_MARGIN = 0.05
+# Which model it is for, and so its deadline, is known once the body is there.
+BODY_SECONDS = 30.0
+
+
+class Serving:
+    """Embeds over a catalog of models."""
+
+    def __init__(self, catalog: Catalog, metrics: Metrics, max_body_bytes: int) -> None:
+        """Keep what every request needs."""
+        self.catalog = catalog
+        self.metrics = metrics
+        self._max_body_bytes = max_body_bytes
+
+    async def embed(self, request: Request) -> bytes:
+        """Return the JSON answer to a `POST /embeddings`, or raise an EmbeddingError."""
+        arrival = asyncio.get_running_loop().time()
+        with self._counted(arrival) as counted:
+            patience = wanted_seconds(request)
+            body = await self._read(request, arrival + min(BODY_SECONDS, patience))
+            with self._timed() as parsing:
+                wanted = openai.parse_request(body)
+            served = self.catalog.find(wanted.model)
+            counted.model = served.name
+            served.check_embeds()
+            worker = served.dispatch.plan.worker
+            self.metrics.stage_seconds.labels(worker.name, "parse").observe(parsing.seconds)
+            deadline = arrival + min(worker.limits.request_timeout_s, patience)
+            card, tokenizer = await served.dispatch.model(deadline)
+            with self._timed(worker.name, "tokenise"):
+                batch = await prepare(wanted, served.model.embedding_task, worker.limits, card, tokenizer)
+            lane = Lane.BULK if request.query_params.get("nice") == "true" else Lane.INTERACTIVE
+            vectors = await served.dispatch.embed(batch, deadline, lane, caller_of(request))
+            with self._timed(worker.name, "encode"):
+                vectors = truncate(vectors, wanted.dimensions)
+                answer = openai.answer(vectors, wanted.model, wanted.encoding_format, batch.tokens)
+            self.metrics.inputs.labels(worker.name).inc(len(batch))
+            self.metrics.tokens.labels(worker.name).inc(batch.tokens)
+            return answer
+
+    async def _read(self, request: Request, deadline: float) -> bytes:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await read_body(request, self._max_body_bytes)
+        except TimeoutError:
+            raise DeadlineExceededError("the body took too long to arrive", "body") from None
+
+    @contextmanager
+    def _counted(self, arrival: float) -> Iterator["_Counted"]:
+        """Count the request by model and outcome, however it ends."""
+        counted = _Counted()
+        outcome = EmbeddingError.code
+        try:
+            yield counted
+            outcome = SUCCESS
+        except EmbeddingError as error:
+            outcome = error.code
+            raise
+        except asyncio.CancelledError:
+            outcome = CANCELLED
+            raise
+        finally:
+            seconds = asyncio.get_running_loop().time() - arrival
+            self.metrics.requests.labels(counted.model, outcome).inc()
+            self.metrics.request_seconds.labels(counted.model).observe(seconds)
+
+    @contextmanager
+    def _timed(self, worker: str | None = None, stage: str = "") -> Iterator["_Timed"]:
+        """Time a stage, and record it where the worker is known already."""
+        timed = _Timed()
+        begun = asyncio.get_running_loop().time()
+        yield timed
+        timed.seconds = asyncio.get_running_loop().time() - begun
+        if worker is not None:
+            self.metrics.stage_seconds.labels(worker, stage).observe(timed.seconds)
+
+
+class _Counted:
+    """What is known of a request's model so far."""
+
+    model = NO_MODEL
+
+
+class _Timed:
+    """How long a stage took."""
+
+    seconds = 0.0
+
+
+def wanted_seconds(request: Request) -> float:
+    """Return how long the client is willing to wait; infinity where it doesn't say.
+
+    A little less than it says: it should read our answer rather than Ray Serve's, or give up by itself.
+    """
+    try:
+        seconds = float(request.headers.get(TIMEOUT_HEADER, ""))
+    except ValueError:
+        return math.inf
+    return seconds * (1 - TIMEOUT_MARGIN) if seconds > 0 else math.inf
+
+
+def caller_of(request: Request) -> str:
+    """Return what tells callers apart for taking turns: the key, else the address. Never logged."""
+    for header in ("authorization", "x-api-key", "api-key"):
+        if value := request.headers.get(header):
+            return value
+    return request.client.host if request.client else ""
+
+
+async def read_body(request: Request, max_body_bytes: int) -> bytes:
+    """Return the whole body. Raises BodyTooLargeError before more than the limit is read."""
+    too_large = BodyTooLargeError(f"the body is over the limit of {max_body_bytes} bytes", "body")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > max_body_bytes:
+        raise too_large
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise InvalidRequestError("compressed bodies aren't accepted", "content-encoding")
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_body_bytes:
+            raise too_large
+        chunks.append(chunk)
+    return b"".join(chunks)

@@ -1,0 +1,114 @@
+"""Every metric: name, labels, buckets. Recorded in the ingress, where a request begins and ends.
+
+Replicas send their timings along with their results, so that nothing is lost when one of them dies. Labels
+come from closed sets: the workers and models of the worker files, the codes of our errors, the stages below.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+# When a process began counting is of no meaning in a sum over processes.
+disable_created_metrics()
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# A millisecond, a lone request on a CPU, up to the largest deadline that makes sense.
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+INPUTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+TOKENS = (16, 64, 256, 1024, 4096, 16_384, 65_536)
+STAGES = ("parse", "tokenise", "wait", "call", "engine", "encode")
+SUCCESS = "ok"
+CANCELLED = "cancelled"  # the client left
+# Requests for a model that there isn't, or whose body couldn't be read, have no model of ours.
+NO_MODEL = "unknown"
+
+
+class Metrics:
+    """The metrics of one process, in a registry of its own."""
+
+    def __init__(self) -> None:
+        """Register every metric."""
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(f"embedding_{name}", what, labels, registry=self.registry)
+
+        def gauge(name: str, what: str) -> Gauge:
+            return Gauge(f"embedding_{name}", what, ("worker",), registry=self.registry)
+
+        def histogram(name: str, what: str, buckets: Iterable[float], *labels: str) -> Histogram:
+            return Histogram(
+                f"embedding_{name}", what, labels, buckets=tuple(buckets), registry=self.registry
+            )
+
+        self.requests = counter(
+            "requests", "Requests by model and outcome (`ok`, or the error's code)", "model", "outcome"
+        )
+        self.request_seconds = histogram(
+            "request_seconds", "Time from the first byte to the answer", SECONDS, "model"
+        )
+        self.stage_seconds = histogram("stage_seconds", "Time in each stage", SECONDS, "worker", "stage")
+        self.inputs = counter("inputs", "Inputs of successful requests", "worker")
+        self.tokens = counter("tokens", "Tokens of successful requests", "worker")
+        self.call_inputs = histogram("call_inputs", "Inputs of one call to a replica", INPUTS, "worker")
+        self.call_tokens = histogram("call_tokens", "Tokens of one call to a replica", TOKENS, "worker")
+        self.joined = counter("joined_parts", "Parts that left together with others", "worker")
+        self.split = counter("split_parts", "Parts that requests were split into", "worker")
+        self.shared = counter(
+            "shared_inputs", "Inputs that were already waited for, and embedded once", "worker"
+        )
+        self.retries = counter("retries", "Calls that were repeated", "worker")
+        self.cuts = counter("cuts", "Calls that were given up because their replica hung", "worker")
+        self.outstanding = gauge("outstanding_tokens", "Tokens let in and not yet answered")
+        self.replicas = gauge("replicas", "Replicas that this process can choose from")
+
+    def watch(self, worker: str, outstanding: Callable[[], float], replicas: Callable[[], float]) -> None:
+        """Read the gauges of a worker when they are asked for."""
+        self.outstanding.labels(worker).set_function(outstanding)
+        self.replicas.labels(worker).set_function(replicas)
+
+    def text(self) -> bytes:
+        """Return this process's metrics in Prometheus's text format."""
+        return generate_latest(self.registry)
+
+
+class _Merged(Collector):
+    """The sum of several processes' metrics; of replicas, which all of them see, the largest number."""
+
+    def __init__(self, texts: Iterable[bytes], worker: str | None) -> None:
+        self._texts = tuple(texts)
+        self._worker = worker
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield each family once, its samples added up by name and labels."""
+        families: dict[str, Metric] = {}
+        totals: dict[tuple[str, str, tuple[tuple[str, str], ...]], float] = {}
+        for text in self._texts:
+            for family in text_string_to_metric_families(text.decode()):
+                families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    if self._worker is not None and sample.labels.get("worker", self._worker) != self._worker:
+                        continue
+                    key = family.name, sample.name, tuple(sorted(sample.labels.items()))
+                    add = max if family.name == "embedding_replicas" else float.__add__
+                    totals[key] = add(totals.get(key, 0.0), float(sample.value))
+        for (name, sample_name, labels), value in totals.items():
+            families[name].add_sample(sample_name, dict(labels), value)
+        yield from families.values()
+
+
+def merge(texts: Iterable[bytes], worker: str | None = None) -> bytes:
+    """Return several processes' metrics as one; with `worker`, those of that worker alone."""
+    registry = CollectorRegistry()
+    registry.register(_Merged(texts, worker))
+    return generate_latest(registry)

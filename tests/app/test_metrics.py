@@ -1,0 +1,112 @@
+"""Metrics: every name once, exact counts, closed labels, and the same over several processes."""
+
+import asyncio
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from deployments import errors
+from deployments.metrics import CANCELLED, NO_MODEL, STAGES, SUCCESS, merge
+from tests.unit.test_house import all_errors
+
+FAMILIES = {
+    "embedding_requests": "counter",
+    "embedding_request_seconds": "histogram",
+    "embedding_stage_seconds": "histogram",
+    "embedding_inputs": "counter",
+    "embedding_tokens": "counter",
+    "embedding_call_inputs": "histogram",
+    "embedding_call_tokens": "histogram",
+    "embedding_joined_parts": "counter",
+    "embedding_split_parts": "counter",
+    "embedding_shared_inputs": "counter",
+    "embedding_retries": "counter",
+    "embedding_cuts": "counter",
+    "embedding_outstanding_tokens": "gauge",
+    "embedding_replicas": "gauge",
+}
+
+
+async def scrape(client: httpx.AsyncClient) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Return every sample by name and labels, having checked that the families are the ones above."""
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = list(text_string_to_metric_families(response.text))
+    assert {family.name: family.type for family in families} == FAMILIES
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
+    """Return a sample's key."""
+    return name, frozenset(labels.items())
+
+
+async def test_counts_agree_with_what_was_sent(client: httpx.AsyncClient) -> None:
+    """To the request, by model and outcome; inputs and tokens of the answers that were given."""
+
+    async def send(body: dict[str, object]) -> None:
+        await client.post("/embeddings", json=body)
+
+    await asyncio.gather(*(send({"model": "a", "input": [f"text {n}", "same"]}) for n in range(40)))
+    await asyncio.gather(*(send({"model": "a", "input": ""}) for _ in range(3)))
+    await send({"model": "a", "input": "x" * 513})
+    await send({"model": "nope", "input": "x"})
+    await send({"model": "mute", "input": "x"})
+    found = await scrape(client)
+    requests = "embedding_requests_total"
+    assert found[key(requests, model="a", outcome=SUCCESS)] == 40
+    assert found[key(requests, model="a", outcome="context_length_exceeded")] == 1
+    assert found[key(requests, model=NO_MODEL, outcome="invalid_request")] == 3
+    assert found[key(requests, model=NO_MODEL, outcome="model_not_found")] == 1
+    assert found[key(requests, model="mute", outcome="MISSING_CAPABILITY")] == 1
+    assert found[key("embedding_inputs_total", worker="a")] == 80
+    tokens = sum(len(f"text {n}") + len("same") for n in range(40))
+    assert found[key("embedding_tokens_total", worker="a")] == tokens
+    assert found[key("embedding_outstanding_tokens", worker="a")] == 0
+    for stage in STAGES:
+        assert found[key("embedding_stage_seconds_count", worker="a", stage=stage)] > 0, stage
+    # Each input was either sent in a call or shared with one that was.
+    sent = found[key("embedding_call_inputs_sum", worker="a")]
+    assert sent + found[key("embedding_shared_inputs_total", worker="a")] == 80
+    assert found[key("embedding_joined_parts_total", worker="a")] > 0
+
+
+async def test_labels_come_from_closed_sets(client: httpx.AsyncClient) -> None:
+    """Whatever clients send: a name that a client made up never becomes a label."""
+    for number in range(20):
+        await client.post("/embeddings", json={"model": f"made-up-{number}", "input": "x"})
+    models = {"a", "b", "mute", "patient", "slow", "texts"}
+    outcomes = {kind.code for kind in all_errors()} | {SUCCESS, CANCELLED}
+    for _, labels in await scrape(client):
+        values = dict(labels)
+        assert values.get("model", NO_MODEL) in models | {NO_MODEL}
+        assert values.get("outcome", SUCCESS) in outcomes
+        assert values.get("worker", "a") in models
+        assert values.get("stage", "parse") in STAGES
+
+
+@pytest.mark.parametrize("worker", [None, "a"])
+async def test_several_processes_add_up(client: httpx.AsyncClient, worker: str | None) -> None:
+    """Counts and buckets are sums; of one worker alone, the others' samples are left out."""
+    for model in "ab":
+        await client.post("/embeddings", json={"model": model, "input": "abc"})
+    text = (await client.get("/metrics")).content
+    merged = merge([text, text, text], worker)
+    found = {
+        (s.name, frozenset(s.labels.items())): s.value
+        for family in text_string_to_metric_families(merged.decode())
+        for s in family.samples
+    }
+    assert found[key("embedding_tokens_total", worker="a")] == 9
+    assert (key("embedding_tokens_total", worker="b") in found) == (worker is None)
+    assert found[key("embedding_stage_seconds_bucket", worker="a", stage="call", le="+Inf")] == 3
+
+
+def test_a_code_belongs_to_one_kind_of_error() -> None:
+    """Else an outcome would mean two things; subclasses that only refine a message share it."""
+    by_code: dict[str, list[type[errors.EmbeddingError]]] = {}
+    for kind in all_errors():
+        by_code.setdefault(kind.code, []).append(kind)
+    shared = {code for code, kinds in by_code.items() if len(kinds) > 1}
+    assert shared == {"internal_error"}
