@@ -11,7 +11,7 @@ UV_VERSION := 0.13.9
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode
 
-.PHONY: help setup setup-gpu serve check test lock clean bench-memory
+.PHONY: help setup setup-gpu serve check test lock clean bench-memory faults
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
@@ -34,6 +34,9 @@ test: check  ## Everything: real clusters, real models, real clients
 
 bench-memory: $(VENV)/test.stamp  ## Resident memory of the whole server, one MiniLM replica
 	$(BIN)/python -m benchmarks.memory
+
+faults: $(VENV)/test.stamp  ## What is lost when processes die, on both data planes: some minutes
+	$(BIN)/python -m benchmarks.faults
 
 lock: $(VENV)/uv.stamp  ## Renew requirements/*.txt from pyproject.toml
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --upgrade --no-annotate --custom-compile-command "make lock" \

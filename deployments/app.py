@@ -34,6 +34,7 @@ class BuildArguments(BaseModel):
 
     config: str = Field(description="A worker file, or a folder of them.")
     ingress_replicas: int = Field(default=1, ge=1, description="How many ingress replicas there are.")
+    metrics_host: str = Field(default="127.0.0.1", description="Address of the workers' metrics ports.")
     max_body_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body, in bytes.")
 
 
@@ -100,4 +101,4 @@ def bind_ingress(
         ray_actor_options={"num_cpus": 0},  # the cores are for the engines; this one waits for them
         logging_config=logging_config(),
     )(serve.ingress()(Ingress))
-    return ingress.bind(plans, handles, arguments.max_body_bytes)
+    return ingress.bind(plans, handles, arguments.max_body_bytes, arguments.metrics_host)

@@ -122,7 +122,13 @@ def _serve(arguments: ServeArguments, stop: threading.Event) -> int:
     machine = cluster_machine(ray.nodes())
     if problems := unplaceable(make_plans(workers, machine), machine):
         raise ConfigError("\n".join(problems))
-    application = build(BuildArguments(config=arguments.config, ingress_replicas=arguments.ingress_replicas))
+    application = build(
+        BuildArguments(
+            config=arguments.config,
+            ingress_replicas=arguments.ingress_replicas,
+            metrics_host=arguments.host,
+        )
+    )
     serve.start(http_options={"host": arguments.host, "port": arguments.port})
     target = serve.RunTarget(application, name=APPLICATION, route_prefix="/")
     serve.run_many([target], wait_for_applications_running=False)

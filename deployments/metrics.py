@@ -4,7 +4,7 @@ Replicas send their timings along with their results, so that nothing is lost wh
 come from closed sets: the workers and models of the worker files, the codes of our errors, the stages below.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -85,9 +85,13 @@ class Metrics:
 class _Merged(Collector):
     """The sum of several processes' metrics; of replicas, which all of them see, the largest number."""
 
-    def __init__(self, texts: Iterable[bytes], worker: str | None) -> None:
+    def __init__(self, texts: Iterable[bytes], names: Collection[str] | None) -> None:
         self._texts = tuple(texts)
-        self._worker = worker
+        self._names = names
+
+    def _wants(self, labels: Mapping[str, str]) -> bool:
+        name = labels.get("worker", labels.get("model"))
+        return self._names is None or name is None or name in self._names
 
     def collect(self) -> Iterator[Metric]:
         """Yield each family once, its samples added up by name and labels."""
@@ -97,7 +101,7 @@ class _Merged(Collector):
             for family in text_string_to_metric_families(text.decode()):
                 families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 for sample in family.samples:
-                    if self._worker is not None and sample.labels.get("worker", self._worker) != self._worker:
+                    if not self._wants(sample.labels):
                         continue
                     key = family.name, sample.name, tuple(sorted(sample.labels.items()))
                     add = max if family.name == "embedding_replicas" else float.__add__
@@ -107,8 +111,8 @@ class _Merged(Collector):
         yield from families.values()
 
 
-def merge(texts: Iterable[bytes], worker: str | None = None) -> bytes:
-    """Return several processes' metrics as one; with `worker`, those of that worker alone."""
+def merge(texts: Iterable[bytes], names: Collection[str] | None = None) -> bytes:
+    """Return several processes' metrics as one; with `names`, those of these workers and models alone."""
     registry = CollectorRegistry()
-    registry.register(_Merged(texts, worker))
+    registry.register(_Merged(texts, names))
     return generate_latest(registry)

@@ -45,6 +45,7 @@ class Server:
     process: subprocess.Popen[bytes]
     log: Path
     mark: str
+    metrics_port: int = 0
 
     def processes(self) -> list[psutil.Process]:
         """Return the live processes that inherited this server's environment."""
@@ -71,7 +72,11 @@ class Server:
 
 @contextlib.contextmanager
 def serve(
-    config: Path, folder: Path, environ: Mapping[str, str] | None = None, tuned: bool = True
+    config: Path,
+    folder: Path,
+    environ: Mapping[str, str] | None = None,
+    tuned: bool = True,
+    ingress_replicas: int = 1,
 ) -> Iterator[Server]:
     """Serve a worker file or folder until the block ends; `folder` gets the log.
 
@@ -85,10 +90,15 @@ def serve(
         "serve",
         "--port",
         str(port),
+        "--ingress-replicas",
+        str(ingress_replicas),
         str(config),
     ]
     if not tuned:
-        application = {"import_path": "deployments.app:build", "args": {"config": str(config)}}
+        application = {
+            "import_path": "deployments.app:build",
+            "args": {"config": str(config), "ingress_replicas": ingress_replicas},
+        }
         options = {"host": "127.0.0.1", "port": port}
         file = folder / f"serve-{port}.yaml"
         file.write_text(json.dumps({"http_options": options, "applications": [application]}))

@@ -303,9 +303,11 @@ def _clashes(workers: Mapping[Path, Worker]) -> list[Problem]:
     names: dict[tuple[str, str], Path] = {}
     for file, worker in workers.items():
         claims = [("queue.checkpoint_name", worker.name)]
+        if worker.monitoring.metrics_port:
+            claims.append(("monitoring.metrics_port", str(worker.monitoring.metrics_port)))
         claims += [("queue.models", name) for name in worker.queue.models]
         for key, name in claims:
             other = names.setdefault((key, name), file)
             if other != file:
-                problems.append(Problem(str(file), key, f"`{name}` is also served by {other.name}"))
+                problems.append(Problem(str(file), key, f"`{name}` is taken by {other.name}"))
     return problems

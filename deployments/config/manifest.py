@@ -26,6 +26,8 @@ FAST_DATA_PLANE = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_PROXY_USE_GRPC": "1",
+    # A dead front is replaced after three failed checks, which by default are ten seconds apart.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # gRPC's own 4 MiB hold one answer of 2,730 vectors of 384 numbers; ours may be a hundred times that.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(512 * 2**20),
 }

@@ -9,7 +9,9 @@ meanwhile leaves together in the next one.
 import asyncio
 import contextvars
 import itertools
+import time
 import uuid
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -52,9 +54,10 @@ PART_SECONDS = 0.1
 FIRST_PART_TOKENS = 4096
 MIN_PART_TOKENS = 512
 MAX_PART_TOKENS = 16_384
-# A call that takes this many times as long as expected has met a replica that hangs.
+# A call that takes this many times as long as the slowest of the last ones has met a replica that hangs.
 CUT_FACTOR = 10.0
-MIN_CUT_SECONDS = 3.0
+MIN_CUT_SECONDS = 2.0
+RECENT_CALLS = 128
 UNKNOWN_CUT_SECONDS = 15.0
 # Until the rate is known, so much may wait; from then on what can be embedded in this share of the deadline.
 FIRST_BOUND_TOKENS = 600_000
@@ -82,6 +85,7 @@ class Dispatch:
         self._inputs: dict[bytes, Input] = {}
         self._flying = dict.fromkeys(Lane, 0)
         self._outstanding = 0
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_CALLS)
         self._call_ids = (f"{uuid.uuid4().hex}-{number}" for number in itertools.count())
 
     # --- what others call -----------------------------------------------------------------------
@@ -115,7 +119,7 @@ class Dispatch:
             lane = Lane.BULK  # what needs several parts lets others in between
         self._outstanding += batch.tokens
         try:
-            now = asyncio.get_running_loop().time()
+            now = time.perf_counter()
             parts = split(self._join(job, batch, lane), self._part_tokens(), self._replicas())
             for inputs in parts:
                 self._lanes.put(Part(inputs, caller, lane, since=now))
@@ -247,14 +251,16 @@ class Dispatch:
         response = self._handle.embed.remote(batch, call_id=call_id)
         answer = asyncio.ensure_future(_result(response))
         answered = False
-        begun = asyncio.get_running_loop().time()
+        begun = time.perf_counter()
         try:
             while True:
                 await asyncio.wait({answer}, timeout=self._share(part))
                 if answer.done():
                     answered = answer.exception() is None
                     embedded = answer.result()
-                    self._observe("call", asyncio.get_running_loop().time() - begun)
+                    seconds = time.perf_counter() - begun
+                    self._recent.append((seconds, part.tokens))
+                    self._observe("call", seconds)
                     self._observe("engine", embedded.engine_seconds)
                     return embedded.vectors
                 router = TokenRouter.of(self.plan.name)
@@ -276,7 +282,7 @@ class Dispatch:
         self._metrics.retries.labels(self.plan.name).inc()
 
         def queue() -> None:
-            part.since = asyncio.get_running_loop().time()
+            part.since = time.perf_counter()
             self._lanes.put(part, first=True)
             self._pump()
 
@@ -289,7 +295,7 @@ class Dispatch:
             self._fail(part, error)
             return
         middle = len(part.inputs) // 2
-        now = asyncio.get_running_loop().time()
+        now = time.perf_counter()
         for inputs in (part.inputs[:middle], part.inputs[middle:]):
             self._lanes.put(
                 Part(inputs, part.caller, part.lane, part.attempts, alone=True, since=now), first=True
@@ -309,12 +315,12 @@ class Dispatch:
 
     def _begin(self, part: Part) -> None:
         """Count a call as it leaves."""
-        name, now = self.plan.name, asyncio.get_running_loop().time()
+        name = self.plan.name
         self._metrics.call_inputs.labels(name).observe(len(part.inputs))
         self._metrics.call_tokens.labels(name).observe(part.tokens)
         if part.joined > 1:
             self._metrics.joined.labels(name).inc(part.joined)
-        self._observe("wait", now - part.since)
+        self._observe("wait", time.perf_counter() - part.since)
 
     def _observe(self, stage: str, seconds: float) -> None:
         self._metrics.stage_seconds.labels(self.plan.name, stage).observe(seconds)
@@ -335,12 +341,12 @@ class Dispatch:
         return min(max(tokens, MIN_PART_TOKENS), MAX_PART_TOKENS)
 
     def _share(self, part: Part) -> float:
-        """Seconds after which a call is taken to hang, those that it shares its replica with included."""
-        rate = self._meter.rate
-        if rate is None:
+        """Seconds after which a call is taken to hang: many times what the slowest of the last ones took."""
+        if not self._recent:
             return UNKNOWN_CUT_SECONDS
-        tokens = part.tokens + 2 * CALLS_PER_REPLICA * self._part_tokens()
-        return max(MIN_CUT_SECONDS, CUT_FACTOR * tokens * self._replicas() / rate)
+        slowest = max(seconds for seconds, _ in self._recent)
+        largest = max(tokens for _, tokens in self._recent)
+        return max(MIN_CUT_SECONDS, CUT_FACTOR * slowest * max(1.0, part.tokens / largest))
 
     async def _ask_any(self, method: str) -> Any:
         """Call a method of any replica, again when that one dies. Raises ModelUnavailableError."""

@@ -5,7 +5,8 @@ Ray Serve takes or makes the `x-request-id` and returns it; that is left to it.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
@@ -28,6 +29,7 @@ from deployments.errors import (
 from deployments.gateway.catalog import Catalog
 from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.meter import RetryBudget
+from deployments.gateway.metrics_port import MetricsPort
 from deployments.gateway.serving import Serving
 from deployments.metrics import CONTENT_TYPE, Metrics, merge
 
@@ -49,15 +51,21 @@ class Ingress:
         plans: tuple[WorkerPlan, ...],
         handles: Mapping[str, DeploymentHandle[Any]],
         max_body_bytes: int,
+        metrics_host: str,
     ) -> None:
         """Make one dispatch for each worker; `handles` are by the worker's name."""
         budget, metrics = RetryBudget(), Metrics()
         dispatches = {plan.name: Dispatch(plan, handles[plan.name], budget, metrics) for plan in plans}
+        self._ports = {
+            plan.name: MetricsPort(plan.worker, metrics_host, self._gather)
+            for plan in plans
+            if plan.worker.monitoring.metrics_port
+        }
         self._serving = Serving(Catalog(dispatches), metrics, max_body_bytes)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application; Ray Serve asks for it once the constructor is done."""
-        return make_app(self._serving, self._gather)
+        return make_app(self._serving, self._gather, self._ports)
 
     async def metrics(self) -> bytes:
         """Return this ingress replica's metrics as text; the others ask for it."""
@@ -70,8 +78,18 @@ class Ingress:
         return await ourselves.broadcast("metrics").results_async()
 
 
-def make_app(serving: Serving, gather: Gather) -> FastAPI:
-    """Return the application over a catalog of models."""
+def make_app(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort] | None = None) -> FastAPI:
+    """Return the application over a catalog of models, and the workers' own metrics ports."""
+    ports = ports or {}
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(port.run()) for port in ports.values()]
+            yield
+            for each in running:
+                each.cancel()
+
     app = FastAPI(
         title="Embedding cluster",
         description="OpenAI-compatible embeddings.",
@@ -79,10 +97,11 @@ def make_app(serving: Serving, gather: Gather) -> FastAPI:
         openapi_url=None,  # both are among the routes, at either prefix
         docs_url=None,
         redoc_url=None,
+        lifespan=lifespan,
     )
     app.add_middleware(Errors)
     app.add_exception_handler(HTTPException, _http_exception)
-    router = _routes(serving, gather)
+    router = _routes(serving, gather, ports)
     _add_documentation(app, router)
     app.include_router(router, prefix="/v1")
     # The same routes without prefix: some clients are given the host with /v1, some without.
@@ -90,7 +109,7 @@ def make_app(serving: Serving, gather: Gather) -> FastAPI:
     return app
 
 
-def _routes(serving: Serving, gather: Gather) -> APIRouter:
+def _routes(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort]) -> APIRouter:
     router = APIRouter()
     catalog = serving.catalog
 
@@ -113,6 +132,10 @@ def _routes(serving: Serving, gather: Gather) -> APIRouter:
     async def ready() -> Response:
         """Say for each worker whether a replica answers; 200 when all do, else 503."""
         states = await asyncio.gather(*(d.state() for d in catalog.dispatches.values()))
+        for state in states:
+            port = ports.get(state["deployment"])
+            if port is not None and port.problem:
+                state["metrics"] = port.problem
         everything = all(state["ready"] for state in states)
         body = {"ready": everything, "models": states}
         return _json(body, 200 if everything else 503)

@@ -76,7 +76,7 @@ class Input:
 class Part:
     """Inputs that travel together. `alone` parts are not joined with others: one in them is at fault.
 
-    `since` is when it was queued, in seconds of the event loop; `joined` how many parts became this one.
+    `since` is when it was queued, on `time.perf_counter`; `joined` how many parts became this one.
     """
 
     inputs: list[Input]

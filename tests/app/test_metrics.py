@@ -92,7 +92,7 @@ async def test_several_processes_add_up(client: httpx.AsyncClient, worker: str |
     for model in "ab":
         await client.post("/embeddings", json={"model": model, "input": "abc"})
     text = (await client.get("/metrics")).content
-    merged = merge([text, text, text], worker)
+    merged = merge([text, text, text], worker and {worker})
     found = {
         (s.name, frozenset(s.labels.items())): s.value
         for family in text_string_to_metric_families(merged.decode())

@@ -5,9 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -15,7 +15,9 @@ import numpy as np
 import openai
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.faults import FAULTS, Fault, run
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import fake_vectors
 from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
@@ -32,9 +34,13 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("server")
     config = folder / "workers"
     config.mkdir()
-    (config / "a.toml").write_text(workers.fake("a", "call_seconds = 0.01", TWO_REPLICAS))
+    port = free_port()
+    monitoring = f"[monitoring]\nmetrics_port = {port}"
+    more = f"{TWO_REPLICAS}\n{monitoring}"
+    (config / "a.toml").write_text(workers.fake("a", "call_seconds = 0.01", more))
     (config / "b.toml").write_text(workers.fake("b"))
-    with serve(config, folder, tuned=request.param) as server:
+    with serve(config, folder, tuned=request.param, ingress_replicas=2) as server:
+        server.metrics_port = port
         yield server
 
 
@@ -64,6 +70,36 @@ def test_two_models_answer_by_name(server: Server) -> None:
         assert np.array_equal(got, expected(texts))
 
 
+def test_metrics_agree_with_what_was_sent(server: Server) -> None:
+    """To the request, over both ingress replicas: on `/metrics`, and of one worker on its own port."""
+
+    def counts(url: str) -> dict[str, float]:
+        families = text_string_to_metric_families(httpx.get(url, timeout=30).text)
+        samples = [sample for family in families for sample in family.samples]
+        found: dict[str, float] = {}
+        for sample in samples:
+            who = sample.labels.get("model") or sample.labels.get("worker", "")
+            if sample.name in ("embedding_requests_total", "embedding_inputs_total", "embedding_replicas"):
+                found[f"{sample.name} {who}"] = found.get(f"{sample.name} {who}", 0) + sample.value
+        return found
+
+    before = counts(f"{server.url}/metrics")
+
+    def send(number: int) -> None:
+        body = {"model": "a", "input": [f"{number}", f"{number} again"]}
+        httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60).raise_for_status()
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(send, range(200)))
+    after = counts(f"{server.url}/metrics")
+    assert after["embedding_requests_total a"] - before.get("embedding_requests_total a", 0) == 200
+    assert after["embedding_inputs_total a"] - before.get("embedding_inputs_total a", 0) == 400
+    assert after["embedding_replicas a"] == 2
+    own = counts(f"http://127.0.0.1:{server.metrics_port}/metrics")
+    assert own["embedding_inputs_total a"] == after["embedding_inputs_total a"]
+    assert not any(name.endswith(" b") for name in own)
+
+
 def test_a_large_answer_crosses_every_message_limit(server: Server) -> None:
     """2,048 inputs of some 100 tokens each: beyond gRPC's default of 4 MiB both ways, as floats."""
     texts = [f"{number:05d}" * 20 for number in range(2048)]
@@ -73,38 +109,20 @@ def test_a_large_answer_crosses_every_message_limit(server: Server) -> None:
     assert np.array_equal(got, expected(texts))
 
 
-def test_killing_a_replica_under_load_loses_nothing(server: Server) -> None:
-    """Kill -9 of one of two: every answer arrives and is right, and the replica is replaced."""
-    stop = threading.Event()
-    statuses: list[int] = []
-    wrong: list[str] = []
-
-    def load(number: int) -> None:
-        with httpx.Client(timeout=60) as client:
-            while not stop.is_set():
-                text = f"client {number} request {len(statuses)}"
-                response = client.post(f"{server.url}/v1/embeddings", json={"model": "a", "input": text})
-                statuses.append(response.status_code)
-                if response.status_code == 200:
-                    got = np.array(response.json()["data"][0]["embedding"], np.float32)
-                    if not np.array_equal(got, expected([text])[0]):
-                        wrong.append(text)
-
-    clients = [threading.Thread(target=load, args=(number,)) for number in range(8)]
-    for client in clients:
-        client.start()
-    wait_for(lambda: len(statuses) > 100, 60, "load before the fault")
+@pytest.mark.parametrize("fault", FAULTS[:4], ids=lambda fault: fault.name.replace(" ", "-"))
+def test_nothing_is_lost_when_a_process_dies(server: Server, fault: Fault) -> None:
+    """Under the load of 8 clients: every answer arrives and is right; a replica is replaced."""
+    wait_for(lambda: len(replicas(server, "a")) == 2, 90, "two replicas")
     before = {process.pid for process in replicas(server, "a")}
-    assert len(before) == 2
-    os.kill(min(before), signal.SIGKILL)
-    at_fault = len(statuses)
-    wait_for(lambda: len(statuses) > at_fault + 300, 60, "load after the fault")
-    wait_for(lambda: len({p.pid for p in replicas(server, "a")} - before) == 1, 60, "a replica in its place")
-    stop.set()
-    for client in clients:
-        client.join()
-    assert set(statuses) == {200}
-    assert not wrong
+    result = run(server, fault, "a", after=6.0)
+    assert result is not None
+    load, row = result
+    assert not load.lost, (row, load.lost[:3])
+    assert load.wrong == 0
+    assert len(load.began) > 200
+    if "{model}" in fault.title:
+        new = lambda: {process.pid for process in replicas(server, "a")} - before  # noqa: E731
+        wait_for(lambda: len(new()) == 1, 90, "a replica in its place")
 
 
 def test_a_worker_that_cant_start_leaves_the_others_serving(tmp_path: Path) -> None:

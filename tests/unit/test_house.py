@@ -32,6 +32,7 @@ LAYERS = [
         "deployments.gateway.meter",
     ],
     ["deployments.gateway.lanes", "deployments.gateway.prepare", "deployments.gateway.serve_router"],
+    ["deployments.gateway.metrics_port"],
     ["deployments.gateway.dispatch"],
     ["deployments.gateway.catalog"],
     ["deployments.gateway.serving"],

@@ -147,7 +147,7 @@ def test_two_files_may_not_share_a_public_name(tmp_path: Path) -> None:
     """The second one is refused, by name and file."""
     write(tmp_path, "a.toml", workers.fake("a"))
     write(tmp_path, "b.toml", workers.fake("b").replace('models."b"', 'models."a"'))
-    with pytest.raises(ConfigError, match=r"b\.toml: queue\.models: `a` is also served by a\.toml"):
+    with pytest.raises(ConfigError, match=r"b\.toml: queue\.models: `a` is taken by a\.toml"):
         load_workers(tmp_path, environ={})
 
 

@@ -1,0 +1,201 @@
+"""What is lost when processes die: `make faults`.
+
+Eight clients send all the time, every vector is compared with its known value, and meanwhile something is
+killed or stopped. Two replicas of the model, two ingress replicas, the fake engine with a set service time,
+on both data planes. Where the front itself dies, clients retry as the OpenAI SDK does by default.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import openai
+import psutil
+
+from deployments.engine.batch import TokenBatch
+from deployments.engine.fake import fake_vectors
+from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
+from tests import workers
+from tests.server import Server, serve, wait_for
+
+CLIENTS = 8
+SECONDS_BEFORE = 5.0
+SECONDS_AFTER = 20.0
+SDK_RETRIES = 2
+DIMENSION = 64
+TOKENIZER = TextTokenizer(byte_tokenizer())
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A signal for one of the processes whose title holds `title`; `retries` are the client's."""
+
+    name: str
+    title: str
+    number: signal.Signals
+    retries: int = 0
+
+
+FAULTS = (
+    Fault("replica killed", "ServeReplica:default:{model}", signal.SIGKILL),
+    Fault("replica stopped", "ServeReplica:default:{model}", signal.SIGSTOP),
+    Fault("ingress killed", "ServeReplica:default:ingress", signal.SIGKILL, SDK_RETRIES),
+    Fault("controller killed", "ServeController", signal.SIGKILL),
+    Fault("proxy killed", "ProxyActor", signal.SIGKILL, SDK_RETRIES),
+    Fault("HAProxy manager killed", "HAProxyManager", signal.SIGKILL, SDK_RETRIES),
+)
+
+
+@dataclass
+class Load:
+    """What the clients saw: when each request began, how long it took, how it ended."""
+
+    began: list[float] = field(default_factory=list)
+    took: list[float] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    wrong: int = 0
+    retried: int = 0
+
+    def p99(self, since: float, until: float) -> float:
+        """Return the 99th percentile of the requests that began in that time, in milliseconds."""
+        seconds = [t for b, t in zip(self.began, self.took, strict=True) if since <= b < until]
+        return statistics.quantiles(seconds, n=100)[98] * 1000 if len(seconds) > 1 else float("nan")
+
+
+def expected(text: str) -> np.ndarray:
+    """Return the right vector of a text."""
+    return fake_vectors(TokenBatch.of(TOKENIZER.encode([text])), DIMENSION)[0]
+
+
+def client(url: str, model: str, retries: int, load: Load, stop: threading.Event) -> None:
+    """Send one text after the other, each of them new, and check what comes back."""
+    sdk = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=retries, timeout=60)
+    count = 0
+    while not stop.is_set():
+        count += 1
+        text = f"client {threading.get_ident()} text {count}"
+        began = time.monotonic()
+        try:
+            raw = sdk.embeddings.with_raw_response.create(model=model, input=text)
+            vector = np.array(raw.parse().data[0].embedding, np.float32)
+        except openai.OpenAIError as error:
+            load.lost.append(f"{type(error).__name__}: {error}"[:200])
+            continue
+        load.began.append(began)
+        load.took.append(time.monotonic() - began)
+        load.retried += raw.retries_taken
+        load.wrong += not np.array_equal(vector, expected(text))
+
+
+def victim(server: Server, title: str) -> psutil.Process | None:
+    """Return the first process of the server whose title holds the text."""
+    for process in sorted(server.processes(), key=lambda each: each.pid):
+        try:
+            if title in " ".join(process.cmdline()):
+                return process
+        except psutil.Error:
+            continue
+    return None
+
+
+def run(
+    server: Server, fault: Fault, model: str = "m", after: float = SECONDS_AFTER
+) -> tuple[Load, list[str]] | None:
+    """Put the server under load, do the fault, and return what the clients saw and the table's row."""
+    process = victim(server, fault.title.format(model=model))
+    if process is None:
+        return None
+    load, stop = Load(), threading.Event()
+    clients = [
+        threading.Thread(target=client, args=(server.url, model, fault.retries, load, stop))
+        for _ in range(CLIENTS)
+    ]
+    began = time.monotonic()
+    for each in clients:
+        each.start()
+    wait_for(lambda: time.monotonic() > began + SECONDS_BEFORE, 60, "load before the fault")
+    at = time.monotonic()
+    os.kill(process.pid, fault.number)
+    wait_for(lambda: time.monotonic() > at + after, 120, "load after the fault")
+    stop.set()
+    for each in clients:
+        each.join()
+    if fault.number == signal.SIGSTOP:
+        _end(process)
+    slow = [b + t - at for b, t in zip(load.began, load.took, strict=True) if b + t > at and t > 1]
+    row = [
+        fault.name,
+        str(len(load.began) + len(load.lost)),
+        str(len(load.began)),
+        str(load.retried),
+        str(len(load.lost)),
+        str(load.wrong),
+        f"{load.p99(began, at):.0f}",
+        f"{load.p99(at - 1, at + 5):.0f}",
+        f"{load.p99(at + after / 2, at + after):.0f}",
+        f"{max(slow, default=0.0):.1f}",
+    ]
+    return load, row
+
+
+def _end(process: psutil.Process) -> None:
+    try:
+        process.kill()
+    except psutil.Error:
+        pass
+
+
+HEADER = [
+    "fault", "sent", "ok", "retried", "lost", "wrong",
+    "p99 before, ms", "p99 during, ms", "p99 after, ms", "last slow answer after, s",
+]  # fmt: skip
+
+
+def with_server(tuned: bool, use: Callable[[Server], None]) -> None:
+    """Serve one fake model with two replicas behind two ingress replicas, and use it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = folder / "workers"
+        config.mkdir()
+        (config / "m.toml").write_text(
+            workers.fake("m", "call_seconds = 0.01", "[deployment]\nnum_replicas = 2")
+        )
+        with serve(config, folder, tuned=tuned, ingress_replicas=2) as server:
+            use(server)
+
+
+def main() -> int:
+    """Print a table for each data plane; the exit status says whether anything was lost or wrong."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    failures = 0
+    for tuned in (True, False):
+        print(f"\n{'tuned (HAProxy, gRPC)' if tuned else 'serve run, defaults'}\n")
+        print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER), flush=True)
+        for fault in FAULTS:  # a server for each: one fault must not show in the next one's numbers
+
+            def use(server: Server, fault: Fault = fault) -> None:
+                nonlocal failures
+                result = run(server, fault)
+                if result is None:
+                    return  # this data plane has no such process
+                load, row = result
+                print("| " + " | ".join(row) + " |", flush=True)
+                for reason in load.lost[:3]:
+                    print(f"  lost: {reason}", file=sys.stderr)
+                failures += len(load.lost) + load.wrong
+
+            with_server(tuned, use)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
