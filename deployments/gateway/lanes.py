@@ -32,7 +32,7 @@ class Lanes:
             part = waiting[0]
             part.inputs = [each for each in part.inputs if each.waiters]
             if joined is not None and part.inputs:
-                if part.alone or tokens + part.tokens > part_tokens:
+                if part.alone or part.attempts != joined.attempts or tokens + part.tokens > part_tokens:
                     return joined
                 if len(joined.inputs) + len(part.inputs) > MAX_CALL_INPUTS:
                     return joined
@@ -46,7 +46,6 @@ class Lanes:
                     return part
             else:
                 joined.inputs += part.inputs
-                joined.attempts = max(joined.attempts, part.attempts)
                 joined.joined += part.joined
         return joined
 

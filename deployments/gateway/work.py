@@ -61,16 +61,6 @@ class Input:
     waiters: list[tuple[Job, int]] = field(default_factory=list)
     part: "Part | None" = None
 
-    def deliver(self, vector: np.ndarray) -> None:
-        """Give the vector to all who wait."""
-        for job, row in self.waiters:
-            job.deliver(row, vector)
-
-    def fail(self, error: EmbeddingError) -> None:
-        """Fail all who wait."""
-        for job, _ in self.waiters:
-            job.fail(error)
-
 
 @dataclass(eq=False, slots=True)
 class Part:
@@ -87,6 +77,7 @@ class Part:
     task: "asyncio.Task[None] | None" = None
     since: float = 0.0
     joined: int = 1
+    done: bool = False
 
     @property
     def is_awaited(self) -> bool:

@@ -76,7 +76,7 @@ def make(tmp_path: Path) -> Make:
 
 def handle_of(dispatch: Dispatch) -> RecordingHandle:
     """Return the handle behind a dispatch."""
-    handle = dispatch._handle
+    handle = dispatch._calls._handle
     assert isinstance(handle, RecordingHandle)
     return handle
 

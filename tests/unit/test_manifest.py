@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
@@ -87,6 +88,8 @@ def cluster_yaml() -> dict[str, Any]:
 def test_cluster_yaml_is_valid_for_ray_up() -> None:
     """By Ray's own schema, once Ray has filled in its defaults."""
     validate_config(prepare_config(cluster_yaml()))
+    with pytest.raises(ValidationError, match="worker_files"):  # the schema would tell
+        validate_config(prepare_config({**cluster_yaml(), "worker_files": []}))
 
 
 def test_the_local_variant_of_cluster_yaml_is_valid_too() -> None:
@@ -96,7 +99,9 @@ def test_the_local_variant_of_cluster_yaml_is_valid_too() -> None:
         del config[key]
     config["provider"] = {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2", "10.0.0.3"]}
     config |= {"max_workers": 2, "min_workers": 2}
-    validate_config(prepare_config(config))
+    prepared = prepare_config(config)
+    validate_config(prepared)
+    assert prepared["provider"]["worker_ips"] == ["10.0.0.2", "10.0.0.3"]
 
 
 @pytest.mark.parametrize("key", ["head_start_ray_commands", "worker_start_ray_commands"])

@@ -1,0 +1,261 @@
+"""The calls to one worker's replicas: how many fly, how they are made, and what happens when one fails.
+
+parts → lanes → a place in flight → replica → each input is settled with its vector or an error
+
+Nothing waits for a timer: a call leaves as soon as there is a place in flight for it, and what has come
+meanwhile leaves together in the next one.
+"""
+
+import asyncio
+import contextvars
+import functools
+import itertools
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from deployments.config.plan import WorkerPlan
+from deployments.engine.batch import Embedded, TokenBatch
+from deployments.errors import EmbeddingError, EngineDeadError, EngineError, ModelUnavailableError
+from deployments.gateway.lanes import Lanes
+from deployments.gateway.meter import DrainMeter, RetryBudget
+from deployments.gateway.router import TokenRouter
+from deployments.gateway.work import Input, Lane, Part
+from deployments.metrics import Metrics
+
+# What a client that was refused should wait at least: a replica takes seconds to start.
+RETRY_AFTER_SECONDS = 5.0
+# Serve takes a moment to notice a death; asking again at once meets the same replica.
+FIRST_PAUSE_SECONDS = 0.05
+MAX_PAUSE_SECONDS = 2.0
+# Two calls in flight keep a replica busy: one computes while the other is on its way.
+CALLS_PER_REPLICA = 2
+# A part is as many tokens as a replica embeds in this time: short enough to let others in between,
+# long enough that the hop there and back doesn't count.
+PART_SECONDS = 0.1
+FIRST_PART_TOKENS = 4096
+MIN_PART_TOKENS = 512
+MAX_PART_TOKENS = 16_384
+# A call that takes this many times as long as the slowest of the last ones has met a replica that hangs.
+CUT_FACTOR = 10.0
+MIN_CUT_SECONDS = 2.0
+RECENT_CALLS = 128
+UNKNOWN_CUT_SECONDS = 15.0
+
+RETRYABLE = (RayActorError, EngineDeadError, DeploymentUnavailableError)
+
+# Called with an input and its vector of shape (dimension,), or the error that it met.
+Settle = Callable[[Input, "np.ndarray | EmbeddingError"], None]
+
+
+class Calls:
+    """One worker's replicas. Embeddings are pure, so a call that a replica took along may be repeated."""
+
+    def __init__(
+        self,
+        plan: WorkerPlan,
+        handle: DeploymentHandle[Any],
+        budget: RetryBudget,
+        metrics: Metrics,
+        settle: Settle,
+    ) -> None:
+        """Remember the handle; nothing is called yet."""
+        self._plan = plan
+        self._handle = handle
+        self._budget = budget
+        self._metrics = metrics
+        self._settle = settle
+        self._lanes = Lanes()
+        self._meter = DrainMeter()
+        self._flying = dict.fromkeys(Lane, 0)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_CALLS)
+        self._call_ids = (f"{uuid.uuid4().hex}-{number}" for number in itertools.count())
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second of all replicas together while there is work; None until measured."""
+        return self._meter.rate
+
+    @property
+    def known_replicas(self) -> int:
+        """How many replicas there are, as far as this process knows."""
+        router = TokenRouter.of(self._plan.name)
+        return router.num_replicas if router is not None else 0
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is known that there is no replica."""
+        router = TokenRouter.of(self._plan.name)
+        return router is not None and not router.num_replicas
+
+    @property
+    def replicas(self) -> int:
+        """As `known_replicas`, at least one: a call may wait for the first."""
+        return max(1, self.known_replicas)
+
+    @property
+    def part_tokens(self) -> int:
+        """How many tokens one call should hold."""
+        if self.rate is None:
+            return FIRST_PART_TOKENS
+        tokens = int(self.rate / self.replicas * PART_SECONDS)
+        return min(max(tokens, MIN_PART_TOKENS), MAX_PART_TOKENS)
+
+    def send(self, parts: Iterable[Part]) -> None:
+        """Queue parts, and let leave what can."""
+        for part in parts:
+            self._lanes.put(part)
+        self._pump()
+
+    async def ask_any(self, method: str) -> Any:
+        """Call a method of any replica, again when that one dies. Raises ModelUnavailableError."""
+        for attempt in range(self._plan.worker.queue.http_request_retries + 1):
+            try:
+                return await getattr(self._handle, method).remote()
+            except RETRYABLE:
+                await asyncio.sleep(min(FIRST_PAUSE_SECONDS * 2**attempt, MAX_PAUSE_SECONDS))
+        raise self.unavailable("its replicas are gone")
+
+    def unavailable(self, reason: str) -> ModelUnavailableError:
+        """Return the error for a worker that can't answer."""
+        return ModelUnavailableError(
+            f"worker `{self._plan.name}` is unavailable: {reason}", "model", RETRY_AFTER_SECONDS
+        )
+
+    # --- one call's life -----------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Send parts as long as there are places in flight, the interactive ones first."""
+        loop = asyncio.get_running_loop()
+        for lane in Lane:
+            while self._flying[lane] < CALLS_PER_REPLICA * self.replicas:
+                part = self._lanes.take(lane, self.part_tokens)
+                if part is None:
+                    break
+                self._flying[lane] += 1
+                self._meter.begin(loop.time())
+                # An empty context: Serve would take the calls of one request for one call.
+                part.task = loop.create_task(self._call(part), context=contextvars.Context())
+                part.task.add_done_callback(functools.partial(self._landed, part))
+                for each in part.inputs:
+                    each.part = part
+
+    def _landed(self, part: Part, _: "asyncio.Task[None]") -> None:
+        """Give the place in flight back, however the call ended."""
+        part.task = None
+        self._flying[part.lane] -= 1
+        idle = not any(self._flying.values())
+        self._meter.done(part.tokens if part.done else 0, asyncio.get_running_loop().time(), idle)
+        self._pump()
+
+    async def _call(self, part: Part) -> None:
+        """Embed one part and settle its inputs; on failure try it again, elsewhere."""
+        self._count(part)
+        try:
+            vectors = await self._ask(part, next(self._call_ids))
+        except RETRYABLE:
+            self._try_again(part)
+        except EngineError as error:
+            self._narrow_down(part, error)
+        except EmbeddingError as error:
+            self._fail(part, error)
+        except Exception:
+            self._fail(part, EmbeddingError("internal error"))
+            raise
+        else:
+            part.done = True
+            self._budget.earn()
+            for each, vector in zip(part.inputs, vectors, strict=True):
+                self._settle(each, vector)
+
+    async def _ask(self, part: Part, call_id: str) -> np.ndarray:
+        """Call a replica; cut the call off when its replica hangs and there is another one."""
+        batch = TokenBatch.join([each.ids for each in part.inputs])
+        begun = time.perf_counter()
+        answer = asyncio.ensure_future(_result(self._handle.embed.remote(batch, call_id=call_id)))
+        try:
+            while True:
+                await asyncio.wait({answer}, timeout=self._share(part))
+                if answer.done():
+                    embedded = answer.result()
+                    seconds = time.perf_counter() - begun
+                    self._recent.append((seconds, part.tokens))
+                    self._observe("call", seconds)
+                    self._observe("engine", embedded.engine_seconds)
+                    return embedded.vectors
+                router = TokenRouter.of(self._plan.name)
+                if router is not None and router.suspect(call_id):
+                    self._metrics.cuts.labels(self._plan.name).inc()
+                    raise EngineDeadError("the replica hangs")
+        finally:
+            answered = answer.done() and not answer.cancelled() and answer.exception() is None
+            answer.cancel()
+            if (router := TokenRouter.of(self._plan.name)) is not None:
+                router.forget(call_id, answered)
+
+    def _share(self, part: Part) -> float:
+        """Seconds after which a call is taken to hang: many times what the slowest of the last ones took."""
+        if not self._recent:
+            return UNKNOWN_CUT_SECONDS
+        slowest = max(seconds for seconds, _ in self._recent)
+        largest = max(tokens for _, tokens in self._recent)
+        return max(MIN_CUT_SECONDS, CUT_FACTOR * slowest * max(1.0, part.tokens / largest))
+
+    # --- when it fails -------------------------------------------------------------------------------
+
+    def _try_again(self, part: Part) -> None:
+        """Queue the part again after a pause, as often as the worker file and the budget allow."""
+        part.attempts += 1
+        if part.attempts > self._plan.worker.queue.http_request_retries or not self._budget.spend():
+            self._fail(part, self.unavailable("its replicas are gone"))
+            return
+        self._metrics.retries.labels(self._plan.name).inc()
+
+        def queue() -> None:
+            part.since = time.perf_counter()
+            self._lanes.put(part, first=True)
+            self._pump()
+
+        pause = min(FIRST_PAUSE_SECONDS * 2 ** (part.attempts - 1), MAX_PAUSE_SECONDS)
+        asyncio.get_running_loop().call_later(pause, queue)
+
+    def _narrow_down(self, part: Part, error: EmbeddingError) -> None:
+        """One input spoils a call for all that were joined with it: halve until it is alone."""
+        if len(part.inputs) == 1:
+            self._fail(part, error)
+            return
+        middle = len(part.inputs) // 2
+        for inputs in (part.inputs[:middle], part.inputs[middle:]):
+            half = Part(inputs, part.caller, part.lane, part.attempts, alone=True, since=time.perf_counter())
+            self._lanes.put(half, first=True)
+
+    def _fail(self, part: Part, error: EmbeddingError) -> None:
+        for each in part.inputs:
+            self._settle(each, error)
+
+    # --- counting ------------------------------------------------------------------------------------
+
+    def _count(self, part: Part) -> None:
+        """Count a call as it leaves."""
+        name = self._plan.name
+        self._metrics.call_inputs.labels(name).observe(len(part.inputs))
+        self._metrics.call_tokens.labels(name).observe(part.tokens)
+        if part.joined > 1:
+            self._metrics.joined.labels(name).inc(part.joined)
+        self._observe("wait", time.perf_counter() - part.since)
+
+    def _observe(self, stage: str, seconds: float) -> None:
+        self._metrics.stage_seconds.labels(self._plan.name, stage).observe(seconds)
+
+
+async def _result(response: Any) -> Embedded:
+    """Await a handle's response, as a coroutine that can be cancelled."""
+    embedded: Embedded = await response
+    return embedded
