@@ -12,7 +12,7 @@ from deployments.config.load import read_workers
 from deployments.config.manifest import WORKERS_FOLDER, ray_service, serve_config
 from deployments.config.plan import Machine, make_plans
 from deployments.config.worker import MAX_PORT
-from deployments.errors import ConfigError
+from deployments.errors import ConfigError, EngineStartError
 
 BUNDLED = Path(__file__).parent / "workers"
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = parsed.command(parsed)
         return status
-    except ConfigError as error:
+    except (ConfigError, EngineStartError) as error:
         print(error.message, file=sys.stderr)
         return 2
 

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from deployments.config.load import load_workers
 from deployments.config.manifest import FAST_DATA_PLANE
 from deployments.config.plan import make_plans, unplaceable
+from deployments.config.worker import INGRESS_NAME
+from deployments.engine.vllm import require_vllm
 from deployments.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -107,6 +109,9 @@ def _serve(arguments: ServeArguments, stop: threading.Event) -> int:
     level = os.environ.get("LOG_LEVEL", "WARNING").upper()
     logging_config()  # an unknown level is told before anything starts
     logging.getLogger("ray.serve").setLevel(level)
+    workers = load_workers(arguments.config)
+    if any(worker.generator.type == "vllm" for worker in workers):
+        require_vllm()
     started = time.monotonic()
     _say(started, "starting Ray")
     ray.init(
@@ -118,7 +123,6 @@ def _serve(arguments: ServeArguments, stop: threading.Event) -> int:
     if stop.is_set():
         return 0
     _install(stop)  # Ray has put a handler of its own in the place of ours
-    workers = load_workers(arguments.config)
     machine = cluster_machine(ray.nodes())
     if problems := unplaceable(make_plans(workers, machine), machine):
         raise ConfigError("\n".join(problems))
@@ -136,7 +140,7 @@ def _serve(arguments: ServeArguments, stop: threading.Event) -> int:
     if stop.is_set():
         return 0
     failed = {name: _reason(d.message) for name, d in status.deployments.items() if not _is_up(d)}
-    if len(failed) == len(status.deployments) - 1:  # the ingress alone is up
+    if INGRESS_NAME in failed or len(failed) == len(status.deployments) - 1:
         for name, reason in failed.items():
             print(f"{name}: {reason}", file=sys.stderr)
         return 1

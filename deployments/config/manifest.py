@@ -14,7 +14,7 @@ IMPORT_PATH = "deployments.app:build"
 NAME = "embedding-cluster"
 WORKERS_FOLDER = "/etc/embedding-cluster/workers"
 SECRET_NAME = f"{NAME}-workers"
-AUTH_SECRET_NAME = f"{NAME}-ray-auth"
+RAY_VERSION = "2.60.0"
 REDIS_ADDRESS = "redis:6379"
 # Ray and Serve beside the engines, per pod.
 HEAD_CPUS = 2
@@ -67,12 +67,15 @@ def ray_service(
         "spec": {
             "serveConfigV2": serve_config_text,
             "rayClusterConfig": {
+                "rayVersion": RAY_VERSION,
+                # The operator makes the token and gives it to every pod.
+                "authOptions": {"mode": "token"},
                 "enableInTreeAutoscaling": True,
                 # Without an external store the whole cluster ends with its head.
                 "gcsFaultToleranceOptions": {"redisAddress": REDIS_ADDRESS},
                 "headGroupSpec": {
                     # No engines on the head: it has to outlive them.
-                    "rayStartParams": {"num-cpus": "0", "dashboard-host": "127.0.0.1"},
+                    "rayStartParams": {"num-cpus": "0"},
                     "template": _pod(image, {"cpu": HEAD_CPUS, "memory": "8Gi"}, "ray-head"),
                 },
                 "workerGroupSpecs": [
@@ -97,41 +100,49 @@ def _on(device: Device, plans: tuple[WorkerPlan, ...]) -> list[WorkerPlan]:
 
 
 def _group(device: Device, plans: list[WorkerPlan]) -> dict[str, Any]:
-    """Size a worker group: a pod holds the largest replica, and there are as many as all replicas need."""
+    """Size a worker group: a pod holds the largest piece, and there are as many as all replicas need.
+
+    A piece is what has to lie on one node: a replica, or with `PACK` one of its ranks.
+    """
     kind = "GPU" if device == "gpu" else "CPU"
-    sizes = {plan.name: _size(plan, kind) for plan in plans}
-    largest = max(1, *sizes.values())
-    least = sum(sizes[plan.name] * plan.min_replicas for plan in plans)
-    most = sum(sizes[plan.name] * plan.worker.deployment.max_replicas for plan in plans)
-    cpus = max(1, *(_size(plan, "CPU") for plan in plans))
-    resources: dict[str, Any] = {"cpu": cpus, "memory": f"{POD_MEMORY_GIB}Gi"}
+    pieces = {plan.name: _pieces(plan, kind) for plan in plans}
+    pod = max(1, *(size for size, _ in pieces.values()))
+
+    def pods(replicas: Mapping[str, int]) -> int:
+        return sum(
+            math.ceil(replicas[name] * count / max(1, pod // max(1, size)))
+            for name, (size, count) in pieces.items()
+        )
+
+    cpus = max(
+        math.ceil(sum(b.get("CPU", 0.0) for b in plan.bundles or (plan.resources,)))
+        * max(1, pod // max(1, pieces[plan.name][0]) if device == "gpu" else 1)
+        for plan in plans
+    )
+    resources: dict[str, Any] = {"cpu": max(1, cpus), "memory": f"{POD_MEMORY_GIB}Gi"}
     if device == "gpu":
-        resources["nvidia.com/gpu"] = largest
+        resources["nvidia.com/gpu"] = pod
     return {
         "name": f"{device}-workers",
-        "min": math.ceil(least / largest),
-        "max": max(1, math.ceil(most / largest)),
+        "min": pods({plan.name: plan.min_replicas for plan in plans}),
+        "max": max(1, pods({plan.name: plan.worker.deployment.max_replicas for plan in plans})),
         "resources": resources,
     }
 
 
-def _size(plan: WorkerPlan, kind: str) -> int:
-    """CPUs or GPUs that one replica needs on one node."""
-    bundles = plan.bundles or (plan.resources,)
-    if plan.worker.deployment.placement_group_strategy == "PACK":
-        return math.ceil(max(bundle.get(kind, 0.0) for bundle in bundles))
-    return math.ceil(sum(bundle.get(kind, 0.0) for bundle in bundles))
+def _pieces(plan: WorkerPlan, kind: str) -> tuple[int, int]:
+    """CPUs or GPUs that must lie on one node, and how many such pieces a replica has."""
+    bundles = [bundle.get(kind, 0.0) for bundle in plan.bundles or (plan.resources,)]
+    if plan.worker.deployment.placement_group_strategy == "PACK" and len(bundles) > 1:
+        wanted = [size for size in bundles if size]
+        return math.ceil(max(wanted, default=0)), len(wanted)
+    return math.ceil(sum(bundles)), 1
 
 
 def _pod(image: str, resources: Mapping[str, Any], container: str) -> dict[str, Any]:
-    """Return a pod template: the data plane's switches, token authentication, probes, the worker files."""
+    """Return a pod template: the data plane's switches, probes, the worker files."""
     environment: list[dict[str, Any]] = [
         {"name": name, "value": value} for name, value in FAST_DATA_PLANE.items()
-    ]
-    token = {"secretKeyRef": {"name": AUTH_SECRET_NAME, "key": "token"}}
-    environment += [
-        {"name": "RAY_AUTH_MODE", "value": "token"},
-        {"name": "RAY_AUTH_TOKEN", "valueFrom": token},
     ]
     probe = {"httpGet": {"path": "/-/healthz", "port": PORTS["serve"]}, "periodSeconds": 5}
     described: dict[str, Any] = {

@@ -8,7 +8,7 @@ executor fills.
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -115,7 +115,7 @@ def make_plans(workers: Iterable[Worker], machine: Machine) -> tuple[WorkerPlan,
     """Plan all the workers of a cluster together, since those on CPUs share its cores."""
     workers = tuple(workers)
     devices = {worker.name: _device(worker, machine) for worker in workers}
-    shared = _shared_cores([w for w in workers if _needs_cores(w, devices[w.name])], machine)
+    shared = _shared_cores(workers, devices, machine)
     return tuple(_plan(worker, devices[worker.name], shared) for worker in workers)
 
 
@@ -159,18 +159,23 @@ def _needs_cores(worker: Worker, device: Device) -> bool:
     return device == "cpu" and worker.generator.type != "fake"
 
 
-def _ranks(worker: Worker) -> int:
-    return worker.generator.world_size * worker.deployment.max_replicas
-
-
-def _shared_cores(workers: list[Worker], machine: Machine) -> int:
-    """Cores for each rank that doesn't name a number: what is left, divided evenly, at least one."""
-    taken = sum(_ranks(w) * w.deployment.num_cpus for w in workers if w.deployment.num_cpus)
-    sharing = [w for w in workers if not w.deployment.num_cpus]
-    ranks = sum(map(_ranks, sharing))
+def _shared_cores(workers: tuple[Worker, ...], devices: Mapping[str, Device], machine: Machine) -> int:
+    """Cores for each CPU rank that names no number: what the others leave, divided evenly, at least one."""
+    sharing = [w for w in workers if _needs_cores(w, devices[w.name]) and not w.deployment.num_cpus]
+    others = [w for w in workers if w not in sharing]
+    taken = sum(_replica_cores(w, devices[w.name]) * w.deployment.max_replicas for w in others)
+    ranks = sum(w.generator.world_size * w.deployment.max_replicas for w in sharing)
     largest = max((w.generator.world_size for w in sharing), default=1)
     even = (machine.cpus - taken) // ranks if ranks else 1
     return max(1, min(even, machine.cpus_per_node // largest, MAX_CORES_PER_RANK))
+
+
+def _replica_cores(worker: Worker, device: Device) -> int:
+    """Cores of one replica that names its number, or whose ranks compute on GPUs."""
+    if worker.generator.type == "fake":
+        return worker.deployment.num_cpus or 0
+    ranks = worker.generator.world_size if device == "cpu" else 1
+    return ranks * (worker.deployment.num_cpus or 1)
 
 
 def _plan(worker: Worker, device: Device, shared_cores: int) -> WorkerPlan:

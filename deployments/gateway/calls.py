@@ -152,7 +152,8 @@ class Calls:
         part.task = None
         self._flying[part.lane] -= 1
         idle = not any(self._flying.values())
-        self._meter.done(part.tokens if part.done else 0, asyncio.get_running_loop().time(), idle)
+        now = asyncio.get_running_loop().time()
+        self._meter.done(part.tokens if part.done else 0, now, part.full, idle)
         self._pump()
 
     async def _call(self, part: Part) -> None:
@@ -171,6 +172,7 @@ class Calls:
             raise
         else:
             part.done = True
+            part.full = self._lanes.are_waiting(part.lane)
             self._budget.earn()
             for each, vector in zip(part.inputs, vectors, strict=True):
                 self._settle(each, vector)

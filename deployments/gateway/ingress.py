@@ -39,6 +39,8 @@ logger = logging.getLogger("ray.serve")
 API_VERSION = "1.19.0"
 CLIENT_CLOSED_REQUEST = 499  # nginx's name for it: nobody reads this answer
 
+# How long one ingress replica waits for the others' metrics.
+GATHER_SECONDS = 5.0
 # Returns the metrics of every ingress replica, as text.
 Gather = Callable[[], Awaitable[list[bytes]]]
 
@@ -75,7 +77,7 @@ class Ingress:
         """Return the metrics of all ingress replicas: any of them may be asked."""
         context = serve.get_replica_context()
         ourselves = serve.get_deployment_handle(context.deployment, context.app_name)
-        return await ourselves.broadcast("metrics").results_async()
+        return await ourselves.broadcast("metrics").results_async(timeout_s=GATHER_SECONDS)
 
 
 def make_app(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort] | None = None) -> FastAPI:

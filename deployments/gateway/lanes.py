@@ -2,10 +2,7 @@
 
 from collections import OrderedDict, deque
 
-from deployments.gateway.work import Lane, Part
-
-# Beyond this the engine gains nothing from a larger call, and some thousands have crashed it.
-MAX_CALL_INPUTS = 1024
+from deployments.gateway.work import MAX_CALL_INPUTS, Lane, Part
 
 
 class Lanes:
@@ -22,6 +19,10 @@ class Lanes:
             waiting.appendleft(part)
         else:
             waiting.append(part)
+
+    def are_waiting(self, lane: Lane) -> bool:
+        """Whether anything waits in a lane."""
+        return bool(self._lanes[lane])
 
     def take(self, lane: Lane, part_tokens: int) -> Part | None:
         """Take the next part of a lane, joined with what else waits there, up to `part_tokens`."""

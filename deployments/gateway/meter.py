@@ -24,13 +24,17 @@ class DrainMeter:
         if self._since is None:
             self._since = now
 
-    def done(self, tokens: int, now: float, idle: bool) -> None:
-        """So many tokens are done; `idle` when no more work is in flight."""
+    def done(self, tokens: int, now: float, full: bool, idle: bool) -> None:
+        """Count so many tokens as done; `idle` when nothing is in flight any more.
+
+        Only time in which all places were `full` and more was waiting tells what the worker can do; the rest
+        tells what it was asked for.
+        """
         if self._since is None:
             return
-        elapsed = now - self._since
-        self._seconds += elapsed
-        self._tokens += tokens
+        if full and tokens:
+            self._seconds += now - self._since
+            self._tokens += tokens
         if self._seconds > WINDOW_SECONDS:
             self._tokens *= WINDOW_SECONDS / self._seconds
             self._seconds = WINDOW_SECONDS

@@ -22,7 +22,7 @@ from deployments.metrics import CONTENT_TYPE, merge
 logger = logging.getLogger("ray.serve")
 
 STAND_BY_SECONDS = 2.0
-OWNER_HEADER = "x-embedding-worker"
+OWNER_PATH = "/owner"
 
 
 class MetricsPort:
@@ -47,13 +47,19 @@ class MetricsPort:
                 await asyncio.sleep(STAND_BY_SECONDS)
                 continue
             self.problem = None
-            app = Starlette(routes=[Route("/", self._show), Route("/metrics", self._show)])
+            app = Starlette(
+                routes=[Route("/", self._show), Route("/metrics", self._show), Route(OWNER_PATH, self._own)]
+            )
             config = uvicorn.Config(app, log_config=None, lifespan="off", access_log=False)
             await uvicorn.Server(config).serve(sockets=[listener])
 
     async def _show(self, _: Request) -> Response:
         text = merge(await self._gather(), self._names)
-        return Response(text, media_type=CONTENT_TYPE, headers={OWNER_HEADER: self._worker})
+        return Response(text, media_type=CONTENT_TYPE)
+
+    async def _own(self, _: Request) -> Response:
+        """Say whose port this is, to those who stand by."""
+        return Response(self._worker, media_type="text/plain")
 
     async def _explain(self, error: OSError) -> None:
         """Say once who holds the port, unless it is one of us."""
@@ -68,7 +74,7 @@ class MetricsPort:
     async def _is_ours(self) -> bool:
         try:
             async with httpx.AsyncClient(timeout=STAND_BY_SECONDS, trust_env=False) as client:
-                response = await client.get(f"http://{self._host}:{self._port}/metrics")
+                response = await client.get(f"http://{self._host}:{self._port}{OWNER_PATH}")
         except httpx.HTTPError:
             return False
-        return bool(response.headers.get(OWNER_HEADER) == self._worker)
+        return bool(response.text == self._worker)

@@ -4,6 +4,7 @@ Serve's own counts requests, and a request may be two tokens or two hundred thou
 every process that holds a handle; it knows the tokens that this process has sent.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +15,10 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from deployments.engine.batch import TokenBatch
 
+# How long a replica that hung is chosen last. After that one call finds out whether it is back.
+SUSPECT_SECONDS = 5.0
+MAX_SUSPECT_SECONDS = 80.0
+
 
 @dataclass(frozen=True, slots=True)
 class _Call:
@@ -22,6 +27,14 @@ class _Call:
     replica: ReplicaID
     tokens: int
     call_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Suspicion:
+    """A replica that hung is left out until then, on `time.monotonic`; the next time twice as long."""
+
+    until: float
+    seconds: float
 
 
 class TokenRouter(RequestRouter):
@@ -37,7 +50,8 @@ class TokenRouter(RequestRouter):
         self._outstanding: dict[ReplicaID, int] = {}
         self._calls: dict[str, _Call] = {}
         self._places: dict[str, ReplicaID] = {}
-        self._suspects: set[ReplicaID] = set()
+        self._by_call_id: dict[str, str] = {}
+        self._suspects: dict[ReplicaID, _Suspicion] = {}
         self._node_id = ray.get_runtime_context().get_node_id()
         self._by_deployment[self._deployment_id.name] = self
 
@@ -53,12 +67,13 @@ class TokenRouter(RequestRouter):
 
     def suspect(self, call_id: str) -> bool:
         """Choose the call's replica last from now on; say whether there is another one to choose."""
-        place = self._places.get(call_id) or next(
-            (call.replica for call in self._calls.values() if call.call_id == call_id), None
-        )
+        call = self._calls.get(self._by_call_id.get(call_id, ""))
+        place = self._places.get(call_id) or (call.replica if call else None)
         if place is None or self.num_replicas < 2:
             return False
-        self._suspects.add(place)
+        before = self._suspects.get(place)
+        seconds = min(before.seconds * 2, MAX_SUSPECT_SECONDS) if before else SUSPECT_SECONDS
+        self._suspects[place] = _Suspicion(time.monotonic() + seconds, seconds)
         return True
 
     async def choose_replicas(
@@ -78,19 +93,27 @@ class TokenRouter(RequestRouter):
     def _cost(self, replica: RunningReplica) -> tuple[bool, int, bool]:
         identity = replica.replica_id
         elsewhere = replica.node_id != self._node_id
-        return identity in self._suspects, self._outstanding.get(identity, 0), elsewhere
+        suspicion = self._suspects.get(identity)
+        suspected = suspicion is not None and time.monotonic() < suspicion.until
+        return suspected, self._outstanding.get(identity, 0), elsewhere
 
     def _take(self, replica: ReplicaID, request: PendingRequest) -> None:
         """Count the request's tokens now: a burst is routed before the first of it is accepted."""
         self._release(request.metadata.internal_request_id)
         call = _Call(replica, _tokens(request.args), request.kwargs.get("call_id"))
         self._calls[request.metadata.internal_request_id] = call
+        if call.call_id is not None:
+            self._by_call_id[call.call_id] = request.metadata.internal_request_id
         self._outstanding[replica] = self._outstanding.get(replica, 0) + call.tokens
 
     def _release(self, internal_request_id: str) -> None:
         call = self._calls.pop(internal_request_id, None)
-        if call is not None and call.replica in self._outstanding:
+        if call is None:
+            return
+        if call.replica in self._outstanding:
             self._outstanding[call.replica] -= call.tokens
+        if call.call_id is not None:
+            self._by_call_id.pop(call.call_id, None)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """A replica has taken the call, perhaps not the one that was ranked first."""
@@ -108,15 +131,17 @@ class TokenRouter(RequestRouter):
 
     def forget(self, call_id: str, answered: bool) -> None:
         """The call has ended; a replica that answered is no suspect any more."""
+        if (internal_request_id := self._by_call_id.get(call_id)) is not None:
+            self._release(internal_request_id)  # Serve tells nothing of a call that was never sent
         place = self._places.pop(call_id, None)
         if answered and place is not None:
-            self._suspects.discard(place)
+            self._suspects.pop(place, None)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Forget what was counted for replicas that are gone."""
         super().update_replicas(replicas)
         alive = {replica.replica_id for replica in replicas}
-        self._suspects &= alive
+        self._suspects = {i: suspicion for i, suspicion in self._suspects.items() if i in alive}
         self._outstanding = {i: tokens for i, tokens in self._outstanding.items() if i in alive}
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from deployments.api import openai
 from deployments.api.encoding import truncate
@@ -81,7 +81,7 @@ class Serving:
         except EmbeddingError as error:
             outcome = error.code
             raise
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ClientDisconnect):
             outcome = CANCELLED
             raise
         finally:

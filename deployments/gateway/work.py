@@ -10,6 +10,9 @@ import numpy as np
 
 from deployments.errors import EmbeddingError
 
+# Beyond this the engine gains nothing from a larger call, and some thousands have crashed it.
+MAX_CALL_INPUTS = 1024
+
 
 class Lane(enum.IntEnum):
     """Interactive work goes first; bulk work yields to it."""
@@ -66,7 +69,8 @@ class Input:
 class Part:
     """Inputs that travel together. `alone` parts are not joined with others: one in them is at fault.
 
-    `since` is when it was queued, on `time.perf_counter`; `joined` how many parts became this one.
+    `since` is when it was queued, on `time.perf_counter`; `joined` how many parts became this one. Once it
+    is `done`, `full` says whether more was waiting.
     """
 
     inputs: list[Input]
@@ -78,6 +82,7 @@ class Part:
     since: float = 0.0
     joined: int = 1
     done: bool = False
+    full: bool = False
 
     @property
     def is_awaited(self) -> bool:
@@ -97,9 +102,9 @@ def split(inputs: Sequence[Input], part_tokens: int, replicas: int) -> list[list
     """
     lengths = np.fromiter((len(each.ids) for each in inputs), np.int64, len(inputs))
     total = int(lengths.sum())
-    if total <= part_tokens or len(inputs) == 1:
+    if len(inputs) <= MAX_CALL_INPUTS and (total <= part_tokens or len(inputs) <= 1):
         return [list(inputs)] if inputs else []
-    rounds = -(-total // (part_tokens * replicas))
+    rounds = max(-(-total // (part_tokens * replicas)), -(-len(inputs) // (MAX_CALL_INPUTS * replicas)))
     count = min(rounds * replicas, len(inputs))
     # Each input belongs to the part in which its middle token lies.
     middles = np.cumsum(lengths) - lengths / 2

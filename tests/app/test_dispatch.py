@@ -258,7 +258,10 @@ async def test_an_engine_error_reaches_the_client_as_such(make: Make) -> None:
 async def test_a_full_queue_refuses_at_once(make: Make) -> None:
     """Told from the measured rate when to come back; what was let in is served."""
     dispatch = make("token_seconds = 0.001", "[limits]\nmax_outstanding_tokens = 500")
-    await check(dispatch, inputs(10, length=40))
+    await dispatch.model(soon())
+    for _ in range(5):
+        await asyncio.gather(*(check(dispatch, inputs(2, 40, start=n * 2)) for n in range(6)))
+    assert dispatch._calls.rate == pytest.approx(1000, rel=0.3)
     admitted = [asyncio.ensure_future(check(dispatch, inputs(1, 40, start=n))) for n in range(12)]
     await asyncio.sleep(0)
     with pytest.raises(QueueFullError) as caught:
@@ -266,3 +269,35 @@ async def test_a_full_queue_refuses_at_once(make: Make) -> None:
     assert caught.value.retry_after == 1.0  # 480 tokens at 1,000 a second, rounded up to the least wait
     await asyncio.gather(*admitted)
     await check(dispatch, inputs(1))
+
+
+async def test_requests_that_fail_in_several_parts_leave_the_lane_open(make: Make) -> None:
+    """A call that is cancelled before it began gives its place in flight back."""
+    dispatch = make("call_seconds = 0.001")
+    await dispatch.model(soon())
+    handle_of(dispatch).poison = {255}
+    for number in range(4):
+        batch = inputs(600, length=20, start=number * 600)
+        poisoned = TokenBatch.join([np.array([255], np.int32), *batch])
+        with pytest.raises(NonFiniteEmbeddingError):
+            await dispatch.embed(poisoned, soon())
+    handle_of(dispatch).poison = set()
+    await check(dispatch, inputs(600, length=20, start=9000), lane=Lane.BULK)
+    await asyncio.sleep(0)
+    assert not any(dispatch._calls._flying.values())
+
+
+async def test_a_quiet_worker_isnt_taken_for_a_slow_one(make: Make) -> None:
+    """A few small requests one after the other don't measure what it could do."""
+    dispatch = make("call_seconds = 0.02", "[limits]\nrequest_timeout_s = 5")
+    for number in range(15):
+        await check(dispatch, inputs(1, start=number))
+    assert dispatch._calls.rate is None
+    await asyncio.gather(*(check(dispatch, inputs(1000, length=20, start=n * 1000)) for n in range(5)))
+
+
+def test_no_part_has_more_inputs_than_a_call_may() -> None:
+    """However short they are."""
+    job = Job(5000, None)  # type: ignore[arg-type]
+    waiting = [Input(b"", np.zeros(2, np.int32), Lane.BULK, [(job, 0)]) for _ in range(5000)]
+    assert max(map(len, split(waiting, 16_384, 1))) <= 1024

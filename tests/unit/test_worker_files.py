@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deployments.config.load import load_workers, read_workers
-from deployments.config.plan import Machine, make_plans
+from deployments.config.plan import Machine, make_plans, unplaceable
 from deployments.errors import ConfigError
 from tests import checkpoints, workers
 
@@ -238,3 +238,13 @@ def test_cpu_workers_share_the_cores_evenly(tmp_path: Path) -> None:
     write(tmp_path, "b.toml", workers.vllm("b", checkpoints.sre(), more="[deployment]\nnum_cpus = 2"))
     a, b = make_plans(load_workers(tmp_path, environ={}), NO_GPU)
     assert (a.cores_per_rank, b.cores_per_rank) == (2, 2)
+
+
+def test_gpu_workers_are_left_their_cores(tmp_path: Path) -> None:
+    """The CPU worker beside them takes the rest."""
+    model = write_config(tmp_path / "model")
+    write(tmp_path, "a.toml", workers.vllm("a", checkpoints.minilm()))
+    write(tmp_path, "b.toml", workers.vllm("b", model, more="[deployment]\nnum_gpus = 1"))
+    plans = make_plans(load_workers(tmp_path, environ={}), ONE_GPU)
+    assert plans[0].cores_per_rank == 7
+    assert not unplaceable(plans, ONE_GPU)
