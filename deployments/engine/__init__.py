@@ -1,4 +1,4 @@
-"""The engine's contract: five names that every engine fulfils, and nothing else."""
+"""The engine's contract: four methods that every engine has, and nothing else."""
 
 from dataclasses import dataclass, field
 from typing import Protocol

@@ -1,8 +1,9 @@
 """vLLM as an embedding engine: in the replica's own process, on a thread of its own.
 
-`LLMEngine` runs in the caller's process (no zmq, no serialisation), which starts in a third of the
-time of `AsyncLLM` and embeds short texts about twice as fast on a CPU. Under tensor or pipeline
-parallelism its executor starts the ranks as processes. torch and vllm are imported here, at use.
+`LLMEngine` runs in the caller's process: no zmq, no serialisation. Measured against `AsyncLLM` on 2 cores
+with all-MiniLM-L6-v2: ready in 8 s against 19, 1.4 times the short texts per second, half the time for a
+single one. Under tensor or pipeline parallelism its executor starts the ranks as processes. torch and vllm
+are imported here, at use.
 """
 
 import asyncio

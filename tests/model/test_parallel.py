@@ -1,7 +1,7 @@
 """Tensor and pipeline parallelism: real vLLM ranks inside one Serve replica's placement group."""
 
-import gc
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import psutil
 import pytest
 import ray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 from ray.util.placement_group import placement_group_table
 
 from deployments.app import BuildArguments, build
@@ -33,8 +34,19 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def embed(folder: Path, model: Path, tensor: int, pipeline: int) -> tuple[np.ndarray, list[Any], list[str]]:
+def embed(folder: Path, model: Path, tensor: int, pipeline: int) -> tuple[np.ndarray, list[Any], int]:
     """Serve one worker, embed, look at its group and its processes, and take it down again."""
+    handle = deploy(folder, model, tensor, pipeline)
+    batch = TokenBatch.of([token_ids(text) for text in TEXTS])
+    vectors = handle.embed.remote(batch).result(timeout_s=60).vectors
+    groups = live_groups()
+    ranks = len(rank_processes())
+    delete()
+    return vectors, groups, ranks
+
+
+def deploy(folder: Path, model: Path, tensor: int, pipeline: int) -> DeploymentHandle[Any]:
+    """Serve one worker of so many ranks, a core for each."""
     generator = (
         f'type = "vllm"\nmodel_path = "{model}"\ntensor_parallel_size = {tensor}\n'
         f"pipeline_parallel_size = {pipeline}"
@@ -42,16 +54,14 @@ def embed(folder: Path, model: Path, tensor: int, pipeline: int) -> tuple[np.nda
     file = folder / "worker.toml"
     file.write_text(workers.worker("m", generator, "[deployment]\nnum_cpus = 1\nnum_gpus = 0"))
     serve.run(build(BuildArguments(config=str(file))), name="parallel", route_prefix="/parallel")
-    handle = serve.get_deployment_handle("m", "parallel")
-    batch = TokenBatch.of([token_ids(text) for text in TEXTS])
-    vectors = handle.embed.remote(batch).result(timeout_s=60).vectors
-    groups = live_groups()
-    ranks = rank_processes()
+    return serve.get_deployment_handle("m", "parallel")
+
+
+def delete() -> None:
+    """Take the worker down, and wait until neither a rank nor a group is left."""
     serve.delete("parallel")
     wait_for(lambda: not rank_processes(), 60, "the ranks have ended")
     wait_for(lambda: not live_groups(), 60, "the placement group is gone")
-    gc.collect()
-    return vectors, groups, ranks
 
 
 def live_groups() -> list[Any]:
@@ -59,14 +69,14 @@ def live_groups() -> list[Any]:
     return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
 
 
-def rank_processes() -> list[str]:
-    """Return the titles of vLLM's rank processes."""
-    titles = []
+def rank_processes() -> list[psutil.Process]:
+    """Return vLLM's live rank processes."""
+    found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         title = " ".join(process.info["cmdline"] or [])
         if "VLLM::Worker" in title and process.info["status"] != psutil.STATUS_ZOMBIE:
-            titles.append(title)
-    return sorted(titles)
+            found.append(process)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +86,7 @@ def single(cluster: None, qwen3: Path, tmp_path_factory: pytest.TempPathFactory)
     for name, model in (("qwen3", qwen3), ("minilm", checkpoints.minilm())):
         found[name], groups, ranks = embed(tmp_path_factory.mktemp("single"), model, 1, 1)
         assert [group["bundles"] for group in groups] == [{0: {"CPU": 1.0}}]
-        assert not ranks  # one rank runs in the replica's own process
+        assert ranks == 0  # one rank runs in the replica's own process
     return found
 
 
@@ -92,4 +102,26 @@ def test_parallel_ranks_give_the_same_vectors(
     assert cosines(vectors, single[model]).min() >= 0.999
     assert [group["bundles"] for group in groups] == [{0: {"CPU": 1.0}, 1: {"CPU": 1.0}}]
     assert groups[0]["strategy"] == "STRICT_PACK"
-    assert len(ranks) == 2
+    assert ranks == 2
+
+
+def test_a_killed_rank_ends_its_replica_which_is_replaced(cluster: None, tmp_path: Path) -> None:
+    """Kill -9 of one of two ranks: the engine is dead, so the replica ends, and a new one embeds right."""
+    handle = deploy(tmp_path, checkpoints.minilm(), 2, 1)
+    batch = TokenBatch.of([token_ids(text) for text in TEXTS])
+    before = handle.embed.remote(batch).result(timeout_s=60).vectors
+    first = rank_processes()
+    assert len(first) == 2
+    first[0].kill()
+    after: list[np.ndarray] = []
+
+    def embeds_again() -> bool:
+        # The dying replica answers with errors of several kinds; what counts is that it is replaced.
+        with suppress(Exception):
+            after.append(handle.embed.remote(batch).result(timeout_s=20).vectors)
+        return bool(after)
+
+    wait_for(embeds_again, 240, "a new replica embeds")
+    assert cosines(after[0], before).min() >= 0.999
+    assert not {process.pid for process in first} & {process.pid for process in rank_processes()}
+    delete()
