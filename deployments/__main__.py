@@ -2,15 +2,14 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deployments.config.load import read_workers
+from deployments.config.load import load_files
 from deployments.config.manifest import WORKERS_FOLDER, ray_service, serve_config
-from deployments.config.plan import Machine, make_plans
+from deployments.config.plan import Machine, cores_here, make_plans
 from deployments.config.worker import MAX_PORT
 from deployments.errors import ConfigError, EngineStartError
 
@@ -58,19 +57,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(parsed: argparse.Namespace) -> int:
-    workers, problems = read_workers(parsed.path)
-    if problems:
-        raise ConfigError("\n".join(map(str, problems)))
-    for file, worker in workers.items():
+    for file, worker in load_files(parsed.path).items():
         print(f"{file}: ok: worker `{worker.name}` serves {', '.join(worker.queue.models)}")
     return 0
 
 
 def _plan(parsed: argparse.Namespace) -> int:
-    workers, problems = read_workers(parsed.path)
-    if problems:
-        raise ConfigError("\n".join(map(str, problems)))
-    cpus = parsed.cpus or _cores()
+    workers = load_files(parsed.path)
+    cpus = parsed.cpus or cores_here()
     plans = make_plans(workers.values(), Machine(cpus, parsed.gpus, cpus))
     if parsed.format == "serve":
         print(_yaml(serve_config(str(Path(parsed.path).resolve()))), end="")
@@ -109,10 +103,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} isn't a positive number")
     return number
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from deployments.config.load import load_workers
-from deployments.config.plan import Machine, WorkerPlan, make_plans
+from deployments.config.plan import Machine, WorkerPlan, cores_here, make_plans
 from deployments.config.worker import INGRESS_NAME
 from deployments.errors import ConfigError
 from deployments.gateway.ingress import Ingress
@@ -54,16 +54,10 @@ def build(arguments: BuildArguments) -> serve.Application:
 def cluster_machine(nodes: list[dict[str, Any]]) -> Machine:
     """Sum up what the live nodes of a Ray cluster have; of no node at all, this machine."""
     if not nodes:
-        return local_machine()
+        return Machine(cores_here(), 0, cores_here())
     cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
     gpus = sum(int(node["Resources"].get("GPU", 0)) for node in nodes)
     return Machine(sum(cpus), gpus, max(cpus))
-
-
-def local_machine() -> Machine:
-    """Return what this machine has for a cluster of its own."""
-    cpus = len(os.sched_getaffinity(0))
-    return Machine(cpus, 0, cpus)
 
 
 def logging_config() -> LoggingConfig:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from deployments.config.load import load_workers
 from deployments.config.manifest import FAST_DATA_PLANE
 from deployments.config.plan import make_plans, unplaceable
-from deployments.config.worker import INGRESS_NAME
+from deployments.config.worker import INGRESS_NAME, Worker
 from deployments.engine.vllm import require_vllm
 from deployments.errors import ConfigError
 
@@ -147,7 +148,7 @@ def _serve(arguments: ServeArguments, stop: threading.Event) -> int:
     if not _wait_for_port(arguments, stop):
         return 0
     _say(started, "ready" if not failed else "ready, but for the workers that failed")
-    print(table(arguments, failed), flush=True)
+    print(table(arguments, workers, failed), flush=True)
     while not stop.wait(1.0):
         pass
     print("stopping", flush=True)
@@ -203,10 +204,10 @@ def _wait_for_port(arguments: ServeArguments, stop: threading.Event) -> bool:
     return False
 
 
-def table(arguments: ServeArguments, failed: dict[str, str]) -> str:
+def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str, str]) -> str:
     """Return what an operator wants to see first: models, addresses, keys."""
     rows = [("MODEL", "WORKER", "VERSION", "STATE")]
-    for worker in load_workers(arguments.config, check_models=False):
+    for worker in workers:
         state = f"failed: {failed[worker.name]}" if worker.name in failed else "ready"
         rows += [(name, worker.name, str(worker.queue.version), state) for name in worker.queue.models]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

@@ -13,7 +13,7 @@ from typing import Any
 import tomli
 from pydantic import BaseModel, SecretStr, ValidationError
 
-from deployments.config.model_files import PACKAGE, ModelFiles, resolve_model_path
+from deployments.config.model_files import PACKAGE, ModelFiles, is_hub_id, resolve_model_path
 from deployments.config.worker import RESERVED_ENGINE_ARGS, Model, Worker
 from deployments.errors import ConfigError
 
@@ -45,10 +45,17 @@ def load_workers(
     With `check_models`, a model folder that is named must exist on this machine. Raises ConfigError
     that lists every mistake in every file.
     """
+    return tuple(load_files(path, check_models, environ).values())
+
+
+def load_files(
+    path: str | Path, check_models: bool = True, environ: Mapping[str, str] = os.environ
+) -> dict[Path, Worker]:
+    """As `load_workers`; return each worker with its file."""
     workers, problems = read_workers(path, check_models, environ)
     if problems:
         raise ConfigError("\n".join(map(str, problems)))
-    return tuple(workers.values())
+    return workers
 
 
 def read_workers(
@@ -264,8 +271,7 @@ def _check_model(file: Path, content: dict[str, Any], check_models: bool) -> Ite
         folder = resolve_model_path(model_path)
         if not model_path.startswith(PACKAGE):
             folder = str(file.parent / folder)
-            looks_like_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_path)
-            if looks_like_hub_id and not Path(folder).is_dir():
+            if is_hub_id(model_path) and not Path(folder).is_dir():
                 return
         files = ModelFiles.read(folder)
     except (FileNotFoundError, ValueError) as error:

@@ -115,8 +115,7 @@ def _group(device: Device, plans: list[WorkerPlan]) -> dict[str, Any]:
         )
 
     cpus = max(
-        math.ceil(sum(b.get("CPU", 0.0) for b in plan.bundles or (plan.resources,)))
-        * max(1, pod // max(1, pieces[plan.name][0]) if device == "gpu" else 1)
+        math.ceil(plan.total("CPU")) * (max(1, pod // max(1, pieces[plan.name][0])) if device == "gpu" else 1)
         for plan in plans
     )
     resources: dict[str, Any] = {"cpu": max(1, cpus), "memory": f"{POD_MEMORY_GIB}Gi"}
@@ -132,11 +131,10 @@ def _group(device: Device, plans: list[WorkerPlan]) -> dict[str, Any]:
 
 def _pieces(plan: WorkerPlan, kind: str) -> tuple[int, int]:
     """CPUs or GPUs that must lie on one node, and how many such pieces a replica has."""
-    bundles = [bundle.get(kind, 0.0) for bundle in plan.bundles or (plan.resources,)]
-    if plan.worker.deployment.placement_group_strategy == "PACK" and len(bundles) > 1:
-        wanted = [size for size in bundles if size]
+    if plan.worker.deployment.placement_group_strategy == "PACK" and len(plan.pieces) > 1:
+        wanted = [size for piece in plan.pieces if (size := piece.get(kind, 0.0))]
         return math.ceil(max(wanted, default=0)), len(wanted)
-    return math.ceil(sum(bundles)), 1
+    return math.ceil(plan.total(kind)), 1
 
 
 def _pod(image: str, resources: Mapping[str, Any], container: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ what can be parallelised follows vLLM's `config/model.py` and its models' `Suppo
 import importlib.util
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +59,11 @@ def resolve_model_path(model_path: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"the Python package `{package}` isn't installed")
     return str(Path(spec.submodule_search_locations[0], folder))
+
+
+def is_hub_id(model_path: str) -> bool:
+    """Say whether a path has the form of a model's id on a hub: `ORGANISATION/MODEL`."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_path) is not None
 
 
 def _number(config: dict[str, Any], *keys: str) -> int | None:

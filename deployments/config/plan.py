@@ -6,6 +6,7 @@ vLLM's `mp` executor splits; across nodes a bundle for the replica and one per G
 executor fills.
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -26,6 +27,11 @@ MIN_KV_CACHE_BYTES = 256 * 2**20
 MAX_ONGOING_REQUESTS = 1024
 BLOCK_SIZE = 32  # tokens; the size that vLLM's CPU attention is fastest with
 SPARE_BLOCKS = 4
+
+
+def cores_here() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,16 @@ class WorkerPlan:
         return wanted.autoscaling.min_replicas if wanted.autoscaling else wanted.num_replicas or 1
 
     @property
-    def resources(self) -> dict[str, float]:
-        """CPUs and GPUs of one replica without a placement group."""
+    def pieces(self) -> tuple[dict[str, float], ...]:
+        """What one replica takes from Ray, in pieces that each lie on one node."""
+        if self.bundles:
+            return self.bundles
         options = self.ray_actor_options
-        return {"CPU": float(options.get("num_cpus", 0)), "GPU": float(options.get("num_gpus", 0))}
+        return ({"CPU": float(options.get("num_cpus", 0)), "GPU": float(options.get("num_gpus", 0))},)
+
+    def total(self, kind: str) -> float:
+        """CPUs or GPUs of one replica."""
+        return sum(piece.get(kind, 0.0) for piece in self.pieces)
 
     @property
     def deployment_options(self) -> dict[str, Any]:
@@ -125,15 +137,11 @@ def unplaceable(plans: Iterable[WorkerPlan], machine: Machine) -> list[str]:
     cpus, gpus = float(machine.cpus), float(machine.gpus)
     for plan in plans:
         count = plan.min_replicas
-        wanted = plan.bundles or (plan.resources,)
-        cpus -= count * sum(bundle.get("CPU", 0.0) for bundle in wanted)
-        gpus -= count * sum(bundle.get("GPU", 0.0) for bundle in wanted)
+        wanted = {kind: count * plan.total(kind) for kind in ("CPU", "GPU")}
+        cpus -= wanted["CPU"]
+        gpus -= wanted["GPU"]
         if cpus < 0 or gpus < 0:
-            needs = " and ".join(
-                f"{number * count:g} {kind}s"
-                for kind in ("CPU", "GPU")
-                if (number := sum(bundle.get(kind, 0.0) for bundle in wanted))
-            )
+            needs = " and ".join(f"{number:g} {kind}s" for kind, number in wanted.items() if number)
             problems.append(
                 f"worker `{plan.name}` needs {needs}, and with the workers before it that is more than"
                 f" this machine's {machine.cpus} CPUs and {machine.gpus} GPUs;"

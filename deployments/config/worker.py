@@ -5,7 +5,6 @@ extensions (`[generator.engine_args]`, `[deployment]`, `[limits]`, `[queue.model
 Types are strict and unknown keys are errors: a typo must not become a default.
 """
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
@@ -250,8 +249,3 @@ class Worker(Table):
     def name(self) -> str:
         """The deployment's name and the metrics label."""
         return self.queue.checkpoint_name
-
-    @property
-    def is_hub_id(self) -> bool:
-        """Whether the model is named by its id on a hub rather than by a place on disk."""
-        return re.fullmatch(r"[\w.-]+/[\w.-]+", self.generator.model_path) is not None

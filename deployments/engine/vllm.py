@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from deployments.config.model_files import ModelFiles, resolve_model_path
+from deployments.config.model_files import ModelFiles, is_hub_id, resolve_model_path
 from deployments.config.plan import WorkerPlan
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
@@ -166,7 +166,7 @@ class VllmEngine:
         worker = self._plan.worker
         try:
             folder = resolve_model_path(worker.generator.model_path)
-            if worker.is_hub_id and not Path(folder).is_dir():
+            if is_hub_id(folder) and not Path(folder).is_dir():
                 return folder, None
             files = ModelFiles.read(folder)
         except (FileNotFoundError, ValueError) as error:

@@ -153,7 +153,7 @@ class Calls:
         self._flying[part.lane] -= 1
         idle = not any(self._flying.values())
         now = asyncio.get_running_loop().time()
-        self._meter.done(part.tokens if part.done else 0, now, part.full, idle)
+        self._meter.done(part.tokens if part.full else 0, now, idle)
         self._pump()
 
     async def _call(self, part: Part) -> None:
@@ -171,7 +171,6 @@ class Calls:
             self._fail(part, EmbeddingError("internal error"))
             raise
         else:
-            part.done = True
             part.full = self._lanes.are_waiting(part.lane)
             self._budget.earn()
             for each, vector in zip(part.inputs, vectors, strict=True):

@@ -24,15 +24,15 @@ class DrainMeter:
         if self._since is None:
             self._since = now
 
-    def done(self, tokens: int, now: float, full: bool, idle: bool) -> None:
+    def done(self, tokens: int, now: float, idle: bool) -> None:
         """Count so many tokens as done; `idle` when nothing is in flight any more.
 
-        Only time in which all places were `full` and more was waiting tells what the worker can do; the rest
+        Only time in which more was waiting tells what the worker can do; the rest, for which `tokens` are 0,
         tells what it was asked for.
         """
         if self._since is None:
             return
-        if full and tokens:
+        if tokens:
             self._seconds += now - self._since
             self._tokens += tokens
         if self._seconds > WINDOW_SECONDS:

@@ -67,8 +67,7 @@ class TokenRouter(RequestRouter):
 
     def suspect(self, call_id: str) -> bool:
         """Choose the call's replica last from now on; say whether there is another one to choose."""
-        call = self._calls.get(self._by_call_id.get(call_id, ""))
-        place = self._places.get(call_id) or (call.replica if call else None)
+        place = self._places.get(call_id)
         if place is None or self.num_replicas < 2:
             return False
         before = self._suspects.get(place)
@@ -104,6 +103,7 @@ class TokenRouter(RequestRouter):
         self._calls[request.metadata.internal_request_id] = call
         if call.call_id is not None:
             self._by_call_id[call.call_id] = request.metadata.internal_request_id
+            self._places[call.call_id] = replica
         self._outstanding[replica] = self._outstanding.get(replica, 0) + call.tokens
 
     def _release(self, internal_request_id: str) -> None:
@@ -118,12 +118,8 @@ class TokenRouter(RequestRouter):
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """A replica has taken the call, perhaps not the one that was ranked first."""
         call = self._calls.get(pending_request.metadata.internal_request_id)
-        if call is None:
-            return
-        if call.replica != replica_id:
+        if call is not None and call.replica != replica_id:
             self._take(replica_id, pending_request)
-        if call.call_id is not None:
-            self._places[call.call_id] = replica_id
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Take the call's tokens off again."""

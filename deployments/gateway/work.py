@@ -69,8 +69,8 @@ class Input:
 class Part:
     """Inputs that travel together. `alone` parts are not joined with others: one in them is at fault.
 
-    `since` is when it was queued, on `time.perf_counter`; `joined` how many parts became this one. Once it
-    is `done`, `full` says whether more was waiting.
+    `since` is when it was queued, on `time.perf_counter`; `joined` how many parts became this one;
+    `full` is set when it is done while more is waiting.
     """
 
     inputs: list[Input]
@@ -81,7 +81,6 @@ class Part:
     task: "asyncio.Task[None] | None" = None
     since: float = 0.0
     joined: int = 1
-    done: bool = False
     full: bool = False
 
     @property
