@@ -4,17 +4,20 @@
 `serve deploy` inside the cluster.
 """
 
+import asyncio
 import logging
 import os
+from collections.abc import Iterable
+from importlib import metadata
 from typing import Any
 
 import ray
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from deployments.config.load import load_workers
-from deployments.config.plan import Machine, WorkerPlan, cores_here, make_plans
+from deployments.config.plan import Machine, WorkerPlan, cores_here, ingress_config, make_plans
 from deployments.config.worker import INGRESS_NAME
 from deployments.errors import ConfigError
 from deployments.gateway.ingress import Ingress
@@ -23,6 +26,8 @@ from deployments.replica import Replica
 ROUTER = "deployments.gateway.serve_router.ServeRouter"
 # Requests that one ingress replica holds at a time; each costs a body and a coroutine.
 MAX_INGRESS_REQUESTS = 4096
+# How long the deployed ingress may take to say what it serves.
+ANSWER_SECONDS = 30.0
 HEALTH_CHECK_PERIOD_SECONDS = 5.0
 HEALTH_CHECK_TIMEOUT_SECONDS = 30.0
 
@@ -47,6 +52,8 @@ def build(arguments: BuildArguments) -> serve.Application:
     # Models may lie only on the nodes that run them; with one node, they have to lie here.
     workers = load_workers(arguments.config, check_models=len(nodes) <= 1)
     plans = make_plans(workers, cluster_machine(nodes))
+    if nodes:
+        refuse_changed_packages(plans)
     handles = {plan.name: bind_replica(plan) for plan in plans}
     return bind_ingress(plans, handles, arguments)
 
@@ -58,6 +65,43 @@ def cluster_machine(nodes: list[dict[str, Any]]) -> Machine:
     cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
     gpus = sum(int(node["Resources"].get("GPU", 0)) for node in nodes)
     return Machine(sum(cpus), gpus, max(cpus))
+
+
+def refuse_changed_packages(plans: Iterable[WorkerPlan]) -> None:
+    """Raise ConfigError for each worker that is deployed already in the same version with another model."""
+    deployed = deployed_packages()
+    changed = [
+        f"worker `{plan.name}`: queue.version: {plan.worker.queue.version} is deployed with another model;"
+        " another model needs another version"
+        for plan in plans
+        if plan.name in deployed
+        and deployed[plan.name][0] == plan.worker.queue.version
+        and deployed[plan.name][1] != plan.package
+    ]
+    if changed:
+        raise ConfigError("\n".join(changed))
+
+
+def deployed_packages() -> dict[str, tuple[int | str, str]]:
+    """Return version and package of each worker that this cluster serves already."""
+    for name, application in serve.status().applications.items():
+        if application.status == ApplicationStatus.RUNNING and INGRESS_NAME in application.deployments:
+            packages: dict[str, tuple[int | str, str]] = ray.get(ask_packages.remote(name))
+            return packages
+    return {}
+
+
+@ray.remote(num_cpus=0, max_calls=1)
+def ask_packages(application: str) -> dict[str, tuple[int | str, str]]:
+    """Ask the application's ingress. In a process of its own: a handle outlives no event loop."""
+
+    async def ask() -> dict[str, tuple[int | str, str]]:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            ingress = serve.get_deployment_handle(INGRESS_NAME, application)
+            answer: dict[str, tuple[int | str, str]] = await ingress.packages.remote()
+            return answer
+
+    return asyncio.run(ask())
 
 
 def logging_config() -> LoggingConfig:
@@ -79,6 +123,8 @@ def bind_replica(plan: WorkerPlan) -> serve.Application:
         logging_config=logging_config(),
         request_router_config={"request_router_class": ROUTER},
     )(Replica)
+    # Ray Serve replaces replicas where their version is another one, and makes one up where it is told none.
+    deployment = deployment.options(version=plan.engine_version, _internal=True)
     return deployment.options(**plan.deployment_options).bind(plan)
 
 
@@ -94,5 +140,8 @@ def bind_ingress(
         max_ongoing_requests=MAX_INGRESS_REQUESTS,
         ray_actor_options={"num_cpus": 0},  # the cores are for the engines; this one waits for them
         logging_config=logging_config(),
+        user_config=ingress_config(plans),
     )(serve.ingress()(Ingress))
-    return ingress.bind(plans, handles, arguments.max_body_bytes, arguments.metrics_host)
+    version = f"{metadata.version('embedding-cluster')}-{arguments.max_body_bytes}-{arguments.metrics_host}"
+    ingress = ingress.options(version=version, _internal=True)
+    return ingress.bind(handles, arguments.max_body_bytes, arguments.metrics_host)

@@ -125,6 +125,10 @@ class EngineError(EmbeddingError):
     """The engine failed on this call and lives on."""
 
 
+class ModelChangedError(EmbeddingError):
+    """The replica has another version of the model than the call was prepared for: prepare it anew."""
+
+
 class EngineDeadError(EngineError):
     """The engine is gone; its replica has to be replaced."""
 

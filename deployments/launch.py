@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from deployments.engine.vllm import require_vllm
 from deployments.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ray.serve import Application
     from ray.serve.schema import ApplicationStatusOverview
 
 APPLICATION = "default"
@@ -92,20 +94,20 @@ def run(arguments: ServeArguments) -> int:
     # A short path: Ray adds 56 characters to it, and a socket's path may have 97.
     folder = Path(tempfile.mkdtemp(prefix="embeddings-", dir="/tmp"))
     prepare_environment(folder)
-    stop = threading.Event()
-    _install(stop)
+    stop, reload = threading.Event(), threading.Event()
+    _install(stop, reload)
     try:
-        return _serve(arguments, stop)
+        return _serve(arguments, stop, reload)
     finally:
         _shut_down()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _serve(arguments: ServeArguments, stop: threading.Event) -> int:
+def _serve(arguments: ServeArguments, stop: threading.Event, reload: threading.Event) -> int:
     import ray
     from ray import serve
 
-    from deployments.app import BuildArguments, build, cluster_machine, logging_config
+    from deployments.app import logging_config
 
     level = os.environ.get("LOG_LEVEL", "WARNING").upper()
     logging_config()  # an unknown level is told before anything starts
@@ -123,20 +125,10 @@ def _serve(arguments: ServeArguments, stop: threading.Event) -> int:
     )
     if stop.is_set():
         return 0
-    _install(stop)  # Ray has put a handler of its own in the place of ours
-    machine = cluster_machine(ray.nodes())
-    if problems := unplaceable(make_plans(workers, machine), machine):
-        raise ConfigError("\n".join(problems))
-    application = build(
-        BuildArguments(
-            config=arguments.config,
-            ingress_replicas=arguments.ingress_replicas,
-            metrics_host=arguments.host,
-        )
-    )
+    _install(stop, reload)  # Ray has put a handler of its own in the place of ours
+    application = _build(arguments, workers)
     serve.start(http_options={"host": arguments.host, "port": arguments.port})
-    target = serve.RunTarget(application, name=APPLICATION, route_prefix="/")
-    serve.run_many([target], wait_for_applications_running=False)
+    _deploy(application)
     status = _watch(started, stop)
     if stop.is_set():
         return 0
@@ -149,10 +141,58 @@ def _serve(arguments: ServeArguments, stop: threading.Event) -> int:
         return 0
     _say(started, "ready" if not failed else "ready, but for the workers that failed")
     print(table(arguments, workers, failed), flush=True)
-    while not stop.wait(1.0):
-        pass
+    while not stop.wait(POLL_SECONDS):
+        if reload.is_set():
+            reload.clear()
+            _reload(arguments, stop)
     print("stopping", flush=True)
     return 0
+
+
+def _build(arguments: ServeArguments, workers: Iterable[Worker]) -> "Application":
+    """Build the application out of the worker files. Raises ConfigError for what can't run here."""
+    import ray
+
+    from deployments.app import BuildArguments, build, cluster_machine
+
+    machine = cluster_machine(ray.nodes())
+    if problems := unplaceable(make_plans(workers, machine), machine):
+        raise ConfigError("\n".join(problems))
+    return build(
+        BuildArguments(
+            config=arguments.config,
+            ingress_replicas=arguments.ingress_replicas,
+            metrics_host=arguments.host,
+        )
+    )
+
+
+def _deploy(application: "Application") -> None:
+    """Hand the application to Ray Serve, the first time or anew."""
+    from ray import serve
+
+    target = serve.RunTarget(application, name=APPLICATION, route_prefix="/")
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def _reload(arguments: ServeArguments, stop: threading.Event) -> None:
+    """Read the worker files again and deploy what changed; keep what there is where they hold a mistake."""
+    started = time.monotonic()
+    _say(started, "reading the worker files again")
+    try:
+        workers = load_workers(arguments.config)
+        _deploy(_build(arguments, workers))
+    except ConfigError as error:
+        print(f"{error.message}\nnothing has changed", file=sys.stderr, flush=True)
+        return
+    except Exception:  # whatever it is, what runs is worth more than the change
+        traceback.print_exc()
+        print("nothing has changed", file=sys.stderr, flush=True)
+        return
+    status = _watch(started, stop)
+    failed = {name: _reason(d.message) for name, d in status.deployments.items() if not _is_up(d)}
+    _say(started, "ready" if not failed else "ready, but for the workers that failed")
+    print(table(arguments, workers, failed), flush=True)
 
 
 def _watch(started: float, stop: threading.Event) -> "ApplicationStatusOverview":
@@ -177,7 +217,8 @@ def _watch(started: float, stop: threading.Event) -> "ApplicationStatusOverview"
 
 
 def _is_up(deployment: Any) -> bool:
-    return str(deployment.status.value) == "HEALTHY"
+    """Whether a deployment serves; it does so while it scales."""
+    return deployment.status.value in {"HEALTHY", "UPSCALING", "DOWNSCALING"}
 
 
 def _reason(message: str) -> str:
@@ -224,6 +265,7 @@ def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str
             f"OpenAI API  {base}/v1",
             f"Docs        {base}/docs",
             "Keys        none set: whoever reaches this address may use it",
+            f"Changes     edit the worker files, then: kill -HUP {os.getpid()}",
             "Stop        Ctrl-C",
         ]
     )
@@ -233,13 +275,14 @@ def _say(started: float, text: str) -> None:
     print(f"{time.monotonic() - started:6.1f} s  {text}", flush=True)
 
 
-def _install(stop: threading.Event) -> None:
-    """Turn SIGINT and SIGTERM into an orderly end."""
+def _install(stop: threading.Event, reload: threading.Event) -> None:
+    """Turn SIGINT and SIGTERM into an orderly end, SIGHUP into a new look at the worker files."""
+    events = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: reload}
 
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
+    def handle(number: int, _frame: FrameType | None) -> None:
+        events[signal.Signals(number)].set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in events:
         signal.signal(number, handle)
 
 

@@ -7,19 +7,23 @@ import asyncio
 import logging
 import os
 import time
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from deployments.config.plan import WorkerPlan
-from deployments.engine import ModelCard, make_engine
-from deployments.engine.batch import Embedded, TokenBatch
+from deployments.engine import VERSION, ModelCard, make_engine
+from deployments.engine.batch import NOBODY, CallContext, Embedded, TokenBatch
 from deployments.errors import (
     EmbeddingError,
     EngineDeadError,
     EngineError,
     EngineStartError,
+    ModelChangedError,
     NonFiniteEmbeddingError,
 )
+from deployments.scaling import ReplicaLoad
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,27 +46,39 @@ class Replica:
     async def __init__(self, plan: WorkerPlan) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Start the engine, warm it up, embed the canary. Raises EngineStartError with one line."""
         self._plan = plan
+        self._load = ReplicaLoad()
         self._answered = 0  # calls, so that a health check can tell a busy engine from one that hangs
         await self._await_probes()
         self._engine = make_engine(plan)
         try:
-            self._card = await asyncio.to_thread(self._engine.start)
+            card = await asyncio.to_thread(self._engine.start)
+            self._card = replace(card, version=plan.engine_version)
             tokens = range(1, min(CANARY_TOKENS, self._card.max_model_len) + 1)
             self._canary = TokenBatch.of([[self._card.vocab_size - token for token in tokens]])
-            await self.embed(TokenBatch.of([self._canary.ids.tolist()] * WARM_UP_INPUTS))
-            self._canary_vector = (await self.embed(self._canary)).vectors[0]
+            await self._embed(TokenBatch.of([self._canary.ids.tolist()] * WARM_UP_INPUTS))
+            self._canary_vector = (await self._embed(self._canary)).vectors[0]
         except EmbeddingError as error:
             # Serve shows the last line of a replica's failure: it has to say all.
             raise EngineStartError(f"worker {plan.name}: {error.message}") from None
 
-    async def embed(self, batch: TokenBatch, call_id: str = "") -> Embedded:
+    async def embed(self, batch: TokenBatch, call: CallContext = NOBODY) -> Embedded:
         """Return float32 vectors of shape (len(batch), dimension), checked, in order.
 
-        `call_id` is for the router, which sees a call's arguments.
-
-        Raises NonFiniteEmbeddingError, EngineError, or EngineDeadError, after which this replica
-        ends, so that Serve puts another in its place.
+        Raises ModelChangedError where the ids were made for another version, NonFiniteEmbeddingError,
+        EngineError, or EngineDeadError, after which this replica ends and Serve puts another in its place.
         """
+        if call.version and call.version != self._plan.engine_version:
+            raise ModelChangedError("the model has changed")
+        tokens = 0
+        self._load.begin(call)
+        try:
+            embedded = await self._embed(batch)
+            tokens = embedded.tokens
+            return embedded
+        finally:
+            self._load.end(call, tokens)
+
+    async def _embed(self, batch: TokenBatch) -> Embedded:
         begun = time.perf_counter()
         try:
             vectors = await self._engine.embed(batch)
@@ -73,9 +89,20 @@ class Replica:
         self._answered += 1
         return Embedded(vectors, batch.tokens, time.perf_counter() - begun)
 
-    async def describe(self) -> ModelCard:
-        """Return the model's card; the ingress tokenises and checks by it."""
+    async def describe(self, _: CallContext = NOBODY) -> ModelCard:
+        """Return the model's card; the ingress tokenises and checks by it.
+
+        The argument is for the router, which sees which version is asked for.
+        """
         return self._card
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Tell the routers which version this is. Ray Serve asks once, when the replica is ready."""
+        return {VERSION: self._plan.engine_version}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Ray Serve's controller of the load, for `TokenPolicy`."""
+        return self._load.report()
 
     async def ping(self) -> None:
         """Raise EngineDeadError if this replica couldn't embed; for `/ready`, so it takes no time."""
@@ -86,7 +113,7 @@ class Replica:
         begun = self._answered
         try:
             async with asyncio.timeout(CANARY_SECONDS):
-                vector = (await self.embed(self._canary)).vectors[0]
+                vector = (await self._embed(self._canary)).vectors[0]
         except TimeoutError:
             if self._answered > begun:  # busy, not ill: the canary waits in line like everybody
                 return

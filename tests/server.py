@@ -57,6 +57,15 @@ class Server:
                     found.append(process)
         return found
 
+    def titled(self, text: str) -> list[psutil.Process]:
+        """Return the live processes whose title holds the text, as `ServeReplica:default:NAME`."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if text in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
     def stop(self, number: signal.Signals = signal.SIGINT) -> None:
         """Ask it to end, and wait until nothing of it is left."""
         if self.process.poll() is None:

@@ -4,6 +4,7 @@ Field names follow Hugging Face's `config.json`; how they combine into a maximum
 what can be parallelised follows vLLM's `config/model.py` and its models' `SupportsPP` marks.
 """
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -43,6 +44,7 @@ NO_PIPELINE_PARALLEL = frozenset(
 # vLLM's derivation skips the factor for these; see _get_and_verify_max_len.
 UNSCALED_ROPE = frozenset({"su", "longrope", "llama3", "yarn", "deepseek_yarn", "default"})
 BYTES_PER_ELEMENT = 4  # float32: a node's CPU may not compute in less
+SAMPLE_BYTES = 2**20
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
 
 
@@ -59,6 +61,23 @@ def resolve_model_path(model_path: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"the Python package `{package}` isn't installed")
     return str(Path(spec.submodule_search_locations[0], folder))
+
+
+def content_id(folder: str | Path) -> str:
+    """Return a short hash of a model folder's content, the same wherever the folder lies.
+
+    Of a large file its size, beginning and end count: weights of gigabytes would take minutes to read.
+    """
+    folder = Path(folder)
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)}\0{size}\0".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(SAMPLE_BYTES))
+            content.seek(max(0, size - SAMPLE_BYTES))
+            digest.update(content.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def is_hub_id(model_path: str) -> bool:

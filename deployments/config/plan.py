@@ -6,20 +6,24 @@ vLLM's `mp` executor splits; across nodes a bundle for the replica and one per G
 executor fills.
 """
 
+import hashlib
+import json
 import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from deployments.config.model_files import ModelFiles, resolve_model_path
-from deployments.config.worker import Worker
+from deployments.config.model_files import ModelFiles, content_id, resolve_model_path
+from deployments.config.worker import Autoscaling, FakeEngineArgs, Worker
 from deployments.errors import ConfigError
 
 Device = Literal["cpu", "gpu"]
 
+SCALING_POLICY = "deployments.scaling:TokenPolicy"
 MAX_BATCHED_TOKENS = 16_384  # one step's tokens; vLLM's library default of 2048 starves the batch
 MAX_CORES_PER_RANK = 16  # small encoders gain nothing from more
 MIN_KV_CACHE_BYTES = 256 * 2**20
@@ -45,7 +49,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """One worker's deployment: everything that its replicas and the ingress need to know."""
+    """One worker's deployment: everything that its replicas and the ingress need to know.
+
+    `package` tells model packages apart, and `engine_version` engines: replicas of one version give the
+    same vectors, and what leaves it as it is changes in place, without a restart.
+    """
 
     worker: Worker
     device: Device
@@ -54,6 +62,8 @@ class WorkerPlan:
     bundles: tuple[dict[str, float], ...]
     ray_actor_options: dict[str, Any]
     prompts: dict[str, str] = field(default_factory=dict)
+    package: str = ""
+    engine_version: str = ""
 
     @property
     def name(self) -> str:
@@ -88,7 +98,7 @@ class WorkerPlan:
             "max_ongoing_requests": MAX_ONGOING_REQUESTS,
         }
         if wanted.autoscaling:
-            options["autoscaling_config"] = wanted.autoscaling.model_dump(exclude_none=True)
+            options["autoscaling_config"] = _autoscaling_config(wanted.autoscaling)
         else:
             options["num_replicas"] = wanted.num_replicas or 1
         if self.bundles:
@@ -115,8 +125,9 @@ class WorkerPlan:
                 "strategy": worker.deployment.placement_group_strategy,
             },
             "engine_args": {name: _shown(name, value) for name, value in self.engine_args.items()},
-            "scaling": self.deployment_options.get("autoscaling_config")
-            or {"num_replicas": self.deployment_options["num_replicas"]},
+            "scaling": worker.deployment.autoscaling.model_dump(exclude_none=True)
+            if worker.deployment.autoscaling
+            else {"num_replicas": self.deployment_options["num_replicas"]},
             "limits": worker.limits.model_dump(),
             "metrics_port": worker.monitoring.metrics_port or None,
             "tcp_probes": list(worker.monitoring.tcp_probes),
@@ -129,6 +140,18 @@ def make_plans(workers: Iterable[Worker], machine: Machine) -> tuple[WorkerPlan,
     devices = {worker.name: _device(worker, machine) for worker in workers}
     shared = _shared_cores(workers, devices, machine)
     return tuple(_plan(worker, devices[worker.name], shared) for worker in workers)
+
+
+def ingress_config(plans: Iterable[WorkerPlan]) -> dict[str, Any]:
+    """Return what the ingress has to know of the workers as plain data; holds no secret.
+
+    It is the ingress's `user_config`, which Ray Serve passes to the running one when it changes.
+    """
+    plans = tuple(plans)
+    return {
+        "workers": {plan.name: plan.worker.model_dump(mode="json", exclude_defaults=True) for plan in plans},
+        "packages": {plan.name: plan.package for plan in plans},
+    }
 
 
 def unplaceable(plans: Iterable[WorkerPlan], machine: Machine) -> list[str]:
@@ -187,9 +210,10 @@ def _replica_cores(worker: Worker, device: Device) -> int:
 
 
 def _plan(worker: Worker, device: Device, shared_cores: int) -> WorkerPlan:
-    files = _model_files(worker)
+    files, package = _model_files(worker)
     cores = worker.deployment.num_cpus or (shared_cores if _needs_cores(worker, device) else 1)
     bundles = _bundles(worker, device, cores)
+    engine_args = _engine_args(worker, device, files)
     return WorkerPlan(
         worker=worker.model_copy(
             # The token is for the world outside: neither replica nor ingress has a use for it.
@@ -197,21 +221,48 @@ def _plan(worker: Worker, device: Device, shared_cores: int) -> WorkerPlan:
         ),
         device=device,
         cores_per_rank=cores,
-        engine_args=_engine_args(worker, device, files),
+        engine_args=engine_args,
         bundles=bundles,
         ray_actor_options=_ray_actor_options(worker, device, cores, bundles),
         prompts=files.prompts if files else {},
+        package=package,
+        engine_version=_hash(package, engine_args, device, cores, metadata.version("embedding-cluster")),
     )
 
 
-def _model_files(worker: Worker) -> ModelFiles | None:
-    """The model's files where they lie on this machine; a replica elsewhere reads its own."""
-    if worker.generator.type == "fake":
-        return None
+def _model_files(worker: Worker) -> tuple[ModelFiles | None, str]:
+    """The model's files and what tells its package apart.
+
+    Where they don't lie on this machine a replica elsewhere reads its own, and the path tells.
+    """
+    generator = worker.generator
+    if generator.type == "fake":
+        arguments = FakeEngineArgs.model_validate(generator.engine_args)
+        return None, _hash(arguments.dimension, arguments.seed)
+    path = generator.model_path
     try:
-        return ModelFiles.read(resolve_model_path(worker.generator.model_path))
+        folder = resolve_model_path(path)
+        return ModelFiles.read(folder), content_id(folder)
     except (FileNotFoundError, ValueError):
-        return None
+        return None, _hash(path, generator.engine_args.get("revision"))
+
+
+def _hash(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _autoscaling_config(wanted: Autoscaling) -> dict[str, Any]:
+    """Return Ray Serve's autoscaling configuration with our policy, which counts tokens."""
+    ours = {"target_outstanding_s", "target_ongoing_requests"}
+    policy = {
+        "policy_function": SCALING_POLICY,
+        "policy_kwargs": {
+            "target_seconds": wanted.target_outstanding_s,
+            "target_requests": wanted.target_ongoing_requests,
+        },
+    }
+    return {**wanted.model_dump(exclude_none=True, exclude=ours), "policy": policy}
 
 
 def _spans_nodes(worker: Worker) -> bool:

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s/#?][^\s#?]*$")]
+# TOML writes 5 and 5.0; both are numbers here.
+Positive = Annotated[float, Field(gt=0, strict=False)]
+Delay = Annotated[float, Field(ge=0, strict=False)]
 Probe = Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$")]
 
 # Set from keys of their own, or fixed by what a worker is; [generator.engine_args] may not repeat them.
@@ -40,9 +43,10 @@ class Table(BaseModel):
 
 
 class FakeEngineArgs(Table):
-    """`[generator.engine_args]` of the stand-in engine; times in seconds."""
+    """`[generator.engine_args]` of the stand-in engine; times in seconds. Another seed is another model."""
 
     dimension: Count = 64
+    seed: Annotated[int, Field(ge=0)] = 0
     call_seconds: Annotated[float, Field(ge=0)] = 0.0
     token_seconds: Annotated[float, Field(ge=0)] = 0.0
     start_seconds: Annotated[float, Field(ge=0)] = 0.0
@@ -146,19 +150,24 @@ class Monitoring(Table):
 
 
 class Autoscaling(Table):
-    """`[deployment.autoscaling]`: Ray Serve's own names, passed on unchanged."""
+    """`[deployment.autoscaling]`: Ray Serve's own names, and the target in tokens.
+
+    A replica should have no more waiting than it embeds in `target_outstanding_s` seconds, at its measured
+    speed. `target_ongoing_requests` counts requests instead.
+    """
 
     min_replicas: Annotated[int, Field(ge=0)] = 1
     max_replicas: Count = 1
     initial_replicas: Annotated[int, Field(ge=0)] | None = None
-    target_ongoing_requests: Annotated[float, Field(gt=0)] | None = None
-    upscale_delay_s: Annotated[float, Field(ge=0)] | None = None
-    downscale_delay_s: Annotated[float, Field(ge=0)] | None = None
-    downscale_to_zero_delay_s: Annotated[float, Field(ge=0)] | None = None
-    upscaling_factor: Annotated[float, Field(gt=0)] | None = None
-    downscaling_factor: Annotated[float, Field(gt=0)] | None = None
-    metrics_interval_s: Annotated[float, Field(gt=0)] | None = None
-    look_back_period_s: Annotated[float, Field(gt=0)] | None = None
+    target_outstanding_s: Positive = 1.0
+    target_ongoing_requests: Positive | None = None
+    upscale_delay_s: Delay = 5.0
+    downscale_delay_s: Delay = 300.0
+    downscale_to_zero_delay_s: Delay | None = None
+    upscaling_factor: Positive | None = None
+    downscaling_factor: Positive | None = None
+    metrics_interval_s: Positive = 1.0
+    look_back_period_s: Positive = 5.0
 
     @model_validator(mode="after")
     def _in_order(self) -> "Autoscaling":
@@ -183,7 +192,7 @@ class Deployment(Table):
     num_cpus: Annotated[int, Field(ge=1)] | None = None
     num_gpus: Literal[0, 1] | None = None
     accelerator_type: str | None = None
-    resources: dict[str, Annotated[float, Field(gt=0, strict=False)]] = Field(default_factory=dict)
+    resources: dict[str, Positive] = Field(default_factory=dict)
     placement_group_strategy: Literal["STRICT_PACK", "PACK"] = "STRICT_PACK"
     max_replicas_per_node: Annotated[int, Field(ge=1, le=100)] | None = None
     autoscaling: Autoscaling | None = None

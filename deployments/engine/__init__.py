@@ -9,6 +9,9 @@ from deployments.config.plan import WorkerPlan
 from deployments.config.worker import FakeEngineArgs
 from deployments.engine.batch import TokenBatch
 
+# The key under which a replica tells the routers its version.
+VERSION = "version"
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -16,7 +19,7 @@ class ModelCard:
 
     `tokenizer` is the model's tokenizer in the JSON of Hugging Face's `tokenizers`; `dimension` the
     length of a vector; `max_model_len` the most tokens of an input; ids go from 0 to `vocab_size` - 1.
-    `prompts` maps a use to the text put before each input.
+    `prompts` maps a use to the text put before each input. Replicas of one `version` give the same vectors.
     """
 
     tokenizer: str
@@ -24,6 +27,7 @@ class ModelCard:
     max_model_len: int
     vocab_size: int
     prompts: dict[str, str] = field(default_factory=dict)
+    version: str = ""
 
 
 class Engine(Protocol):

@@ -1,4 +1,4 @@
-"""Token ids of several inputs, flat: what travels to a replica."""
+"""What travels to a replica and back: token ids, flat; who calls; vectors."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +13,24 @@ class Embedded:
     vectors: np.ndarray
     tokens: int
     engine_seconds: float
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """What goes along with a call: who makes it, for which model, and what else its sender has waiting.
+
+    `version` is that of the model whose tokenizer made the ids; empty where any will do. `sender` is one
+    process's dispatch; `outstanding_tokens` and `outstanding_requests` it has let in and not answered.
+    """
+
+    sender: str = ""
+    number: int = 0
+    version: str = ""
+    outstanding_tokens: int = 0
+    outstanding_requests: int = 0
+
+
+NOBODY = CallContext()
 
 
 @dataclass(frozen=True)

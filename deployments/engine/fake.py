@@ -20,9 +20,10 @@ VOCAB_SIZE = 256
 MAX_MODEL_LEN = 8192
 
 
-def fake_vectors(batch: TokenBatch, dimension: int) -> np.ndarray:
-    """Return unit vectors of shape (len(batch), dimension), float32: a hash of the ids, spread out."""
-    seeds = np.fromiter((zlib.crc32(ids.astype(np.int32).tobytes()) for ids in batch), np.float64, len(batch))
+def fake_vectors(batch: TokenBatch, dimension: int, seed: int = 0) -> np.ndarray:
+    """Return unit vectors of shape (len(batch), dimension), float32: a hash of seed and ids, spread out."""
+    hashes = (zlib.crc32(ids.astype(np.int32).tobytes(), seed) for ids in batch)
+    seeds = np.fromiter(hashes, np.float64, len(batch))
     steps = np.sqrt(np.arange(2, dimension + 2, dtype=np.float64))
     vectors: np.ndarray = np.sin(seeds[:, None] * steps[None, :])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -53,7 +54,7 @@ class FakeEngine:
         if seconds:
             async with self._device:
                 await asyncio.sleep(seconds)
-        return fake_vectors(batch, self._arguments.dimension)
+        return fake_vectors(batch, self._arguments.dimension, self._arguments.seed)
 
     def check(self) -> None:
         """Raise once stopped."""

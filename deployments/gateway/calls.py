@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,13 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.config.plan import WorkerPlan
-from deployments.engine.batch import Embedded, TokenBatch
+from deployments.config.worker import Worker
+from deployments.engine.batch import CallContext, Embedded, TokenBatch
 from deployments.errors import EmbeddingError, EngineDeadError, EngineError, ModelUnavailableError
 from deployments.gateway.lanes import Lanes
 from deployments.gateway.meter import DrainMeter, RetryBudget
-from deployments.gateway.router import TokenRouter
-from deployments.gateway.work import Input, Lane, Part
+from deployments.gateway.router import CallId, TokenRouter
+from deployments.gateway.work import Input, Lane, Outstanding, Part
 from deployments.metrics import Metrics
 
 # What a client that was refused should wait at least: a replica takes seconds to start.
@@ -60,14 +61,15 @@ class Calls:
 
     def __init__(
         self,
-        plan: WorkerPlan,
+        worker: Worker,
         handle: DeploymentHandle[Any],
         budget: RetryBudget,
         metrics: Metrics,
         settle: Settle,
     ) -> None:
         """Remember the handle; nothing is called yet."""
-        self._plan = plan
+        self.worker = worker
+        self.outstanding = Outstanding()
         self._handle = handle
         self._budget = budget
         self._metrics = metrics
@@ -76,7 +78,8 @@ class Calls:
         self._meter = DrainMeter()
         self._flying = dict.fromkeys(Lane, 0)
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_CALLS)
-        self._call_ids = (f"{uuid.uuid4().hex}-{number}" for number in itertools.count())
+        self._sender = uuid.uuid4().hex
+        self._numbers = itertools.count()
 
     @property
     def rate(self) -> float | None:
@@ -86,13 +89,13 @@ class Calls:
     @property
     def known_replicas(self) -> int:
         """How many replicas there are, as far as this process knows."""
-        router = TokenRouter.of(self._plan.name)
+        router = TokenRouter.of(self.worker.name)
         return router.num_replicas if router is not None else 0
 
     @property
     def is_bare(self) -> bool:
         """Whether it is known that there is no replica."""
-        router = TokenRouter.of(self._plan.name)
+        router = TokenRouter.of(self.worker.name)
         return router is not None and not router.num_replicas
 
     @property
@@ -114,11 +117,17 @@ class Calls:
             self._lanes.put(part)
         self._pump()
 
-    async def ask_any(self, method: str) -> Any:
+    @property
+    def version(self) -> str | None:
+        """The model's version that calls should be prepared for; None while no replica is known."""
+        router = TokenRouter.of(self.worker.name)
+        return (router.version or None) if router is not None else None
+
+    async def ask_any(self, method: str, *arguments: Any) -> Any:
         """Call a method of any replica, again when that one dies. Raises ModelUnavailableError."""
-        for attempt in range(self._plan.worker.queue.http_request_retries + 1):
+        for attempt in range(self.worker.queue.http_request_retries + 1):
             try:
-                return await getattr(self._handle, method).remote()
+                return await getattr(self._handle, method).remote(*arguments)
             except RETRYABLE:
                 await asyncio.sleep(min(FIRST_PAUSE_SECONDS * 2**attempt, MAX_PAUSE_SECONDS))
         raise self.unavailable("its replicas are gone")
@@ -126,7 +135,7 @@ class Calls:
     def unavailable(self, reason: str) -> ModelUnavailableError:
         """Return the error for a worker that can't answer."""
         return ModelUnavailableError(
-            f"worker `{self._plan.name}` is unavailable: {reason}", "model", RETRY_AFTER_SECONDS
+            f"worker `{self.worker.name}` is unavailable: {reason}", "model", RETRY_AFTER_SECONDS
         )
 
     # --- one call's life -----------------------------------------------------------------------------
@@ -160,7 +169,7 @@ class Calls:
         """Embed one part and settle its inputs; on failure try it again, elsewhere."""
         self._count(part)
         try:
-            vectors = await self._ask(part, next(self._call_ids))
+            vectors = await self._ask(part)
         except RETRYABLE:
             self._try_again(part)
         except EngineError as error:
@@ -176,11 +185,13 @@ class Calls:
             for each, vector in zip(part.inputs, vectors, strict=True):
                 self._settle(each, vector)
 
-    async def _ask(self, part: Part, call_id: str) -> np.ndarray:
+    async def _ask(self, part: Part) -> np.ndarray:
         """Call a replica; cut the call off when its replica hangs and there is another one."""
+        call = CallContext(self._sender, next(self._numbers), part.version, *astuple(self.outstanding))
+        call_id: CallId = call.sender, call.number
         batch = TokenBatch.join([each.ids for each in part.inputs])
         begun = time.perf_counter()
-        answer = asyncio.ensure_future(_result(self._handle.embed.remote(batch, call_id=call_id)))
+        answer = asyncio.ensure_future(_result(self._handle.embed.remote(batch, call)))
         try:
             while True:
                 await asyncio.wait({answer}, timeout=self._share(part))
@@ -191,14 +202,14 @@ class Calls:
                     self._observe("call", seconds)
                     self._observe("engine", embedded.engine_seconds)
                     return embedded.vectors
-                router = TokenRouter.of(self._plan.name)
+                router = TokenRouter.of(self.worker.name)
                 if router is not None and router.suspect(call_id):
-                    self._metrics.cuts.labels(self._plan.name).inc()
+                    self._metrics.cuts.labels(self.worker.name).inc()
                     raise EngineDeadError("the replica hangs")
         finally:
             answered = answer.done() and not answer.cancelled() and answer.exception() is None
             answer.cancel()
-            if (router := TokenRouter.of(self._plan.name)) is not None:
+            if (router := TokenRouter.of(self.worker.name)) is not None:
                 router.forget(call_id, answered)
 
     def _share(self, part: Part) -> float:
@@ -214,10 +225,10 @@ class Calls:
     def _try_again(self, part: Part) -> None:
         """Queue the part again after a pause, as often as the worker file and the budget allow."""
         part.attempts += 1
-        if part.attempts > self._plan.worker.queue.http_request_retries or not self._budget.spend():
+        if part.attempts > self.worker.queue.http_request_retries or not self._budget.spend():
             self._fail(part, self.unavailable("its replicas are gone"))
             return
-        self._metrics.retries.labels(self._plan.name).inc()
+        self._metrics.retries.labels(self.worker.name).inc()
 
         def queue() -> None:
             part.since = time.perf_counter()
@@ -234,7 +245,7 @@ class Calls:
             return
         middle = len(part.inputs) // 2
         for inputs in (part.inputs[:middle], part.inputs[middle:]):
-            half = Part(inputs, part.caller, part.lane, part.attempts, alone=True, since=time.perf_counter())
+            half = replace(part, inputs=inputs, alone=True, joined=1, since=time.perf_counter())
             self._lanes.put(half, first=True)
 
     def _fail(self, part: Part, error: EmbeddingError) -> None:
@@ -245,7 +256,7 @@ class Calls:
 
     def _count(self, part: Part) -> None:
         """Count a call as it leaves."""
-        name = self._plan.name
+        name = self.worker.name
         self._metrics.call_inputs.labels(name).observe(len(part.inputs))
         self._metrics.call_tokens.labels(name).observe(part.tokens)
         if part.joined > 1:
@@ -253,7 +264,7 @@ class Calls:
         self._observe("wait", time.perf_counter() - part.since)
 
     def _observe(self, stage: str, seconds: float) -> None:
-        self._metrics.stage_seconds.labels(self._plan.name, stage).observe(seconds)
+        self._metrics.stage_seconds.labels(self.worker.name, stage).observe(seconds)
 
 
 async def _result(response: Any) -> Embedded:

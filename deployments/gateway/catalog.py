@@ -24,7 +24,7 @@ class Served:
 
     def listing(self) -> dict[str, Any]:
         """Return the model's entry in OpenAI's listing, with our additions."""
-        worker = self.dispatch.plan.worker
+        worker = self.dispatch.worker
         return {
             "id": self.name,
             "object": "model",
@@ -43,11 +43,15 @@ class Catalog:
 
     def __init__(self, dispatches: Mapping[str, Dispatch]) -> None:
         """Index the public names of every worker."""
+        self.update(dispatches)
+
+    def update(self, dispatches: Mapping[str, Dispatch]) -> None:
+        """Serve these workers from now on; requests under way go on with what they found."""
         self.dispatches = dispatches
         self._served = {
             name: Served(name, model, dispatch)
             for dispatch in dispatches.values()
-            for name, model in dispatch.plan.worker.queue.models.items()
+            for name, model in dispatch.worker.queue.models.items()
         }
 
     def find(self, name: str) -> Served:

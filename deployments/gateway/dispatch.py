@@ -5,18 +5,20 @@ token batch → admitted → inputs, each once → parts → calls → rows in o
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
-from deployments.config.plan import WorkerPlan
+from deployments.config.worker import Worker
 from deployments.engine import ModelCard
-from deployments.engine.batch import TokenBatch
+from deployments.engine.batch import CallContext, TokenBatch
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.errors import (
     DeadlineExceededError,
     EmbeddingError,
+    ModelChangedError,
     ModelUnavailableError,
     QueueFullError,
 )
@@ -31,45 +33,88 @@ STATE_SECONDS = 2.0
 # Until the rate is known, so much may wait; from then on what can be embedded in this share of the deadline.
 FIRST_BOUND_TOKENS = 600_000
 QUEUE_SHARE_OF_DEADLINE = 0.5
+# Ray Serve tells of new replicas within this time.
+CHANGE_PAUSE_SECONDS = 0.05
+
+Model = tuple[ModelCard, TextTokenizer]
+# Makes token ids of a request, for the model that answers it.
+Prepare = Callable[[ModelCard, TextTokenizer], Awaitable[TokenBatch]]
 
 
 class Dispatch:
     """Lets requests in, and brings each the vectors that it waits for."""
 
     def __init__(
-        self, plan: WorkerPlan, handle: DeploymentHandle[Any], budget: RetryBudget, metrics: Metrics
+        self, worker: Worker, handle: DeploymentHandle[Any], budget: RetryBudget, metrics: Metrics
     ) -> None:
         """Call nothing yet. `budget` and `metrics` are shared by all workers."""
-        self.plan = plan
-        self._calls = Calls(plan, handle, budget, metrics, self._settle)
+        self._calls = Calls(worker, handle, budget, metrics, self._settle)
+        self._outstanding = self._calls.outstanding
         self._metrics = metrics
-        self._model: tuple[ModelCard, TextTokenizer] | None = None
+        self._model: Model | None = None
         self._asking = asyncio.Lock()
         self._inputs: dict[bytes, Input] = {}
-        self._outstanding = 0
-        metrics.watch(plan.name, lambda: self._outstanding, lambda: self._calls.known_replicas)
+        metrics.watch(worker.name, lambda: self._outstanding.tokens, lambda: self._calls.known_replicas)
 
-    async def model(self, deadline: float) -> tuple[ModelCard, TextTokenizer]:
-        """Return the model's card and tokenizer, from a replica the first time.
+    @property
+    def worker(self) -> Worker:
+        """The worker file, which may change while we serve: `worker = …` takes effect for later requests."""
+        return self._calls.worker
+
+    @worker.setter
+    def worker(self, worker: Worker) -> None:
+        self._calls.worker = worker
+
+    async def embed_by(
+        self, prepare: Prepare, deadline: float, lane: Lane = Lane.INTERACTIVE, caller: str = ""
+    ) -> tuple[TokenBatch, np.ndarray]:
+        """As `embed`, of what `prepare` makes of the model; return its batch too.
+
+        Where the model changes meanwhile all of it is prepared and embedded anew: an answer never mixes the
+        vectors of two versions, nor one version's token ids with the other's vectors.
+        """
+        while True:
+            model = await self.model(deadline)
+            batch = await prepare(*model)
+            try:
+                return batch, await self.embed(batch, deadline, lane, caller, model[0].version)
+            except ModelChangedError:
+                self._model = None
+                await asyncio.sleep(CHANGE_PAUSE_SECONDS)
+
+    async def model(self, deadline: float) -> Model:
+        """Return the model's card and tokenizer, from a replica the first time and after a change.
 
         `deadline` is on the event loop's clock, in seconds. Raises ModelUnavailableError.
         """
-        if self._model is None:
+        if not self._is_current(self._model):
             try:
                 async with asyncio.timeout_at(deadline), self._asking:
-                    if self._model is None:  # a burst of first requests asks once
-                        card: ModelCard = await self._calls.ask_any("describe")
+                    if not self._is_current(self._model):  # a burst of first requests asks once
+                        call = CallContext(version=self._calls.version or "")
+                        card: ModelCard = await self._calls.ask_any("describe", call)
                         self._model = card, TextTokenizer(card.tokenizer)
             except TimeoutError:
                 raise self._calls.unavailable("no replica was ready in time") from None
+        assert self._model is not None
         return self._model
 
+    def _is_current(self, model: "Model | None") -> bool:
+        """Whether a model is the one that most replicas have, as far as is known."""
+        return model is not None and self._calls.version in (None, model[0].version)
+
     async def embed(
-        self, batch: TokenBatch, deadline: float, lane: Lane = Lane.INTERACTIVE, caller: str = ""
+        self,
+        batch: TokenBatch,
+        deadline: float,
+        lane: Lane = Lane.INTERACTIVE,
+        caller: str = "",
+        version: str = "",
     ) -> np.ndarray:
         """Return float32 vectors of shape (len(batch), dimension), in order.
 
-        Raises QueueFullError at once, DeadlineExceededError or ModelUnavailableError at `deadline`.
+        Raises QueueFullError at once, DeadlineExceededError or ModelUnavailableError at `deadline`, and
+        ModelChangedError where the replicas have another version than that which the ids were made for.
         Cancelling the call frees what only it waits for.
         """
         self._admit(batch.tokens)
@@ -77,28 +122,30 @@ class Dispatch:
         part_tokens = self._calls.part_tokens
         if batch.tokens > part_tokens:
             lane = Lane.BULK  # what needs several parts lets others in between
-        self._outstanding += batch.tokens
+        self._outstanding.tokens += batch.tokens
+        self._outstanding.requests += 1
         try:
             now = time.perf_counter()
-            parts = split(self._join(job, batch, lane), part_tokens, self._calls.replicas)
+            parts = split(self._join(job, batch, lane, version), part_tokens, self._calls.replicas)
             if len(parts) > 1:
-                self._metrics.split.labels(self.plan.name).inc(len(parts))
-            self._calls.send(Part(inputs, caller, lane, since=now) for inputs in parts)
+                self._metrics.split.labels(self.worker.name).inc(len(parts))
+            self._calls.send(Part(inputs, caller, lane, version, since=now) for inputs in parts)
             async with asyncio.timeout_at(deadline):
                 return await job.future
         except TimeoutError:
             raise self._late() from None
         finally:
-            self._outstanding -= batch.tokens
+            self._outstanding.tokens -= batch.tokens
+            self._outstanding.requests -= 1
             self._leave(job)
 
     async def state(self) -> dict[str, Any]:
         """Return whether a replica answers now, and what is known of the model and its queue."""
         rate = self._calls.rate
         shown: dict[str, Any] = {
-            "deployment": self.plan.name,
-            "version": self.plan.worker.queue.version,
-            "outstanding_tokens": self._outstanding,
+            "deployment": self.worker.name,
+            "version": self.worker.queue.version,
+            "outstanding_tokens": self._outstanding.tokens,
             "tokens_per_second": round(rate) if rate else None,
         }
         try:
@@ -115,26 +162,27 @@ class Dispatch:
 
     def _admit(self, tokens: int) -> None:
         """Refuse at once what couldn't be done in time. Raises QueueFullError."""
-        limits, rate = self.plan.worker.limits, self._calls.rate
+        limits, rate = self.worker.limits, self._calls.rate
         bound: float = max(FIRST_BOUND_TOKENS, 2 * limits.max_request_tokens)
         if limits.max_outstanding_tokens is not None:
             bound = limits.max_outstanding_tokens
         elif rate is not None:
             bound = rate * limits.request_timeout_s * QUEUE_SHARE_OF_DEADLINE
+        outstanding = self._outstanding.tokens
         # With nothing outstanding every request is let in: it can't be done sooner by waiting.
-        if self._outstanding and self._outstanding + tokens > bound:
-            wait = self._outstanding / rate if rate else RETRY_AFTER_SECONDS
+        if outstanding and outstanding + tokens > bound:
+            wait = outstanding / rate if rate else RETRY_AFTER_SECONDS
             raise QueueFullError(
-                f"worker `{self.plan.name}` has {self._outstanding} tokens waiting",
+                f"worker `{self.worker.name}` has {outstanding} tokens waiting",
                 "model",
                 min(max(wait, 1.0), MAX_RETRY_AFTER_SECONDS),
             )
 
-    def _join(self, job: Job, batch: TokenBatch, lane: Lane) -> list[Input]:
+    def _join(self, job: Job, batch: TokenBatch, lane: Lane, version: str) -> list[Input]:
         """Make the job wait for each of its inputs; return those that nobody waited for yet."""
         fresh = []
         for row, ids in enumerate(batch):
-            key = ids.tobytes()
+            key = version.encode() + ids.tobytes()
             known = self._inputs.get(key)
             # One that waits in the slow lane is of no use to somebody in a hurry.
             if known is None or (known.part is None and known.lane > lane):
@@ -143,7 +191,7 @@ class Dispatch:
             known.waiters.append((job, row))
             job.inputs.append(known)
         if shared := len(batch) - len(fresh):
-            self._metrics.shared.labels(self.plan.name).inc(shared)
+            self._metrics.shared.labels(self.worker.name).inc(shared)
         return fresh
 
     def _leave(self, job: Job) -> None:

@@ -5,7 +5,7 @@ Ray Serve takes or makes the `x-request-id` and returns it; that is left to it.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api import openai
-from deployments.config.plan import WorkerPlan
+from deployments.config.worker import Worker
 from deployments.errors import (
     EmbeddingError,
     InvalidRequestError,
@@ -50,20 +50,59 @@ class Ingress:
 
     def __init__(
         self,
-        plans: tuple[WorkerPlan, ...],
         handles: Mapping[str, DeploymentHandle[Any]],
         max_body_bytes: int,
         metrics_host: str,
     ) -> None:
-        """Make one dispatch for each worker; `handles` are by the worker's name."""
-        budget, metrics = RetryBudget(), Metrics()
-        dispatches = {plan.name: Dispatch(plan, handles[plan.name], budget, metrics) for plan in plans}
-        self._ports = {
-            plan.name: MetricsPort(plan.worker, metrics_host, self._gather)
-            for plan in plans
-            if plan.worker.monitoring.metrics_port
+        """Serve nothing until `reconfigure` names the workers; `handles` are those bound with the ingress."""
+        self._handles = handles
+        self._metrics_host = metrics_host
+        self._budget = RetryBudget()
+        self._workers: dict[str, dict[str, Any]] = {}
+        self._ports: dict[str, MetricsPort] = {}
+        self._serving = Serving(Catalog({}), Metrics(), max_body_bytes)
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Take over the worker files as they are now. Ray Serve calls it at the start and at each deployment.
+
+        `config["workers"]` holds each worker file as plain data, and `config["packages"]` what tells the
+        model packages apart, by the worker's name. What didn't change keeps its queue and its measurements.
+        """
+        workers = {name: Worker.model_validate(data) for name, data in config["workers"].items()}
+        known = self._serving.catalog.dispatches
+        dispatches = {}
+        for name, worker in workers.items():
+            if name in known:
+                dispatches[name] = known[name]
+                dispatches[name].worker = worker
+            else:
+                dispatches[name] = Dispatch(worker, self._handle(name), self._budget, self._serving.metrics)
+        self._serving.catalog.update(dispatches)
+        self._open_ports(workers.values())
+        self._packages = {
+            name: (worker.queue.version, config["packages"][name]) for name, worker in workers.items()
         }
-        self._serving = Serving(Catalog(dispatches), metrics, max_body_bytes)
+
+    async def packages(self) -> dict[str, tuple[int | str, str]]:
+        """Return each worker's version and package; the next deployment compares with them."""
+        return self._packages
+
+    def _handle(self, name: str) -> DeploymentHandle[Any]:
+        """Return a worker's handle; one that came after the ingress isn't bound with it."""
+        if name in self._handles:
+            return self._handles[name]
+        return serve.get_deployment_handle(name, serve.get_replica_context().app_name)
+
+    def _open_ports(self, workers: Iterable[Worker]) -> None:
+        """Open the workers' metrics ports, and close those that no file names any more."""
+        wanted = {worker.name: worker for worker in workers if worker.monitoring.metrics_port}
+        for name, port in list(self._ports.items()):
+            if name not in wanted or not port.is_for(wanted[name]):
+                self._ports.pop(name).close()
+        for name, worker in wanted.items():
+            if name not in self._ports:
+                self._ports[name] = MetricsPort(worker, self._metrics_host, self._gather)
+                self._ports[name].open()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application; Ray Serve asks for it once the constructor is done."""
@@ -82,15 +121,13 @@ class Ingress:
 
 def make_app(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort] | None = None) -> FastAPI:
     """Return the application over a catalog of models, and the workers' own metrics ports."""
-    ports = ports or {}
+    ports = {} if ports is None else ports
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(port.run()) for port in ports.values()]
-            yield
-            for each in running:
-                each.cancel()
+        yield
+        for port in ports.values():
+            port.close()
 
     app = FastAPI(
         title="Embedding cluster",

@@ -33,7 +33,9 @@ class Lanes:
             part = waiting[0]
             part.inputs = [each for each in part.inputs if each.waiters]
             if joined is not None and part.inputs:
-                if part.alone or part.attempts != joined.attempts or tokens + part.tokens > part_tokens:
+                if part.alone or tokens + part.tokens > part_tokens:
+                    return joined
+                if (part.attempts, part.version) != (joined.attempts, joined.version):
                     return joined
                 if len(joined.inputs) + len(part.inputs) > MAX_CALL_INPUTS:
                     return joined

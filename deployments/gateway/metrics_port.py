@@ -29,13 +29,28 @@ class MetricsPort:
     """Serves one worker's part of the metrics that `gather` returns."""
 
     def __init__(self, worker: Worker, host: str, gather: Callable[[], Awaitable[list[bytes]]]) -> None:
-        """Remember the address; `run` opens it."""
+        """Remember the address; `open` opens it."""
         self.problem: str | None = None
         self._worker = worker.name
+        self._task: asyncio.Task[None] | None = None
         self._names = {worker.name, *worker.queue.models}
         self._host = host
         self._port = worker.monitoring.metrics_port
         self._gather = gather
+
+    def is_for(self, worker: Worker) -> bool:
+        """Whether a worker file, perhaps a later one, wants this very port."""
+        names = {worker.name, *worker.queue.models}
+        return (self._worker, self._names, self._port) == (worker.name, names, worker.monitoring.metrics_port)
+
+    def open(self) -> None:
+        """Serve from now on, or stand by."""
+        self._task = asyncio.get_running_loop().create_task(self.run())
+
+    def close(self) -> None:
+        """Serve no more."""
+        if self._task is not None:
+            self._task.cancel()
 
     async def run(self) -> None:
         """Serve until cancelled; stand by while the port is taken."""
@@ -51,7 +66,12 @@ class MetricsPort:
                 routes=[Route("/", self._show), Route("/metrics", self._show), Route(OWNER_PATH, self._own)]
             )
             config = uvicorn.Config(app, log_config=None, lifespan="off", access_log=False)
-            await uvicorn.Server(config).serve(sockets=[listener])
+            server = uvicorn.Server(config)
+            try:
+                await server.serve(sockets=[listener])
+            finally:  # uvicorn leaves its sockets open when it is cancelled
+                for each in server.servers:
+                    each.close()
 
     async def _show(self, _: Request) -> Response:
         text = merge(await self._gather(), self._names)

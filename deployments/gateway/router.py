@@ -5,6 +5,7 @@ every process that holds a handle; it knows the tokens that this process has sen
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,11 +14,16 @@ from weakref import WeakValueDictionary
 import ray
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from deployments.engine.batch import TokenBatch
+from deployments.engine import VERSION
+from deployments.engine.batch import NOBODY, CallContext, TokenBatch
 
 # How long a replica that hung is chosen last. After that one call finds out whether it is back.
 SUSPECT_SECONDS = 5.0
 MAX_SUSPECT_SECONDS = 80.0
+
+
+# A call's sender and its number there.
+CallId = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +32,7 @@ class _Call:
 
     replica: ReplicaID
     tokens: int
-    call_id: str | None
+    call_id: CallId | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,8 @@ class _Suspicion:
 class TokenRouter(RequestRouter):
     """Ranks replicas by outstanding tokens, those on this node first on a tie, suspects last.
 
-    A call names itself by the keyword `call_id`, so that its sender can find out where it went.
+    A call's context names it, so that its sender can find out where it went, and the model's version that it
+    was prepared for: replicas of another version come after all others.
     """
 
     _by_deployment: ClassVar[WeakValueDictionary[str, "TokenRouter"]] = WeakValueDictionary()
@@ -49,8 +56,10 @@ class TokenRouter(RequestRouter):
         """Ray Serve's constructor for subclasses."""
         self._outstanding: dict[ReplicaID, int] = {}
         self._calls: dict[str, _Call] = {}
-        self._places: dict[str, ReplicaID] = {}
-        self._by_call_id: dict[str, str] = {}
+        self._places: dict[CallId, ReplicaID] = {}
+        self._by_call_id: dict[CallId, str] = {}
+        self._versions: dict[ReplicaID, str] = {}
+        self._seen: list[str] = []
         self._suspects: dict[ReplicaID, _Suspicion] = {}
         self._node_id = ray.get_runtime_context().get_node_id()
         self._by_deployment[self._deployment_id.name] = self
@@ -65,7 +74,13 @@ class TokenRouter(RequestRouter):
         """How many replicas there are to choose from."""
         return len(self.curr_replicas)
 
-    def suspect(self, call_id: str) -> bool:
+    @property
+    def version(self) -> str | None:
+        """The version that most replicas have, the one that came last on a tie; None without replicas."""
+        counts = Counter(self._versions.values())
+        return max(counts, key=lambda each: (counts[each], self._seen.index(each)), default=None)
+
+    def suspect(self, call_id: CallId) -> bool:
         """Choose the call's replica last from now on; say whether there is another one to choose."""
         place = self._places.get(call_id)
         if place is None or self.num_replicas < 2:
@@ -84,22 +99,26 @@ class TokenRouter(RequestRouter):
         if pending_request is not None:
             # Serve asks again at once otherwise, without ever giving way.
             pending_request.routing_context.should_backoff = True
-        ranked = sorted(candidate_replicas, key=self._cost)
+        version = _context(pending_request.args).version if pending_request is not None else ""
+        ranked = sorted(candidate_replicas, key=lambda replica: self._cost(replica, version))
         if ranked and pending_request is not None:
             self._take(ranked[0].replica_id, pending_request)
         return [[replica] for replica in ranked]
 
-    def _cost(self, replica: RunningReplica) -> tuple[bool, int, bool]:
+    def _cost(self, replica: RunningReplica, version: str) -> tuple[bool, bool, int, bool]:
         identity = replica.replica_id
+        other = bool(version) and self._versions.get(identity, version) != version
         elsewhere = replica.node_id != self._node_id
         suspicion = self._suspects.get(identity)
         suspected = suspicion is not None and time.monotonic() < suspicion.until
-        return suspected, self._outstanding.get(identity, 0), elsewhere
+        return other, suspected, self._outstanding.get(identity, 0), elsewhere
 
     def _take(self, replica: ReplicaID, request: PendingRequest) -> None:
         """Count the request's tokens now: a burst is routed before the first of it is accepted."""
         self._release(request.metadata.internal_request_id)
-        call = _Call(replica, _tokens(request.args), request.kwargs.get("call_id"))
+        context = _context(request.args)
+        call_id = (context.sender, context.number) if context.sender else None
+        call = _Call(replica, _tokens(request.args), call_id)
         self._calls[request.metadata.internal_request_id] = call
         if call.call_id is not None:
             self._by_call_id[call.call_id] = request.metadata.internal_request_id
@@ -125,7 +144,7 @@ class TokenRouter(RequestRouter):
         """Take the call's tokens off again."""
         self._release(internal_request_id)
 
-    def forget(self, call_id: str, answered: bool) -> None:
+    def forget(self, call_id: CallId, answered: bool) -> None:
         """The call has ended; a replica that answered is no suspect any more."""
         if (internal_request_id := self._by_call_id.get(call_id)) is not None:
             self._release(internal_request_id)  # Serve tells nothing of a call that was never sent
@@ -139,6 +158,14 @@ class TokenRouter(RequestRouter):
         alive = {replica.replica_id for replica in replicas}
         self._suspects = {i: suspicion for i, suspicion in self._suspects.items() if i in alive}
         self._outstanding = {i: tokens for i, tokens in self._outstanding.items() if i in alive}
+        self._versions = {r.replica_id: r.replica_metadata.get(VERSION, "") for r in replicas}
+        for version in self._versions.values():
+            if version not in self._seen:
+                self._seen.append(version)
+
+
+def _context(arguments: Sequence[Any]) -> CallContext:
+    return next((each for each in arguments if isinstance(each, CallContext)), NOBODY)
 
 
 def _tokens(arguments: Sequence[Any]) -> int:

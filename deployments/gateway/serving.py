@@ -10,6 +10,9 @@ from starlette.requests import ClientDisconnect, Request
 
 from deployments.api import openai
 from deployments.api.encoding import truncate
+from deployments.engine import ModelCard
+from deployments.engine.batch import TokenBatch
+from deployments.engine.tokenizer import TextTokenizer
 from deployments.errors import (
     BodyTooLargeError,
     DeadlineExceededError,
@@ -48,14 +51,17 @@ class Serving:
             served = self.catalog.find(wanted.model)
             counted.model = served.name
             served.check_embeds()
-            worker = served.dispatch.plan.worker
+            worker = served.dispatch.worker
             self.metrics.stage_seconds.labels(worker.name, "parse").observe(parsing.seconds)
             deadline = arrival + min(worker.limits.request_timeout_s, patience)
-            card, tokenizer = await served.dispatch.model(deadline)
-            with self._timed(worker.name, "tokenise"):
-                batch = await prepare(wanted, served.model.embedding_task, worker.limits, card, tokenizer)
+
+            async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
+                with self._timed(worker.name, "tokenise"):
+                    return await prepare(wanted, served.model.embedding_task, worker.limits, card, tokenizer)
+
             lane = Lane.BULK if request.query_params.get("nice") == "true" else Lane.INTERACTIVE
-            vectors = await served.dispatch.embed(batch, deadline, lane, caller_of(request))
+            caller = caller_of(request)
+            batch, vectors = await served.dispatch.embed_by(tokens_for, deadline, lane, caller)
             with self._timed(worker.name, "encode"):
                 vectors = truncate(vectors, wanted.dimensions)
                 answer = openai.answer(vectors, wanted.model, wanted.encoding_format, batch.tokens)

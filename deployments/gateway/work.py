@@ -69,6 +69,7 @@ class Input:
 class Part:
     """Inputs that travel together. `alone` parts are not joined with others: one in them is at fault.
 
+    `version` is that of the model that they were tokenised for; parts of two versions aren't joined.
     `since` is when it was queued, on `time.perf_counter`; `joined` how many parts became this one;
     `full` is set when it is done while more is waiting.
     """
@@ -76,6 +77,7 @@ class Part:
     inputs: list[Input]
     caller: str
     lane: Lane
+    version: str = ""
     attempts: int = 0
     alone: bool = False
     task: "asyncio.Task[None] | None" = None
@@ -92,6 +94,14 @@ class Part:
     def tokens(self) -> int:
         """Tokens of all its inputs."""
         return sum(len(each.ids) for each in self.inputs)
+
+
+@dataclass(slots=True)
+class Outstanding:
+    """What has been let in and not yet answered."""
+
+    tokens: int = 0
+    requests: int = 0
 
 
 def split(inputs: Sequence[Input], part_tokens: int, replicas: int) -> list[list[Input]]:

@@ -43,7 +43,7 @@ class LocalHandle:
     def __getattr__(self, name: str) -> LocalMethod:
         """Return a method of the replica; it raises what `failures` holds first."""
 
-        async def call(*arguments: Any, **_: Any) -> Any:
+        async def call(*arguments: Any) -> Any:
             if self.failures:
                 raise self.failures.pop(0)
             async with self._starting:
@@ -80,7 +80,7 @@ def handles(tmp_path: Path) -> dict[str, LocalHandle]:
 async def client(handles: dict[str, LocalHandle]) -> AsyncIterator[httpx.AsyncClient]:
     """An HTTP client of the application."""
     budget, metrics = RetryBudget(), Metrics()
-    catalog = Catalog({name: Dispatch(h._plan, h, budget, metrics) for name, h in handles.items()})  # type: ignore[arg-type]
+    catalog = Catalog({name: Dispatch(h._plan.worker, h, budget, metrics) for name, h in handles.items()})  # type: ignore[arg-type]
     serving = Serving(catalog, metrics, MAX_BODY_BYTES)
 
     async def gather() -> list[bytes]:

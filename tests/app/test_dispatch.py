@@ -69,7 +69,7 @@ def make(tmp_path: Path) -> Make:
         file = tmp_path / "m.toml"
         file.write_text(text.replace("[queue]", f"[queue]\nhttp_request_retries = {retries}"))
         (plan,) = make_plans(load_workers(file, environ={}), Machine(2, 0, 2))
-        return Dispatch(plan, RecordingHandle(plan), RetryBudget(), Metrics())  # type: ignore[arg-type]
+        return Dispatch(plan.worker, RecordingHandle(plan), RetryBudget(), Metrics())  # type: ignore[arg-type]
 
     return make
 
@@ -199,7 +199,7 @@ async def test_a_client_that_leaves_frees_its_work(make: Make) -> None:
     await check(dispatch, inputs(1, start=9000))
     assert handle_of(dispatch).cancelled == sent
     assert len(handle_of(dispatch).batches) == sent + 1
-    assert dispatch._outstanding == 0
+    assert dispatch._outstanding.tokens == 0
     assert not dispatch._inputs
 
 

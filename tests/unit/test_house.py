@@ -25,6 +25,7 @@ LAYERS = [
     ["deployments.engine.fake", "deployments.engine.vllm"],
     ["deployments.api.encoding"],
     ["deployments.api.openai"],
+    ["deployments.scaling"],
     [
         "deployments.replica",
         "deployments.gateway.router",
@@ -57,6 +58,7 @@ HEAVY = {
         "deployments.app",
         "deployments.launch",
         "deployments.gateway.router",
+        "deployments.scaling",
         "deployments.gateway.calls",
         "deployments.gateway.dispatch",
         "deployments.gateway.ingress",
