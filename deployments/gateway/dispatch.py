@@ -148,6 +148,10 @@ class Dispatch:
             "outstanding_tokens": self._outstanding.tokens,
             "tokens_per_second": round(rate) if rate else None,
         }
+        scaling = self.worker.deployment.autoscaling
+        if scaling is not None and not scaling.min_replicas and not self._calls.known_replicas:
+            # To ask would bring a replica up, as the first request will.
+            return {"ready": True, **shown, "replicas": 0}
         try:
             async with asyncio.timeout(STATE_SECONDS):
                 await self._calls.ask_any("ping")

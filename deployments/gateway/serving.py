@@ -26,7 +26,9 @@ from deployments.metrics import CANCELLED, NO_MODEL, SUCCESS, Metrics
 
 # Ray Serve's own header: a client may lower its request's deadline, never raise it.
 TIMEOUT_HEADER = "x-request-timeout-seconds"
-TIMEOUT_MARGIN = 0.05
+# How much earlier we answer: a share of the client's time, at least what the way there and back may take.
+TIMEOUT_SHARE = 0.05
+TIMEOUT_SECONDS = 0.1
 # Which model it is for, and so its deadline, is known once the body is there.
 BODY_SECONDS = 30.0
 
@@ -127,7 +129,9 @@ def wanted_seconds(request: Request) -> float:
         seconds = float(request.headers.get(TIMEOUT_HEADER, ""))
     except ValueError:
         return math.inf
-    return seconds * (1 - TIMEOUT_MARGIN) if seconds > 0 else math.inf
+    if not seconds > 0:
+        return math.inf
+    return seconds - min(max(seconds * TIMEOUT_SHARE, TIMEOUT_SECONDS), seconds / 2)
 
 
 def caller_of(request: Request) -> str:
