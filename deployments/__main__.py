@@ -67,11 +67,11 @@ def _plan(parsed: argparse.Namespace) -> int:
     cpus = parsed.cpus or cores_here()
     plans = make_plans(workers.values(), Machine(cpus, parsed.gpus, cpus))
     if parsed.format == "serve":
-        print(_yaml(serve_config(str(Path(parsed.path).resolve()))), end="")
+        print(_yaml(serve_config(plans, str(Path(parsed.path).resolve()))), end="")
         return 0
     if parsed.format == "rayservice":
         files = {file.name: file.read_text(encoding="utf-8-sig") for file in workers}
-        inside = _yaml(serve_config(WORKERS_FOLDER))
+        inside = _yaml(serve_config(plans, WORKERS_FOLDER))
         print(_yaml(*ray_service(plans, files, parsed.image, inside)), end="")
         return 0
     print(json.dumps([plan.describe() for plan in plans], indent=2, default=str))

@@ -7,6 +7,7 @@
 import asyncio
 import logging
 import os
+import re
 from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import ray
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.serve.schema import ApplicationStatus, LoggingConfig
+from ray.exceptions import RayError
+from ray.serve.schema import LoggingConfig
+from ray.util import list_named_actors
 
 from deployments.config.load import load_workers
 from deployments.config.plan import Machine, WorkerPlan, cores_here, ingress_config, make_plans
@@ -22,6 +25,8 @@ from deployments.config.worker import INGRESS_NAME
 from deployments.errors import ConfigError
 from deployments.gateway.ingress import Ingress
 from deployments.replica import Replica
+
+logger = logging.getLogger("ray.serve")
 
 ROUTER = "deployments.gateway.serve_router.ServeRouter"
 # Requests that one ingress replica holds at a time; each costs a body and a coroutine.
@@ -38,6 +43,7 @@ class BuildArguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     config: str = Field(description="A worker file, or a folder of them.")
+    engines: str = Field(default="", description="Changes when `serve deploy` has to build everything anew.")
     ingress_replicas: int = Field(default=1, ge=1, description="How many ingress replicas there are.")
     metrics_host: str = Field(default="127.0.0.1", description="Address of the workers' metrics ports.")
     max_body_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body, in bytes.")
@@ -84,9 +90,15 @@ def refuse_changed_packages(plans: Iterable[WorkerPlan]) -> None:
 
 def deployed_packages() -> dict[str, tuple[int | str, str]]:
     """Return version and package of each worker that this cluster serves already."""
-    for name, application in serve.status().applications.items():
-        if application.status == ApplicationStatus.RUNNING and INGRESS_NAME in application.deployments:
-            packages: dict[str, tuple[int | str, str]] = ray.get(ask_packages.remote(name))
+    # Serve's status doesn't show what runs while it builds; replicas are actors that carry their names.
+    for actor in list_named_actors(all_namespaces=True):
+        if match := re.fullmatch(rf"SERVE_REPLICA::(.+)#{INGRESS_NAME}#\w+", actor["name"]):
+            try:
+                packages: dict[str, tuple[int | str, str]] = ray.get(ask_packages.remote(match[1]))
+            except RayError:
+                # A deployment may be just what mends an ingress that doesn't answer.
+                logger.warning("the deployed ingress doesn't say which models it serves")
+                continue
             return packages
     return {}
 

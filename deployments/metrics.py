@@ -7,6 +7,7 @@ come from closed sets: the workers and models of the worker files, the codes of 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from prometheus_client import (
+    REGISTRY,
     CollectorRegistry,
     Counter,
     Gauge,
@@ -31,6 +32,12 @@ SUCCESS = "ok"
 CANCELLED = "cancelled"  # the client left
 # Requests for a model that there isn't, or whose body couldn't be read, have no model of ours.
 NO_MODEL = "unknown"
+
+
+# Ray Serve's names for what a replica may be doing.
+REPLICA_STATES = ("STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING", "PENDING_MIGRATION")
+# Every process sees all the replicas; a share of several processes isn't the sum of theirs.
+NOT_ADDED = {"embedding_replicas", "vllm:kv_cache_usage_perc"}
 
 
 class Metrics:
@@ -69,17 +76,50 @@ class Metrics:
         )
         self.retries = counter("retries", "Calls that were repeated", "worker")
         self.cuts = counter("cuts", "Calls that were given up because their replica hung", "worker")
+        self.cache_hits = counter("cache_hits", "Inputs whose vectors the cache held", "worker")
+        self.cold_start_seconds = histogram(
+            "cold_start_seconds", "From the first request without a replica to its answer", SECONDS, "worker"
+        )
         self.outstanding = gauge("outstanding_tokens", "Tokens let in and not yet answered")
+        self.queued = gauge("queued_tokens", "Tokens that wait for a place in flight")
         self.replicas = gauge("replicas", "Replicas that this process can choose from")
+        self.cache_bytes = gauge("cache_bytes", "Memory that the cache takes")
 
-    def watch(self, worker: str, outstanding: Callable[[], float], replicas: Callable[[], float]) -> None:
+    def watch(self, worker: str, gauges: Mapping[Gauge, Callable[[], float]]) -> None:
         """Read the gauges of a worker when they are asked for."""
-        self.outstanding.labels(worker).set_function(outstanding)
-        self.replicas.labels(worker).set_function(replicas)
+        for gauge, read in gauges.items():
+            gauge.labels(worker).set_function(read)
 
     def text(self) -> bytes:
         """Return this process's metrics in Prometheus's text format."""
         return generate_latest(self.registry)
+
+
+def states_text(states: Mapping[str, Mapping[str, int]]) -> bytes:
+    """Return, as text, how many replicas of each worker are in which of Ray Serve's states."""
+    registry = CollectorRegistry()
+    gauge = Gauge(
+        "embedding_replica_states",
+        "Replicas by state, as Ray Serve's controller sees them",
+        ("worker", "state"),
+        registry=registry,
+    )
+    for worker, counts in states.items():
+        for state in REPLICA_STATES:
+            gauge.labels(worker, state.lower()).set(counts.get(state, 0))
+    return generate_latest(registry)
+
+
+def vllm_text() -> bytes:
+    """Return what vLLM counts in this process, as text; its names begin with `vllm:`."""
+
+    class Vllm(Collector):
+        def collect(self) -> Iterator[Metric]:
+            return (each for each in REGISTRY.collect() if each.name.startswith("vllm:"))
+
+    registry = CollectorRegistry()
+    registry.register(Vllm())
+    return generate_latest(registry)
 
 
 class _Merged(Collector):
@@ -90,7 +130,7 @@ class _Merged(Collector):
         self._names = names
 
     def _wants(self, labels: Mapping[str, str]) -> bool:
-        name = labels.get("worker", labels.get("model"))
+        name = next((labels[label] for label in ("worker", "model", "model_name") if label in labels), None)
         return self._names is None or name is None or name in self._names
 
     def collect(self) -> Iterator[Metric]:
@@ -104,7 +144,7 @@ class _Merged(Collector):
                     if not self._wants(sample.labels):
                         continue
                     key = family.name, sample.name, tuple(sorted(sample.labels.items()))
-                    add = max if family.name == "embedding_replicas" else float.__add__
+                    add = max if family.name in NOT_ADDED else float.__add__
                     totals[key] = add(totals.get(key, 0.0), float(sample.value))
         for (name, sample_name, labels), value in totals.items():
             families[name].add_sample(sample_name, dict(labels), value)

@@ -104,6 +104,10 @@ class Replica:
         """Tell Ray Serve's controller of the load, for `TokenPolicy`."""
         return self._load.report()
 
+    async def engine_metrics(self) -> bytes:
+        """Return the engine's own metrics in Prometheus's text format."""
+        return self._engine.metrics()
+
     async def ping(self) -> None:
         """Raise EngineDeadError if this replica couldn't embed; for `/ready`, so it takes no time."""
         self._engine.check()

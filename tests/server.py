@@ -28,12 +28,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(condition: Callable[[], object], seconds: float, what: str | Path) -> None:
+def wait_for(condition: Callable[[], object], seconds: float, what: str | Path | Callable[[], str]) -> None:
     """Wait until the condition holds; fail with `what`, or what that file holds, after so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
-        told = what.read_text() if isinstance(what, Path) else what
-        assert time.monotonic() < deadline, f"not within {seconds} s: {told}"
+        if time.monotonic() > deadline:
+            told = what.read_text() if isinstance(what, Path) else what if isinstance(what, str) else what()
+            raise AssertionError(f"not within {seconds} s: {told}")
         time.sleep(0.05)
 
 
@@ -113,7 +114,9 @@ def serve(
         file.write_text(json.dumps({"http_options": options, "applications": [application]}))
         command = [str(Path(sys.executable).parent / "serve"), "run", str(file)]
     log = folder / f"server-{port}.log"
-    variables = {**os.environ, MARK: mark, "RAY_AUTH_MODE": "disabled", **(environ or {})}
+    # A cluster of its own: `serve run` would join the one that this machine began last.
+    own = {MARK: mark, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local"}
+    variables = {**os.environ, **own, **(environ or {})}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True

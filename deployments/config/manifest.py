@@ -8,8 +8,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from deployments.config.plan import Device, WorkerPlan
+from deployments.config.plan import Device, WorkerPlan, engines_version, ingress_config
+from deployments.config.worker import INGRESS_NAME
 
+# One goes on while another is replaced.
+INGRESS_REPLICAS = 2
 IMPORT_PATH = "deployments.app:build"
 NAME = "embedding-cluster"
 WORKERS_FOLDER = "/etc/embedding-cluster/workers"
@@ -33,13 +36,27 @@ FAST_DATA_PLANE = {
 }
 
 
-def serve_config(config: str) -> dict[str, Any]:
-    """Return a file for `serve deploy`; `config` is a path that exists where the builder runs."""
+def serve_config(plans: Iterable[WorkerPlan], config: str) -> dict[str, Any]:
+    """Return a file for `serve deploy`; `config` is a path that exists where the builder runs.
+
+    Ray Serve builds the application anew, with new replicas of everything, when `args` differ from the
+    deployed ones, and else applies what stands under `deployments` to what runs. So `args` name the engines,
+    and everything that can change in place stands below.
+    """
+    plans = tuple(plans)
+    arguments = {"config": config, "engines": engines_version(plans), "ingress_replicas": INGRESS_REPLICAS}
+    deployments = [{"name": plan.name, **plan.scaling_options} for plan in plans]
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": PORTS["serve"]},  # noqa: S104 - for other machines
         "applications": [
-            {"name": "default", "route_prefix": "/", "import_path": IMPORT_PATH, "args": {"config": config}}
+            {
+                "name": "default",
+                "route_prefix": "/",
+                "import_path": IMPORT_PATH,
+                "args": arguments,
+                "deployments": [{"name": INGRESS_NAME, "user_config": ingress_config(plans)}, *deployments],
+            }
         ],
     }
 

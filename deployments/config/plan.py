@@ -89,6 +89,14 @@ class WorkerPlan:
         return sum(piece.get(kind, 0.0) for piece in self.pieces)
 
     @property
+    def scaling_options(self) -> dict[str, Any]:
+        """The part of `deployment_options` that says how many replicas there are."""
+        wanted = self.worker.deployment
+        if wanted.autoscaling:
+            return {"autoscaling_config": _autoscaling_config(wanted.autoscaling)}
+        return {"num_replicas": wanted.num_replicas or 1}
+
+    @property
     def deployment_options(self) -> dict[str, Any]:
         """Arguments of Ray Serve's `Deployment.options`."""
         wanted = self.worker.deployment
@@ -96,11 +104,8 @@ class WorkerPlan:
             "name": self.name,
             "ray_actor_options": self.ray_actor_options,
             "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+            **self.scaling_options,
         }
-        if wanted.autoscaling:
-            options["autoscaling_config"] = _autoscaling_config(wanted.autoscaling)
-        else:
-            options["num_replicas"] = wanted.num_replicas or 1
         if self.bundles:
             options["placement_group_bundles"] = [dict(bundle) for bundle in self.bundles]
             options["placement_group_strategy"] = wanted.placement_group_strategy
@@ -148,10 +153,19 @@ def ingress_config(plans: Iterable[WorkerPlan]) -> dict[str, Any]:
     It is the ingress's `user_config`, which Ray Serve passes to the running one when it changes.
     """
     plans = tuple(plans)
+    without = {"generator": {"engine_args"}, "queue": {"token"}}
     return {
-        "workers": {plan.name: plan.worker.model_dump(mode="json", exclude_defaults=True) for plan in plans},
+        "workers": {
+            plan.name: plan.worker.model_dump(mode="json", exclude_defaults=True, exclude=without)
+            for plan in plans
+        },
         "packages": {plan.name: plan.package for plan in plans},
     }
+
+
+def engines_version(plans: Iterable[WorkerPlan]) -> str:
+    """Return a short hash that changes when a worker comes, goes, or needs its engine started anew."""
+    return _hash(sorted((plan.name, plan.engine_version) for plan in plans))
 
 
 def unplaceable(plans: Iterable[WorkerPlan], machine: Machine) -> list[str]:
@@ -328,7 +342,6 @@ def _engine_args(worker: Worker, device: Device, files: ModelFiles | None) -> di
         "pipeline_parallel_size": generator.pipeline_parallel_size,
         # Texts to embed seldom share a beginning; hashing each one's blocks costs more than it saves.
         "enable_prefix_caching": False,
-        "disable_log_stats": True,
     }
     if files and files.is_causal:
         arguments["convert"] = "embed"

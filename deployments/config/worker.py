@@ -220,11 +220,13 @@ class Limits(Table):
     """`[limits]`: what a request to this worker may hold, how long it may take, how much may wait.
 
     Absent `max_outstanding_tokens` means: what the worker's measured speed can embed in half the deadline.
+    `cache_mib` is the memory of each ingress replica for vectors that may be asked for again; 0 for none.
     """
 
     max_inputs: Count = 2048
     max_request_tokens: Count = 300_000
     max_outstanding_tokens: Count | None = None
+    cache_mib: Annotated[int, Field(ge=0)] = 0
     request_timeout_s: Annotated[float, Field(gt=0, le=3600, strict=False)] = 60.0
 
 

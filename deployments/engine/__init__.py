@@ -1,4 +1,4 @@
-"""The engine's contract: four methods that every engine has, and nothing else."""
+"""The engine's contract: five methods that every engine has, and nothing else."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -45,6 +45,9 @@ class Engine(Protocol):
 
     def check(self) -> None:
         """Raise EngineDeadError if the engine can't embed any more. Doesn't block."""
+
+    def metrics(self) -> bytes:
+        """Return the engine's own metrics in Prometheus's text format; empty where it has none."""
 
     def stop(self) -> None:
         """End the engine and every process that it started. Blocks; may be called twice."""

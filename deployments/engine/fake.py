@@ -61,6 +61,10 @@ class FakeEngine:
         if self._stopped:
             raise EngineDeadError("the engine was stopped")
 
+    def metrics(self) -> bytes:
+        """Return nothing: it counts nothing."""
+        return b""
+
     def stop(self) -> None:
         """Refuse from now on."""
         self._stopped = True

@@ -26,6 +26,7 @@ from deployments.engine.batch import TokenBatch
 from deployments.engine.cores import CoreClaim
 from deployments.engine.tokenizer import read_tokenizer
 from deployments.errors import EngineDeadError, EngineError, EngineStartError
+from deployments.metrics import vllm_text
 
 # Floating-point formats that the CPU computes in natively; bfloat16 halves the time there.
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -100,6 +101,10 @@ class VllmEngine:
         if self._failure is not None or (self._started.is_set() and not self._thread.is_alive()):
             raise EngineDeadError(f"the engine has ended: {_one_line(self._failure)}")
 
+    def metrics(self) -> bytes:
+        """Return what vLLM counts, labelled with the worker's name."""
+        return vllm_text()
+
     def stop(self) -> None:
         """Let the thread finish its step and end the ranks."""
         self._jobs.put(None)
@@ -150,6 +155,7 @@ class VllmEngine:
             arguments.setdefault("convert", "embed")
         if arguments.get("dtype") == "auto" and self._plan.device == "cpu":
             arguments["dtype"] = cpu_dtype()
+        arguments["served_model_name"] = self._plan.name  # the label of its metrics
         engine = LLMEngine.from_engine_args(EngineArgs(model=folder, **arguments))
         config = engine.vllm_config.model_config
         card = ModelCard(

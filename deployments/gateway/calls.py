@@ -18,7 +18,7 @@ from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -71,6 +71,7 @@ class Calls:
         self.worker = worker
         self.outstanding = Outstanding()
         self._handle = handle
+        self._embed = handle.embed  # taking it makes the router, which knows the replicas
         self._budget = budget
         self._metrics = metrics
         self._settle = settle
@@ -91,6 +92,11 @@ class Calls:
         """How many replicas there are, as far as this process knows."""
         router = TokenRouter.of(self.worker.name)
         return router.num_replicas if router is not None else 0
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait for a place in flight."""
+        return self._lanes.tokens
 
     @property
     def is_bare(self) -> bool:
@@ -131,6 +137,15 @@ class Calls:
             except RETRYABLE:
                 await asyncio.sleep(min(FIRST_PAUSE_SECONDS * 2**attempt, MAX_PAUSE_SECONDS))
         raise self.unavailable("its replicas are gone")
+
+    async def ask_all(self, method: str, seconds: float) -> list[Any]:
+        """Call a method of every replica that there is; return nothing where one of them doesn't answer."""
+        if not self.known_replicas:
+            return []
+        try:
+            return await self._handle.broadcast(method).results_async(timeout_s=seconds)
+        except (TimeoutError, RayError):
+            return []
 
     def unavailable(self, reason: str) -> ModelUnavailableError:
         """Return the error for a worker that can't answer."""
@@ -191,7 +206,7 @@ class Calls:
         call_id: CallId = call.sender, call.number
         batch = TokenBatch.join([each.ids for each in part.inputs])
         begun = time.perf_counter()
-        answer = asyncio.ensure_future(_result(self._handle.embed.remote(batch, call)))
+        answer = asyncio.ensure_future(_result(self._embed.remote(batch, call)))
         try:
             while True:
                 await asyncio.wait({answer}, timeout=self._share(part))

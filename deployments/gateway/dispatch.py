@@ -22,6 +22,7 @@ from deployments.errors import (
     ModelUnavailableError,
     QueueFullError,
 )
+from deployments.gateway.cache import VectorCache
 from deployments.gateway.calls import RETRY_AFTER_SECONDS, Calls
 from deployments.gateway.meter import RetryBudget
 from deployments.gateway.work import Input, Job, Lane, Part, split
@@ -54,7 +55,15 @@ class Dispatch:
         self._model: Model | None = None
         self._asking = asyncio.Lock()
         self._inputs: dict[bytes, Input] = {}
-        metrics.watch(worker.name, lambda: self._outstanding.tokens, lambda: self._calls.known_replicas)
+        self._cache = _cache_for(worker, None)
+        self._cold_since: float | None = None
+        gauges = {
+            metrics.outstanding: lambda: self._outstanding.tokens,
+            metrics.queued: lambda: self._calls.queued_tokens,
+            metrics.replicas: lambda: self._calls.known_replicas,
+            metrics.cache_bytes: lambda: self._cache.size if self._cache else 0,
+        }
+        metrics.watch(worker.name, gauges)
 
     @property
     def worker(self) -> Worker:
@@ -64,6 +73,7 @@ class Dispatch:
     @worker.setter
     def worker(self, worker: Worker) -> None:
         self._calls.worker = worker
+        self._cache = _cache_for(worker, self._cache)
 
     async def embed_by(
         self, prepare: Prepare, deadline: float, lane: Lane = Lane.INTERACTIVE, caller: str = ""
@@ -87,6 +97,8 @@ class Dispatch:
 
         `deadline` is on the event loop's clock, in seconds. Raises ModelUnavailableError.
         """
+        if self._calls.is_bare and self._cold_since is None:
+            self._cold_since = time.perf_counter()
         if not self._is_current(self._model):
             try:
                 async with asyncio.timeout_at(deadline), self._asking:
@@ -131,7 +143,9 @@ class Dispatch:
                 self._metrics.split.labels(self.worker.name).inc(len(parts))
             self._calls.send(Part(inputs, caller, lane, version, since=now) for inputs in parts)
             async with asyncio.timeout_at(deadline):
-                return await job.future
+                vectors = await job.future
+            self._warm()
+            return vectors
         except TimeoutError:
             raise self._late() from None
         finally:
@@ -164,6 +178,10 @@ class Dispatch:
             shown |= {"dimension": card.dimension, "max_model_len": card.max_model_len}
         return {"ready": True, **shown, "replicas": self._calls.replicas}
 
+    async def engine_metrics(self, seconds: float) -> list[bytes]:
+        """Return the engines' own metrics, of all replicas that answer in time."""
+        return await self._calls.ask_all("engine_metrics", seconds)
+
     def _admit(self, tokens: int) -> None:
         """Refuse at once what couldn't be done in time. Raises QueueFullError."""
         limits, rate = self.worker.limits, self._calls.rate
@@ -182,11 +200,24 @@ class Dispatch:
                 min(max(wait, 1.0), MAX_RETRY_AFTER_SECONDS),
             )
 
+    def _warm(self) -> None:
+        """An answer came; if a request had to wait for the first replica, this ends the cold start."""
+        if self._cold_since is not None:
+            seconds = time.perf_counter() - self._cold_since
+            self._metrics.cold_start_seconds.labels(self.worker.name).observe(seconds)
+            self._cold_since = None
+
     def _join(self, job: Job, batch: TokenBatch, lane: Lane, version: str) -> list[Input]:
         """Make the job wait for each of its inputs; return those that nobody waited for yet."""
         fresh = []
+        prefix = version.encode()
+        hits = 0
         for row, ids in enumerate(batch):
-            key = version.encode() + ids.tobytes()
+            key = prefix + ids.tobytes()
+            if self._cache is not None and (vector := self._cache.get(key)) is not None:
+                job.deliver(row, vector)
+                hits += 1
+                continue
             known = self._inputs.get(key)
             # One that waits in the slow lane is of no use to somebody in a hurry.
             if known is None or (known.part is None and known.lane > lane):
@@ -194,7 +225,9 @@ class Dispatch:
                 fresh.append(known)
             known.waiters.append((job, row))
             job.inputs.append(known)
-        if shared := len(batch) - len(fresh):
+        if hits:
+            self._metrics.cache_hits.labels(self.worker.name).inc(hits)
+        if shared := len(job.inputs) - len(fresh):
             self._metrics.shared.labels(self.worker.name).inc(shared)
         return fresh
 
@@ -213,6 +246,8 @@ class Dispatch:
     def _settle(self, each: Input, result: "np.ndarray | EmbeddingError") -> None:
         """Give an input's vector, or its error, to all who wait for it."""
         self._forget(each)
+        if self._cache is not None and not isinstance(result, EmbeddingError):
+            self._cache.put(each.key, result)
         for job, row in each.waiters:
             if isinstance(result, EmbeddingError):
                 job.fail(result)
@@ -228,3 +263,11 @@ class Dispatch:
         if self._calls.is_bare:
             return self._calls.unavailable("no replica was ready in time")
         return DeadlineExceededError("the request's time ran out")
+
+
+def _cache_for(worker: Worker, cache: VectorCache | None) -> VectorCache | None:
+    """Return a cache of the size that the worker file names: the one that there is, a new one, or none."""
+    wanted = worker.limits.cache_mib * 2**20
+    if cache is not None and cache.max_bytes == wanted:
+        return cache
+    return VectorCache(wanted) if wanted else None

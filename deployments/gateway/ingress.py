@@ -4,6 +4,7 @@ Ray Serve takes or makes the `x-request-id` and returns it; that is left to it.
 """
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -31,7 +32,7 @@ from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.meter import RetryBudget
 from deployments.gateway.metrics_port import MetricsPort
 from deployments.gateway.serving import Serving
-from deployments.metrics import CONTENT_TYPE, Metrics, merge
+from deployments.metrics import CONTENT_TYPE, Metrics, merge, states_text
 
 logger = logging.getLogger("ray.serve")
 
@@ -113,10 +114,24 @@ class Ingress:
         return self._serving.metrics.text()
 
     async def _gather(self) -> list[bytes]:
-        """Return the metrics of all ingress replicas: any of them may be asked."""
+        """Return the metrics of all ingress replicas and engines, and Ray Serve's view: any may be asked."""
         context = serve.get_replica_context()
         ourselves = serve.get_deployment_handle(context.deployment, context.app_name)
-        return await ourselves.broadcast("metrics").results_async(timeout_s=GATHER_SECONDS)
+        catalog = self._serving.catalog
+        texts, states, *engines = await asyncio.gather(
+            ourselves.broadcast("metrics").results_async(timeout_s=GATHER_SECONDS),
+            asyncio.to_thread(replica_states, context.app_name),
+            *(dispatch.engine_metrics(GATHER_SECONDS) for dispatch in catalog.dispatches.values()),
+        )
+        known = {name: states.get(name, {}) for name in catalog.dispatches}
+        return [*texts, states_text(known), *itertools.chain.from_iterable(engines)]
+
+
+def replica_states(application: str) -> dict[str, dict[str, int]]:
+    """Return how many replicas of each deployment are in which state, as Ray Serve's controller sees it."""
+    status = serve.status().applications.get(application)
+    deployments = status.deployments if status is not None else {}
+    return {name: {str(s): n for s, n in d.replica_states.items()} for name, d in deployments.items()}
 
 
 def make_app(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort] | None = None) -> FastAPI:

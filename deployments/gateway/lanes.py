@@ -20,6 +20,12 @@ class Lanes:
         else:
             waiting.append(part)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all that waits."""
+        lines = (line for callers in self._lanes.values() for line in callers.values())
+        return sum(part.tokens for line in lines for part in line)
+
     def are_waiting(self, lane: Lane) -> bool:
         """Whether anything waits in a lane."""
         return bool(self._lanes[lane])

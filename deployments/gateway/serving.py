@@ -27,7 +27,7 @@ from deployments.metrics import CANCELLED, NO_MODEL, SUCCESS, Metrics
 # Ray Serve's own header: a client may lower its request's deadline, never raise it.
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 # How much earlier we answer: a share of the client's time, at least what the way there and back may take.
-TIMEOUT_SHARE = 0.05
+TIMEOUT_SHARE = 0.1
 TIMEOUT_SECONDS = 0.1
 # Which model it is for, and so its deadline, is known once the body is there.
 BODY_SECONDS = 30.0

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.faults import FAULTS, Fault, run
+from benchmarks.faults import FAULTS, Fault, Load, client, run
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import fake_vectors
 from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
@@ -25,6 +26,12 @@ from tests import workers
 from tests.server import MARK, Server, free_port, serve, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+COUNTED = {
+    "embedding_requests_total",
+    "embedding_inputs_total",
+    "embedding_replicas",
+    "embedding_replica_states",
+}
 TWO_REPLICAS = "[deployment]\nnum_replicas = 2"
 
 
@@ -39,6 +46,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     more = f"{TWO_REPLICAS}\n{monitoring}"
     (config / "a.toml").write_text(workers.fake("a", "call_seconds = 0.01", more))
     (config / "b.toml").write_text(workers.fake("b"))
+    (config / "c.toml").write_text(workers.fake("c", "start_seconds = 6.0", TWO_REPLICAS))
     with serve(config, folder, tuned=request.param, ingress_replicas=2) as server:
         server.metrics_port = port
         yield server
@@ -73,7 +81,9 @@ def test_metrics_agree_with_what_was_sent(server: Server) -> None:
         found: dict[str, float] = {}
         for sample in samples:
             who = sample.labels.get("model") or sample.labels.get("worker", "")
-            if sample.name in ("embedding_requests_total", "embedding_inputs_total", "embedding_replicas"):
+            if sample.name == "embedding_replica_states":
+                who += f" {sample.labels['state']}"
+            if sample.name in COUNTED:
                 found[f"{sample.name} {who}"] = found.get(f"{sample.name} {who}", 0) + sample.value
         return found
 
@@ -88,7 +98,7 @@ def test_metrics_agree_with_what_was_sent(server: Server) -> None:
     after = counts(f"{server.url}/metrics")
     assert after["embedding_requests_total a"] - before.get("embedding_requests_total a", 0) == 200
     assert after["embedding_inputs_total a"] - before.get("embedding_inputs_total a", 0) == 400
-    assert after["embedding_replicas a"] == 2
+    assert after["embedding_replicas a"] == after["embedding_replica_states a running"] == 2
     own = counts(f"http://127.0.0.1:{server.metrics_port}/metrics")
     assert own["embedding_inputs_total a"] == after["embedding_inputs_total a"]
     assert not any(name.endswith(" b") for name in own)
@@ -117,6 +127,34 @@ def test_nothing_is_lost_when_a_process_dies(server: Server, fault: Fault) -> No
     if "{model}" in fault.title:
         new = lambda: {process.pid for process in replicas(server, "a")} - before  # noqa: E731
         wait_for(lambda: len(new()) == 1, 90, "a replica in its place")
+
+
+def test_a_model_without_replicas_says_so_and_comes_back(server: Server) -> None:
+    """503 with Retry-After inside the deadline; the other model's clients notice nothing."""
+    body = {"model": "c", "input": "hello"}
+    url = f"{server.url}/v1/embeddings"
+    wait_for(lambda: len(replicas(server, "c")) == 2, 90, "two replicas")
+    assert httpx.post(url, json=body, timeout=60).status_code == 200
+    seen, stop = Load(), threading.Event()
+    others = [threading.Thread(target=client, args=(server.url, "b", 0, seen, stop)) for _ in range(4)]
+    for each in others:
+        each.start()
+    try:
+        for process in replicas(server, "c"):
+            process.kill()
+        # Later than that Ray Serve would answer itself, with 408.
+        answer = httpx.post(url, json=body, headers={"x-request-timeout-seconds": "4"}, timeout=60)
+        assert answer.status_code == 503, answer.text
+        assert answer.json()["code"] == "model_unavailable"
+        assert int(answer.headers["retry-after"]) >= 1
+        assert httpx.post(url, json=body, timeout=60).status_code == 200  # held until one is there
+    finally:
+        stop.set()
+        for each in others:
+            each.join()
+    assert not seen.lost
+    assert not seen.wrong
+    assert len(seen.began) > 100
 
 
 def test_a_worker_that_cant_start_leaves_the_others_serving(tmp_path: Path) -> None:

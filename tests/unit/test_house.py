@@ -33,7 +33,7 @@ LAYERS = [
         "deployments.gateway.meter",
     ],
     ["deployments.gateway.lanes", "deployments.gateway.prepare", "deployments.gateway.serve_router"],
-    ["deployments.gateway.metrics_port"],
+    ["deployments.gateway.metrics_port", "deployments.gateway.cache"],
     ["deployments.gateway.calls"],
     ["deployments.gateway.dispatch"],
     ["deployments.gateway.catalog"],

@@ -43,7 +43,30 @@ def test_the_deploy_file_is_valid_for_ray_serve(folder: Path, capsys: pytest.Cap
     (document,) = documents(capsys, str(folder), "--format", "serve")
     schema = ServeDeploySchema.model_validate(document)
     assert schema.applications[0].import_path == "deployments.app:build"
-    assert schema.applications[0].args == {"config": str(folder)}
+    assert schema.applications[0].args["config"] == str(folder)
+    assert "worker-token" not in yaml.safe_dump(document)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rebuilt"),
+    [
+        ("num_cpus = 2", "num_cpus = 2\nnum_replicas = 5", False),
+        ("supported = true", 'supported = true\nprompts = {query = "find: "}', False),
+        ("engine_args = {}", "engine_args = {max_num_batched_tokens = 4096}", True),
+        ("num_cpus = 2", "num_cpus = 1", True),
+    ],
+)
+def test_the_deploy_file_names_other_engines_only_when_they_have_to_start_anew(
+    folder: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, rebuilt: bool
+) -> None:
+    """Its arguments make Ray Serve build everything anew; what it says of deployments changes in place."""
+    (before,) = documents(capsys, str(folder), "--format", "serve")
+    file = folder / "sre.toml"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    (after,) = documents(capsys, str(folder), "--format", "serve")
+    assert before != after
+    assert (before["applications"][0]["args"] != after["applications"][0]["args"]) == rebuilt
 
 
 def test_the_ray_service_carries_the_worker_files_as_a_secret(
@@ -55,7 +78,7 @@ def test_the_ray_service_carries_the_worker_files_as_a_secret(
     assert secret["stringData"] == {file.name: file.read_text() for file in folder.glob("*.toml")}
     assert "worker-token" not in yaml.safe_dump(service)
     serve = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
-    assert serve.applications[0].args == {"config": WORKERS_FOLDER}
+    assert serve.applications[0].args["config"] == WORKERS_FOLDER
     cluster = service["spec"]["rayClusterConfig"]
     assert cluster["authOptions"] == {"mode": "token"}
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
