@@ -2,10 +2,12 @@
 
 Eight clients send all the time, every vector is compared with its known value, and meanwhile something is
 killed or stopped. Two replicas of the model, two ingress replicas, the fake engine with a set service time,
-on both data planes. Where the front itself dies, clients retry as the OpenAI SDK does by default.
+on both data planes. Where the front itself dies, clients retry as the OpenAI SDK does by default. A raylet
+is killed on a cluster of two, each of which holds a replica of the model and one of the ingress.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import statistics
@@ -13,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import fake_vectors
 from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 from tests import workers
+from tests.nodes import HEAD, SECOND, nodes, serve_on
 from tests.server import Server, serve, wait_for
 
 CLIENTS = 8
@@ -37,12 +40,16 @@ TOKENIZER = TextTokenizer(byte_tokenizer())
 
 @dataclass(frozen=True)
 class Fault:
-    """A signal for one of the processes whose title holds `title`; `retries` are the client's."""
+    """A signal for one of the processes whose title holds `title`; `retries` are the client's.
+
+    With `two_nodes` it happens on a cluster of two, a replica of the model on each.
+    """
 
     name: str
     title: str
     number: signal.Signals
     retries: int = 0
+    two_nodes: bool = False
 
 
 FAULTS = (
@@ -52,6 +59,8 @@ FAULTS = (
     Fault("controller killed", "ServeController", signal.SIGKILL),
     Fault("proxy killed", "ProxyActor", signal.SIGKILL, SDK_RETRIES),
     Fault("HAProxy manager killed", "HAProxyManager", signal.SIGKILL, SDK_RETRIES),
+    # Raylets alone spell this option with underscores; their workers end with them.
+    Fault("raylet killed", f"--node_ip_address={SECOND}", signal.SIGKILL, SDK_RETRIES, two_nodes=True),
 )
 
 
@@ -65,9 +74,10 @@ class Load:
     wrong: int = 0
     retried: int = 0
 
-    def p99(self, since: float, until: float) -> float:
+    def p99(self, since: float, until: float, ended_by: float = float("inf")) -> float:
         """Return the 99th percentile of the requests that began in that time, in milliseconds."""
-        seconds = [t for b, t in zip(self.began, self.took, strict=True) if since <= b < until]
+        times = zip(self.began, self.took, strict=True)
+        seconds = [t for b, t in times if since <= b < until and b + t <= ended_by]
         return statistics.quantiles(seconds, n=100)[98] * 1000 if len(seconds) > 1 else float("nan")
 
 
@@ -96,22 +106,11 @@ def client(url: str, model: str, retries: int, load: Load, stop: threading.Event
         load.wrong += not np.array_equal(vector, expected(text))
 
 
-def victim(server: Server, title: str) -> psutil.Process | None:
-    """Return the first process of the server whose title holds the text."""
-    for process in sorted(server.processes(), key=lambda each: each.pid):
-        try:
-            if title in " ".join(process.cmdline()):
-                return process
-        except psutil.Error:
-            continue
-    return None
-
-
 def run(
     server: Server, fault: Fault, model: str = "m", after: float = SECONDS_AFTER
 ) -> tuple[Load, list[str]] | None:
     """Put the server under load, do the fault, and return what the clients saw and the table's row."""
-    process = victim(server, fault.title.format(model=model))
+    process = next(iter(server.titled(fault.title.format(model=model))), None)
     if process is None:
         return None
     load, stop = Load(), threading.Event()
@@ -139,7 +138,7 @@ def run(
         str(load.retried),
         str(len(load.lost)),
         str(load.wrong),
-        f"{load.p99(began, at):.0f}",
+        f"{load.p99(began, at, ended_by=at):.0f}",
         f"{load.p99(at - 1, at + 5):.0f}",
         f"{load.p99(at + after / 2, at + after):.0f}",
         f"{max(slow, default=0.0):.1f}",
@@ -160,40 +159,50 @@ HEADER = [
 ]  # fmt: skip
 
 
-def with_server(tuned: bool, use: Callable[[Server], None]) -> None:
-    """Serve one fake model with two replicas behind two ingress replicas, and use it."""
+@contextlib.contextmanager
+def served(tuned: bool, two_nodes: bool) -> Iterator[Server]:
+    """Serve one fake model with two replicas behind two ingress replicas."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = folder / "workers"
         config.mkdir()
-        (config / "m.toml").write_text(
-            workers.fake("m", "call_seconds = 0.01", "[deployment]\nnum_replicas = 2")
-        )
-        with serve(config, folder, tuned=tuned, ingress_replicas=2) as server:
-            use(server)
+        deployment = "[deployment]\nnum_replicas = 2"
+        if two_nodes:
+            deployment += "\nmax_replicas_per_node = 1"
+        (config / "m.toml").write_text(workers.fake("m", "call_seconds = 0.01", deployment))
+        if not two_nodes:
+            with serve(config, folder, tuned=tuned, ingress_replicas=2) as server:
+                yield server
+            return
+        with nodes(folder, tuned) as cluster:
+            cluster.start(HEAD)
+            cluster.start(SECOND)
+            with serve_on(cluster, config, ingress_replicas=2) as server:
+                yield server
 
 
 def main() -> int:
     """Print a table for each data plane; the exit status says whether anything was lost or wrong."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [fault.name for fault in FAULTS]
+    parser.add_argument("--only", choices=names, action="append", help="this fault, and no other")
+    wanted = parser.parse_args().only or names
     failures = 0
     for tuned in (True, False):
         print(f"\n{'tuned (HAProxy, gRPC)' if tuned else 'serve run, defaults'}\n")
         print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER), flush=True)
         for fault in FAULTS:  # a server for each: one fault must not show in the next one's numbers
-
-            def use(server: Server, fault: Fault = fault) -> None:
-                nonlocal failures
+            if fault.name not in wanted:
+                continue
+            with served(tuned, fault.two_nodes) as server:
                 result = run(server, fault)
-                if result is None:
-                    return  # this data plane has no such process
-                load, row = result
-                print("| " + " | ".join(row) + " |", flush=True)
-                for reason in load.lost[:3]:
-                    print(f"  lost: {reason}", file=sys.stderr)
-                failures += len(load.lost) + load.wrong
-
-            with_server(tuned, use)
+            if result is None:
+                continue  # this data plane has no such process
+            load, row = result
+            print("| " + " | ".join(row) + " |", flush=True)
+            for reason in load.lost[:3]:
+                print(f"  lost: {reason}", file=sys.stderr)
+            failures += len(load.lost) + load.wrong
     return 1 if failures else 0
 
 

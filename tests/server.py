@@ -46,6 +46,7 @@ class Server:
     log: Path
     mark: str
     metrics_port: int = 0
+    nodes: tuple[subprocess.Popen[bytes], ...] = ()  # the head first
 
     def processes(self) -> list[psutil.Process]:
         """Return the live processes that inherited this server's environment."""
@@ -57,12 +58,24 @@ class Server:
                     found.append(process)
         return found
 
+    def titled(self, title: str) -> list[psutil.Process]:
+        """Return those of the processes whose title holds the text, by number."""
+        found = []
+        for process in sorted(self.processes(), key=lambda each: each.pid):
+            with contextlib.suppress(psutil.Error):
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
     def stop(self, number: signal.Signals = signal.SIGINT) -> None:
         """Ask it to end, and wait until nothing of it is left."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
             self.process.wait(STOP_SECONDS)
+            for node in reversed(self.nodes):
+                node.terminate()
+                node.wait(STOP_SECONDS)
             wait_for(lambda: not self.processes(), STOP_SECONDS, f"no process left: {self.processes()}")
         finally:
             for process in self.processes():
@@ -86,7 +99,7 @@ def serve(
     port, mark = free_port(), uuid.uuid4().hex
     url = f"http://127.0.0.1:{port}"
     command = [
-        str(Path(sys.executable).parent / "embedding-cluster"),
+        program("embedding-cluster"),
         "serve",
         "--port",
         str(port),
@@ -95,14 +108,7 @@ def serve(
         str(config),
     ]
     if not tuned:
-        application = {
-            "import_path": "deployments.app:build",
-            "args": {"config": str(config), "ingress_replicas": ingress_replicas},
-        }
-        options = {"host": "127.0.0.1", "port": port}
-        file = folder / f"serve-{port}.yaml"
-        file.write_text(json.dumps({"http_options": options, "applications": [application]}))
-        command = [str(Path(sys.executable).parent / "serve"), "run", str(file)]
+        command = [program("serve"), "run", str(deploy_file(config, folder, port, ingress_replicas))]
     log = folder / f"server-{port}.log"
     variables = {**os.environ, MARK: mark, "RAY_AUTH_MODE": "disabled", **(environ or {})}
     with log.open("wb") as output:
@@ -116,6 +122,27 @@ def serve(
         yield server
     finally:
         server.stop(signal.SIGINT if tuned else signal.SIGTERM)  # `serve run` has no use for SIGINT here
+
+
+def program(name: str) -> str:
+    """Return the path of a command that is installed beside this Python."""
+    return str(Path(sys.executable).parent / name)
+
+
+def deploy_file(config: Path, folder: Path, port: int, ingress_replicas: int) -> Path:
+    """Write a file for `serve run` and `serve deploy`; the one proxy is on the head node."""
+    application = {
+        "import_path": "deployments.app:build",
+        "args": {"config": str(config), "ingress_replicas": ingress_replicas},
+    }
+    content = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [application],
+    }
+    file = folder / f"serve-{port}.yaml"
+    file.write_text(json.dumps(content))
+    return file
 
 
 def is_ready(url: str) -> bool:

@@ -51,13 +51,7 @@ def expected(texts: list[str]) -> np.ndarray:
 
 def replicas(server: Server, worker: str) -> list[psutil.Process]:
     """Return the processes of a worker's replicas."""
-    found = []
-    for process in server.processes():
-        with contextlib.suppress(psutil.Error):
-            title = " ".join(process.cmdline())
-            if f"ServeReplica:default:{worker}" in title:
-                found.append(process)
-    return found
+    return server.titled(f"ServeReplica:default:{worker}")
 
 
 def test_two_models_answer_by_name(server: Server) -> None:
