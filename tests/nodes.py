@@ -5,6 +5,7 @@ of somebody else on this machine mustn't find this cluster.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -30,6 +31,9 @@ from tests.server import (
 
 HEAD, SECOND = "127.0.0.2", "127.0.0.3"
 OBJECT_STORE_BYTES = 150 * 2**20
+IDLE_SECONDS = 3
+COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+FAKE_HEAD_NODE_ID = "f" * 51 + "00000"
 STARTED = "Ray runtime started"
 
 
@@ -39,17 +43,16 @@ class Nodes:
 
     folder: Path
     environ: dict[str, str]
-    address: str = ""
+    address: str  # of the head
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)  # the head first
 
-    def start(self, ip: str, *arguments: str) -> None:
+    def start(self, ip: str, *arguments: str, environ: Mapping[str, str] | None = None) -> None:
         """Start a node, the first as the head, and wait until it is up."""
-        port = free_port()
         where = ["--address", self.address]
-        if not self.address:
-            self.address = f"{ip}:{port}"
+        if not self.processes:
             # Ray's client server has a fixed port otherwise.
-            where = ["--head", "--port", str(port), "--ray-client-server-port", str(free_port())]
+            where = ["--head", "--ray-client-server-port", str(free_port())]
+            where += ["--port", self.address.rpartition(":")[2]]
             where += ["--include-dashboard", "false", "--disable-usage-stats"]
         common = ["--node-ip-address", ip, "--object-store-memory", str(OBJECT_STORE_BYTES)]
         common += ["--dashboard-agent-listen-port", "0", "--min-worker-port", "0", "--max-worker-port", "0"]
@@ -59,16 +62,56 @@ class Nodes:
                 [program("ray"), "start", "--block", *where, *common, *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self.environ,
+                env={**self.environ, **(environ or {})},
                 start_new_session=True,
             )
         self.processes.append(process)
         wait_for(lambda: STARTED in log.read_text() or process.poll() is not None, START_SECONDS, log)
         assert process.poll() is None, log.read_text()
 
+    def start_autoscaling(self, head_cpus: int, worker_cpus: int) -> None:
+        """Start a head that adds at most one node on demand, by Ray's fake provider, and removes it again."""
+        provider = {
+            # By the class's name: for its short name Ray reads a file that its wheel doesn't hold.
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "disable_node_updaters": True,
+            "gcs_address": self.address,
+            "head_node_id": FAKE_HEAD_NODE_ID,
+            "launch_multiple": True,
+        }
+        node_types = {
+            "ray.head.default": {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0},
+            "worker": {"resources": {"CPU": worker_cpus}, "node_config": {}, "max_workers": 1},
+        }
+        content = {
+            "cluster_name": "fake",
+            "max_workers": 1,
+            "idle_timeout_minutes": IDLE_SECONDS / 60,
+            "provider": provider,
+            "available_node_types": node_types,
+            "head_node_type": "ray.head.default",
+            # Nothing is installed or copied to a fake node, but the monitor asks for every key.
+            "auth": {},
+            "docker": {},
+            "file_mounts": {},
+            "cluster_synced_files": [],
+            **{f"{when}_commands": [] for when in COMMANDS},
+        }
+        file = self.folder / "autoscaling.json"
+        file.write_text(json.dumps(content))
+        self.environ |= {
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        }
+        names = {"RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"}
+        arguments = ["--num-cpus", str(head_cpus), "--autoscaling-config", str(file)]
+        self.start(HEAD, *arguments, environ=dict.fromkeys(names, FAKE_HEAD_NODE_ID))
+
 
 @contextlib.contextmanager
-def nodes(folder: Path, tuned: bool = False, environ: Mapping[str, str] | None = None) -> Iterator[Nodes]:
+def nodes(folder: Path, tuned: bool = False) -> Iterator[Nodes]:
     """Make room for a cluster; at the end nothing is left of what was started in it."""
     mark = uuid.uuid4().hex
     # A short path: Ray adds 56 characters to it, and a socket's path may have 97.
@@ -80,14 +123,17 @@ def nodes(folder: Path, tuned: bool = False, environ: Mapping[str, str] | None =
         "RAY_TMPDIR": str(own),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nobody takes over what runs on the last node
     }
-    cluster = Nodes(folder, variables | (switches(own) if tuned else {}) | dict(environ or {}))
+    variables |= switches(own) if tuned else {}
+    cluster = Nodes(folder, variables, f"{HEAD}:{free_port()}")
     everything = Server("", subprocess.Popen(["true"]), folder, mark)
     try:
         yield cluster
     finally:
         everything.nodes = tuple(cluster.processes)
-        everything.stop()
-        shutil.rmtree(own, ignore_errors=True)
+        try:
+            everything.stop()
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
 
 
 @contextlib.contextmanager
