@@ -29,8 +29,7 @@ def on_second_node(server: Server, title: str = "") -> list[int]:
 def test_nothing_is_lost_with_a_node(tuned: bool) -> None:
     """The second raylet is killed under load, and a replica of the model with it: all answers are right."""
     (fault,) = (each for each in FAULTS if each.two_nodes)
-    with served(tuned, two_nodes=True) as server:
-        wait_for(lambda: len(server.titled("ServeReplica:default:m")) == 2, 60, "two replicas")
+    with served(fault, tuned) as server:
         assert len(on_second_node(server, "ServeReplica:default:m")) == 1
         result = run(server, fault, after=6.0)
         assert result is not None

@@ -56,6 +56,7 @@ HEAVY = {
     "ray": {
         "deployments.app",
         "deployments.launch",
+        "deployments.replica",
         "deployments.gateway.router",
         "deployments.gateway.calls",
         "deployments.gateway.dispatch",
