@@ -2,10 +2,12 @@
 
 Eight clients send all the time, every vector is compared with its known value, and meanwhile something is
 killed or stopped. Two replicas of the model, two ingress replicas, the fake engine with a set service time,
-on both data planes. Where the front itself dies, clients retry as the OpenAI SDK does by default.
+on both data planes. Where the front itself dies, clients retry as the OpenAI SDK does by default. A raylet
+is killed on a cluster of two, each of which holds a replica of the model and one of the ingress.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import statistics
@@ -13,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,34 +26,50 @@ import psutil
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import fake_vectors
 from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
-from tests import workers
+from tests import checkpoints, workers
+from tests.nodes import HEAD, SECOND, nodes, serve_on
 from tests.server import Server, serve, wait_for
 
 CLIENTS = 8
 SECONDS_BEFORE = 5.0
 SECONDS_AFTER = 20.0
 SDK_RETRIES = 2
+REPLICA = "ServeReplica:default:{model}"
+RANK = "VLLM::Worker"
 DIMENSION = 64
+KNOWN_TEXTS = 64
+MIN_COSINE = 0.999
 TOKENIZER = TextTokenizer(byte_tokenizer())
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A signal for one of the processes whose title holds `title`; `retries` are the client's."""
+    """A signal for one of the processes whose title holds `title`; `retries` are the client's.
+
+    With `two_nodes` it happens on a cluster of two, a replica of the model on each; with `ranks` to vLLM
+    with so many tensor parallel ranks a replica, which share what cores there are.
+    """
 
     name: str
     title: str
     number: signal.Signals
     retries: int = 0
+    two_nodes: bool = False
+    ranks: int = 0
+    seconds_after: float = SECONDS_AFTER
 
 
 FAULTS = (
-    Fault("replica killed", "ServeReplica:default:{model}", signal.SIGKILL),
-    Fault("replica stopped", "ServeReplica:default:{model}", signal.SIGSTOP),
+    Fault("replica killed", REPLICA, signal.SIGKILL),
+    Fault("replica stopped", REPLICA, signal.SIGSTOP),
     Fault("ingress killed", "ServeReplica:default:ingress", signal.SIGKILL, SDK_RETRIES),
     Fault("controller killed", "ServeController", signal.SIGKILL),
     Fault("proxy killed", "ProxyActor", signal.SIGKILL, SDK_RETRIES),
     Fault("HAProxy manager killed", "HAProxyManager", signal.SIGKILL, SDK_RETRIES),
+    # Raylets alone spell this option with underscores; their workers end with them.
+    Fault("raylet killed", f"--node_ip_address={SECOND}", signal.SIGKILL, SDK_RETRIES, two_nodes=True),
+    # Long enough for the new replica to load the model, and to be given work, under the load.
+    Fault("rank killed", RANK, signal.SIGKILL, ranks=2, seconds_after=100.0),
 )
 
 
@@ -65,27 +83,71 @@ class Load:
     wrong: int = 0
     retried: int = 0
 
-    def p99(self, since: float, until: float) -> float:
+    def p99(self, since: float, until: float, ended_by: float = float("inf")) -> float:
         """Return the 99th percentile of the requests that began in that time, in milliseconds."""
-        seconds = [t for b, t in zip(self.began, self.took, strict=True) if since <= b < until]
+        times = zip(self.began, self.took, strict=True)
+        seconds = [t for b, t in times if since <= b < until and b + t <= ended_by]
         return statistics.quantiles(seconds, n=100)[98] * 1000 if len(seconds) > 1 else float("nan")
 
 
-def expected(text: str) -> np.ndarray:
-    """Return the right vector of a text."""
-    return fake_vectors(TokenBatch.of(TOKENIZER.encode([text])), DIMENSION)[0]
+class FakeTexts:
+    """Texts for the fake engine, each of them new, and what their vectors must be."""
+
+    def text(self, count: int) -> str:
+        """Return a client's next text."""
+        return f"client {threading.get_ident()} text {count}"
+
+    def is_right(self, text: str, vector: np.ndarray) -> bool:
+        """Return whether it is the text's vector, to the bit."""
+        return np.array_equal(vector, fake_vectors(TokenBatch.of(TOKENIZER.encode([text])), DIMENSION)[0])
 
 
-def client(url: str, model: str, retries: int, load: Load, stop: threading.Event) -> None:
-    """Send one text after the other, each of them new, and check what comes back."""
-    sdk = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=retries, timeout=60)
+class KnownTexts:
+    """Texts for a real engine, which has to give about the vectors that it gave at first."""
+
+    def __init__(self, url: str, model: str) -> None:
+        """Have the texts embedded, all in one request."""
+        self._texts = [f"Text number {count} of a client that sends" for count in range(KNOWN_TEXTS)]
+        sdk = openai.OpenAI(base_url=f"{url}/v1", api_key="unused")
+        answer = sdk.embeddings.create(model=model, input=self._texts)
+        vectors = [np.array(each.embedding, np.float32) for each in answer.data]
+        self._vectors = dict(zip(self._texts, vectors, strict=True))
+
+    def text(self, count: int) -> str:
+        """Return a client's next text; clients begin in different places."""
+        return self._texts[(threading.get_ident() // 4096 + count) % len(self._texts)]
+
+    def is_right(self, text: str, vector: np.ndarray) -> bool:
+        """Return whether it is nearly the vector that the text had at first."""
+        known = self._vectors[text]
+        return float(vector @ known) >= MIN_COSINE * float(np.linalg.norm(vector) * np.linalg.norm(known))
+
+
+Texts = FakeTexts | KnownTexts
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What clients send, where to, and how often they try."""
+
+    url: str
+    model: str
+    retries: int
+    texts: Texts
+
+
+def client(traffic: Traffic, load: Load, stop: threading.Event) -> None:
+    """Send one text after the other, and check what comes back."""
+    sdk = openai.OpenAI(
+        base_url=f"{traffic.url}/v1", api_key="unused", max_retries=traffic.retries, timeout=60
+    )
     count = 0
     while not stop.is_set():
         count += 1
-        text = f"client {threading.get_ident()} text {count}"
+        text = traffic.texts.text(count)
         began = time.monotonic()
         try:
-            raw = sdk.embeddings.with_raw_response.create(model=model, input=text)
+            raw = sdk.embeddings.with_raw_response.create(model=traffic.model, input=text)
             vector = np.array(raw.parse().data[0].embedding, np.float32)
         except openai.OpenAIError as error:
             load.lost.append(f"{type(error).__name__}: {error}"[:200])
@@ -93,32 +155,21 @@ def client(url: str, model: str, retries: int, load: Load, stop: threading.Event
         load.began.append(began)
         load.took.append(time.monotonic() - began)
         load.retried += raw.retries_taken
-        load.wrong += not np.array_equal(vector, expected(text))
-
-
-def victim(server: Server, title: str) -> psutil.Process | None:
-    """Return the first process of the server whose title holds the text."""
-    for process in sorted(server.processes(), key=lambda each: each.pid):
-        try:
-            if title in " ".join(process.cmdline()):
-                return process
-        except psutil.Error:
-            continue
-    return None
+        load.wrong += not traffic.texts.is_right(text, vector)
 
 
 def run(
-    server: Server, fault: Fault, model: str = "m", after: float = SECONDS_AFTER
+    server: Server, fault: Fault, model: str = "m", after: float | None = None
 ) -> tuple[Load, list[str]] | None:
     """Put the server under load, do the fault, and return what the clients saw and the table's row."""
-    process = victim(server, fault.title.format(model=model))
+    process = next(iter(server.titled(fault.title.format(model=model))), None)
     if process is None:
         return None
+    after = after or fault.seconds_after
+    texts: Texts = KnownTexts(server.url, model) if fault.ranks else FakeTexts()
+    traffic = Traffic(server.url, model, fault.retries, texts)
     load, stop = Load(), threading.Event()
-    clients = [
-        threading.Thread(target=client, args=(server.url, model, fault.retries, load, stop))
-        for _ in range(CLIENTS)
-    ]
+    clients = [threading.Thread(target=client, args=(traffic, load, stop)) for _ in range(CLIENTS)]
     began = time.monotonic()
     for each in clients:
         each.start()
@@ -139,7 +190,7 @@ def run(
         str(load.retried),
         str(len(load.lost)),
         str(load.wrong),
-        f"{load.p99(began, at):.0f}",
+        f"{load.p99(began, at, ended_by=at):.0f}",
         f"{load.p99(at - 1, at + 5):.0f}",
         f"{load.p99(at + after / 2, at + after):.0f}",
         f"{max(slow, default=0.0):.1f}",
@@ -160,40 +211,61 @@ HEADER = [
 ]  # fmt: skip
 
 
-def with_server(tuned: bool, use: Callable[[Server], None]) -> None:
-    """Serve one fake model with two replicas behind two ingress replicas, and use it."""
+@contextlib.contextmanager
+def served(fault: Fault, tuned: bool) -> Iterator[Server]:
+    """Serve one model with two replicas behind two ingress replicas, as the fault needs them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = folder / "workers"
         config.mkdir()
-        (config / "m.toml").write_text(
-            workers.fake("m", "call_seconds = 0.01", "[deployment]\nnum_replicas = 2")
-        )
-        with serve(config, folder, tuned=tuned, ingress_replicas=2) as server:
-            use(server)
+        deployment = "[deployment]\nnum_replicas = 2"
+        text = workers.fake("m", "call_seconds = 0.01", deployment)
+        if fault.two_nodes:
+            text += "max_replicas_per_node = 1\n"
+        if fault.ranks:
+            generator = (
+                f'type = "vllm"\nmodel_path = "{checkpoints.minilm()}"\ntensor_parallel_size = {fault.ranks}'
+            )
+            text = workers.worker("m", generator, f"{deployment}\nnum_cpus = 1\nnum_gpus = 0")
+        (config / "m.toml").write_text(text)
+        if not fault.two_nodes and not fault.ranks:
+            with serve(config, folder, tuned=tuned, ingress_replicas=2) as server:
+                yield server
+            return
+        with nodes(folder, tuned) as cluster:
+            # As many CPUs as two replicas want, be there as few cores as there are.
+            cluster.start(HEAD, "--num-cpus", str(max(1, 2 * fault.ranks)))
+            if fault.two_nodes:
+                cluster.start(SECOND)
+            with serve_on(cluster, config, ingress_replicas=2) as server:
+                replicas = lambda: len(server.titled(REPLICA.format(model="m")))  # noqa: E731
+                ranks = lambda: len(server.titled(RANK))  # noqa: E731
+                wait_for(lambda: replicas() == 2 and ranks() == 2 * fault.ranks, 120, "two replicas")
+                yield server
 
 
 def main() -> int:
     """Print a table for each data plane; the exit status says whether anything was lost or wrong."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [fault.name for fault in FAULTS]
+    parser.add_argument("--only", choices=names, action="append", help="this fault, and no other")
+    wanted = parser.parse_args().only or names
     failures = 0
     for tuned in (True, False):
         print(f"\n{'tuned (HAProxy, gRPC)' if tuned else 'serve run, defaults'}\n")
         print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER), flush=True)
         for fault in FAULTS:  # a server for each: one fault must not show in the next one's numbers
-
-            def use(server: Server, fault: Fault = fault) -> None:
-                nonlocal failures
+            if fault.name not in wanted:
+                continue
+            with served(fault, tuned) as server:
                 result = run(server, fault)
-                if result is None:
-                    return  # this data plane has no such process
-                load, row = result
-                print("| " + " | ".join(row) + " |", flush=True)
-                for reason in load.lost[:3]:
-                    print(f"  lost: {reason}", file=sys.stderr)
-                failures += len(load.lost) + load.wrong
-
-            with_server(tuned, use)
+            if result is None:
+                continue  # this data plane has no such process
+            load, row = result
+            print("| " + " | ".join(row) + " |", flush=True)
+            for reason in load.lost[:3]:
+                print(f"  lost: {reason}", file=sys.stderr)
+            failures += len(load.lost) + load.wrong
     return 1 if failures else 0
 
 

@@ -47,14 +47,20 @@ class ServeArguments:
 
 
 def prepare_environment(folder: Path) -> None:
-    """Set Ray's switches for the fast data plane; `folder` is private to this server.
+    """Set what is not set yet of Ray's switches for the fast data plane."""
+    for name, value in switches(folder).items():
+        os.environ.setdefault(name, value)
+
+
+def switches(folder: Path) -> dict[str, str]:
+    """Return Ray's switches for the fast data plane on this machine; `folder` is private to the server.
 
     HAProxy in front (C, one thread), ingress replicas reached directly, gRPC between replicas, one
     event loop each. HAProxy's files are in a folder of our own: its admin socket is open to everyone
     who can reach it, and a second server on this machine would take the first one's.
     """
     fallback_http, fallback_grpc, metrics, stats = free_ports(4)
-    switches = {
+    return {
         **FAST_DATA_PLANE,
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -69,8 +75,6 @@ def prepare_environment(folder: Path) -> None:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    for name, value in switches.items():
-        os.environ.setdefault(name, value)
 
 
 def free_ports(count: int) -> list[int]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import ray
 
 from deployments.config.plan import WorkerPlan
 from deployments.engine import VERSION, ModelCard, make_engine
@@ -49,7 +50,7 @@ class Replica:
         self._load = ReplicaLoad()
         self._answered = 0  # calls, so that a health check can tell a busy engine from one that hangs
         await self._await_probes()
-        self._engine = make_engine(plan)
+        self._engine = make_engine(plan, ray_cpus())
         try:
             card = await asyncio.to_thread(self._engine.start)
             self._card = replace(card, version=plan.engine_version)
@@ -150,6 +151,14 @@ class Replica:
     def _end(self, error: EngineDeadError) -> None:
         logger.error("%s: %s; this replica ends", self._plan.name, error.message)
         asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, os._exit, 1)
+
+
+def ray_cpus() -> float:
+    """Return the CPUs that Ray counts on this node; 0 outside Ray."""
+    if not ray.is_initialized():
+        return 0.0
+    here = ray.get_runtime_context().get_node_id()
+    return sum(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["NodeID"] == here)
 
 
 async def _accepts(host: str, port: int) -> bool:

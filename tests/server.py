@@ -47,6 +47,7 @@ class Server:
     log: Path
     mark: str
     metrics_port: int = 0
+    nodes: tuple[subprocess.Popen[bytes], ...] = ()  # the head first
 
     def processes(self) -> list[psutil.Process]:
         """Return the live processes that inherited this server's environment."""
@@ -58,12 +59,12 @@ class Server:
                     found.append(process)
         return found
 
-    def titled(self, text: str) -> list[psutil.Process]:
-        """Return the live processes whose title holds the text, as `ServeReplica:default:NAME`."""
+    def titled(self, title: str) -> list[psutil.Process]:
+        """Return those whose title holds the text, as `ServeReplica:default:NAME`, by number."""
         found = []
-        for process in self.processes():
+        for process in sorted(self.processes(), key=lambda each: each.pid):
             with contextlib.suppress(psutil.Error):
-                if text in " ".join(process.cmdline()):
+                if title in " ".join(process.cmdline()):
                     found.append(process)
         return found
 
@@ -73,6 +74,9 @@ class Server:
             self.process.send_signal(number)
         try:
             self.process.wait(STOP_SECONDS)
+            for node in reversed(self.nodes):
+                node.terminate()
+                node.wait(STOP_SECONDS)
             wait_for(lambda: not self.processes(), STOP_SECONDS, f"no process left: {self.processes()}")
         finally:
             for process in self.processes():
@@ -96,7 +100,7 @@ def serve(
     port, mark = free_port(), uuid.uuid4().hex
     url = f"http://127.0.0.1:{port}"
     command = [
-        str(Path(sys.executable).parent / "embedding-cluster"),
+        program("embedding-cluster"),
         "serve",
         "--port",
         str(port),
@@ -105,14 +109,7 @@ def serve(
         str(config),
     ]
     if not tuned:
-        application = {
-            "import_path": "deployments.app:build",
-            "args": {"config": str(config), "ingress_replicas": ingress_replicas},
-        }
-        options = {"host": "127.0.0.1", "port": port}
-        file = folder / f"serve-{port}.yaml"
-        file.write_text(json.dumps({"http_options": options, "applications": [application]}))
-        command = [str(Path(sys.executable).parent / "serve"), "run", str(file)]
+        command = [program("serve"), "run", str(deploy_file(config, folder, port, ingress_replicas))]
     log = folder / f"server-{port}.log"
     # A cluster of its own: `serve run` would join the one that this machine began last.
     own = {MARK: mark, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local"}
@@ -128,6 +125,27 @@ def serve(
         yield server
     finally:
         server.stop(signal.SIGINT if tuned else signal.SIGTERM)  # `serve run` has no use for SIGINT here
+
+
+def program(name: str) -> str:
+    """Return the path of a command that is installed beside this Python."""
+    return str(Path(sys.executable).parent / name)
+
+
+def deploy_file(config: Path, folder: Path, port: int, ingress_replicas: int) -> Path:
+    """Write a file for `serve run` and `serve deploy`; the one proxy is on the head node."""
+    application = {
+        "import_path": "deployments.app:build",
+        "args": {"config": str(config), "ingress_replicas": ingress_replicas},
+    }
+    content = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [application],
+    }
+    file = folder / f"serve-{port}.yaml"
+    file.write_text(json.dumps(content))
+    return file
 
 
 def is_ready(url: str) -> bool:

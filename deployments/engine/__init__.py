@@ -53,8 +53,11 @@ class Engine(Protocol):
         """End the engine and every process that it started. Blocks; may be called twice."""
 
 
-def make_engine(plan: WorkerPlan) -> Engine:
-    """Return the engine that `[generator] type` names, not yet started."""
+def make_engine(plan: WorkerPlan, ray_cpus: float = 0) -> Engine:
+    """Return the engine that `[generator] type` names, not yet started.
+
+    `ray_cpus` are the CPUs that Ray counts on this node, which may be more than it has cores.
+    """
     if plan.worker.generator.type == "fake":
         from deployments.engine.fake import FakeEngine
 
@@ -62,4 +65,4 @@ def make_engine(plan: WorkerPlan) -> Engine:
         return FakeEngine(arguments, plan.worker.generator.max_model_len)
     from deployments.engine.vllm import VllmEngine
 
-    return VllmEngine(plan)
+    return VllmEngine(plan, ray_cpus)

@@ -1,6 +1,12 @@
-"""CPU replicas own their cores: a core is claimed by a lock that dies with its holder."""
+"""CPU replicas own their cores: a core is claimed by a lock that dies with its holder.
+
+Ray may be told of more CPUs than a node has cores. As many replicas as it then places share them, each
+core among no more than it must.
+"""
 
 import fcntl
+import logging
+import math
 import os
 import tempfile
 import time
@@ -8,18 +14,27 @@ from pathlib import Path
 
 from deployments.errors import EngineStartError
 
+logger = logging.getLogger("ray.serve")
+
 WAIT_SECONDS = 30.0  # what a replica that is being replaced may take to let go
 
 
-class CoreClaim:
-    """Cores of this node that no other claim holds, from `claim` until `release` or the process's end.
+def sharers(ray_cpus: float) -> int:
+    """Return how many replicas share a core of this node, for which Ray counts so many CPUs."""
+    return max(1, math.ceil(ray_cpus / len(os.sched_getaffinity(0))))
 
+
+class CoreClaim:
+    """Cores of this node, from `claim` until `release` or the process's end.
+
+    No other claim holds them, unless all claims are made for `shared_by` more than one.
     The kernel drops the locks of a process that dies, however it dies.
     """
 
-    def __init__(self, count: int, folder: Path | None = None) -> None:
-        """Prepare to claim `count` cores."""
+    def __init__(self, count: int, folder: Path | None = None, shared_by: int = 1) -> None:
+        """Prepare to claim `count` cores, each of which may have `shared_by` holders."""
         self._count = count
+        self._shared_by = shared_by
         user = os.getuid()
         self._folder = folder or Path(tempfile.gettempdir(), f"embedding-cluster-cores-{user}")
         self._locks: dict[int, int] = {}
@@ -44,18 +59,32 @@ class CoreClaim:
         return sorted(self._locks)
 
     def _try(self, cores: list[int]) -> bool:
-        for core in cores:
-            descriptor = os.open(self._folder / f"{core}.lock", os.O_CREAT | os.O_RDWR, 0o600)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                continue
-            self._locks[core] = descriptor
-            if len(self._locks) == self._count:
-                return True
+        for holder in range(self._shared_by):
+            for core in cores:
+                if core in self._locks or not self._lock(core, holder):
+                    continue
+                if holder:
+                    logger.warning(
+                        "core %d is shared with %d other replicas: Ray counts more CPUs than there are",
+                        core,
+                        holder,
+                    )
+                if len(self._locks) == self._count:
+                    return True
         self.release()  # a part of the cores would only keep others from theirs
         return False
+
+    def _lock(self, core: int, holder: int) -> bool:
+        """Become a core's first holder, or its second, and so on; say whether that place was free."""
+        name = f"{core}.{holder}.lock" if holder else f"{core}.lock"
+        descriptor = os.open(self._folder / name, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        self._locks[core] = descriptor
+        return True
 
     def release(self) -> None:
         """Let go of all cores."""

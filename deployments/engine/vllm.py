@@ -23,7 +23,7 @@ from deployments.config.model_files import ModelFiles, is_hub_id, resolve_model_
 from deployments.config.plan import WorkerPlan
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
-from deployments.engine.cores import CoreClaim
+from deployments.engine.cores import CoreClaim, sharers
 from deployments.engine.tokenizer import read_tokenizer
 from deployments.errors import EngineDeadError, EngineError, EngineStartError
 from deployments.metrics import vllm_text
@@ -63,9 +63,10 @@ class _Job:
 class VllmEngine:
     """Runs one `LLMEngine`; see the module's docstring."""
 
-    def __init__(self, plan: WorkerPlan) -> None:
+    def __init__(self, plan: WorkerPlan, ray_cpus: float = 0) -> None:
         """Remember the plan; nothing is loaded yet."""
         self._plan = plan
+        self._ray_cpus = ray_cpus
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._running: dict[str, tuple[_Job, int]] = {}
         self._started = threading.Event()
@@ -118,7 +119,8 @@ class VllmEngine:
         engine = None
         try:
             if self._plan.device == "cpu":
-                claim = CoreClaim(self._plan.cores_per_rank * self._plan.worker.generator.world_size)
+                ranks = self._plan.worker.generator.world_size
+                claim = CoreClaim(self._plan.cores_per_rank * ranks, shared_by=sharers(self._ray_cpus))
                 self._bind(claim.claim())
             engine, self._card = self._load()
             self._started.set()

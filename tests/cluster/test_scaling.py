@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.faults import Load, client
+from benchmarks.faults import FakeTexts, Load, Traffic, client
 from tests import workers
 from tests.server import Server, serve, wait_for
 
@@ -53,7 +53,10 @@ def count(server: Server, name: str) -> int:
 def load(server: Server, clients: int) -> Iterator[Load]:
     """Have clients send without a pause, and check every vector; assert that none was lost or wrong."""
     seen, stop = Load(), threading.Event()
-    threads = [threading.Thread(target=client, args=(server.url, "m", 0, seen, stop)) for _ in range(clients)]
+    threads = [
+        threading.Thread(target=client, args=(Traffic(server.url, "m", 0, FakeTexts()), seen, stop))
+        for _ in range(clients)
+    ]
     for each in threads:
         each.start()
     try:

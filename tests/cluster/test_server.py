@@ -18,7 +18,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.faults import FAULTS, Fault, Load, client, run
+from benchmarks.faults import FAULTS, FakeTexts, Fault, Load, Traffic, client, run
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import fake_vectors
 from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
@@ -135,8 +135,8 @@ def test_a_model_without_replicas_says_so_and_comes_back(server: Server) -> None
     url = f"{server.url}/v1/embeddings"
     wait_for(lambda: len(replicas(server, "c")) == 2, 90, "two replicas")
     assert httpx.post(url, json=body, timeout=60).status_code == 200
-    seen, stop = Load(), threading.Event()
-    others = [threading.Thread(target=client, args=(server.url, "b", 0, seen, stop)) for _ in range(4)]
+    seen, stop, traffic = Load(), threading.Event(), Traffic(server.url, "b", 0, FakeTexts())
+    others = [threading.Thread(target=client, args=(traffic, seen, stop)) for _ in range(4)]
     for each in others:
         each.start()
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.engine.cores import CoreClaim
+from deployments.engine.cores import CoreClaim, sharers
 from deployments.errors import EngineStartError
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -27,6 +27,22 @@ def test_two_claims_never_share_a_core(tmp_path: Path) -> None:
         CoreClaim(1, tmp_path).claim(wait_seconds=0)
     claims[0].release()
     assert len(CoreClaim(1, tmp_path).claim(wait_seconds=0)) == 1
+
+
+def test_cores_are_shared_as_far_as_ray_counts_more_cpus(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each claim gets different cores, the least shared ones first; one too many is still refused."""
+    assert [sharers(cpus) for cpus in (0, 1, len(CORES), len(CORES) + 1, 2 * len(CORES))] == [1, 1, 1, 2, 2]
+    claims = [CoreClaim(1, tmp_path, shared_by=2) for _ in CORES]
+    assert sorted(core for claim in claims for core in claim.claim(0)) == CORES
+    assert not caplog.records
+    assert CoreClaim(len(CORES), tmp_path, shared_by=2).claim(0) == CORES
+    assert len(caplog.records) == len(CORES)
+    with pytest.raises(EngineStartError, match="other replicas"):
+        CoreClaim(1, tmp_path, shared_by=2).claim(0)
+    claims[0].release()
+    assert len(CoreClaim(1, tmp_path, shared_by=2).claim(0)) == 1
 
 
 def test_more_cores_than_the_node_has_are_refused_at_once(tmp_path: Path) -> None:

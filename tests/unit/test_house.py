@@ -57,6 +57,7 @@ HEAVY = {
     "ray": {
         "deployments.app",
         "deployments.launch",
+        "deployments.replica",
         "deployments.gateway.router",
         "deployments.scaling",
         "deployments.gateway.calls",
