@@ -113,13 +113,15 @@ class TokenPolicy:
         if not running:  # Serve brings the first one up itself when something waits for it
             return context.target_num_replicas, {}
         metrics = _latest(context)
+        if not metrics.get(BUSY):
+            return context.target_num_replicas, {}
         rates = [rate for rate in metrics.get(RATE, []) if rate > 0]
         if self._target_requests is not None:
             wanted = _outstanding(metrics, REQUESTS) / self._target_requests
         elif rates:
             wanted = _outstanding(metrics, TOKENS) / (sum(rates) / len(rates)) / self._target_seconds
         else:
-            return context.target_num_replicas, {}
+            wanted = context.target_num_replicas if _outstanding(metrics, TOKENS) else 0.0
         needed = sum(metrics.get(BUSY, [])) / FULL_SHARE
         return max(wanted, min(needed, running)), {}
 

@@ -92,8 +92,9 @@ def test_what_a_sender_told_several_replicas_counts_once() -> None:
 
 
 def test_without_news_nothing_changes() -> None:
-    """No replica, no measured speed yet, or only old reports."""
+    """No replica, no measured speed yet, or only old reports; a replica that nobody has asked can go."""
     report = {BUSY: 0.0, RATE: 0.0, **said("x", 3000, 30)}
     assert TokenPolicy(1.0)(context(0, 2))[0] == 2
     assert TokenPolicy(1.0)(context(1, 2, report))[0] == 2
+    assert TokenPolicy(1.0)(context(1, 1, {BUSY: 0.0, RATE: 0.0}))[0] == 0
     assert TokenPolicy(1.0)(context(1, 2, {**report, RATE: 5.0}, age=2 * FORGET_SECONDS))[0] == 2
