@@ -13,6 +13,7 @@ import numpy as np
 from deployments.config.plan import WorkerPlan
 from deployments.engine import ModelCard, make_engine
 from deployments.engine.batch import Embedded, TokenBatch
+from deployments.engine.turns import Turns
 from deployments.errors import (
     EmbeddingError,
     EngineDeadError,
@@ -45,27 +46,28 @@ class Replica:
         self._answered = 0  # calls, so that a health check can tell a busy engine from one that hangs
         await self._await_probes()
         self._engine = make_engine(plan)
+        self._turns = Turns(self._engine, plan.worker.generator.pipeline_parallel_size)
         try:
             self._card = await asyncio.to_thread(self._engine.start)
             tokens = range(1, min(CANARY_TOKENS, self._card.max_model_len) + 1)
             self._canary = TokenBatch.of([[self._card.vocab_size - token for token in tokens]])
-            await self.embed(TokenBatch.of([self._canary.ids.tolist()] * WARM_UP_INPUTS))
-            self._canary_vector = (await self.embed(self._canary)).vectors[0]
+            await self.embed(TokenBatch.of([self._canary.ids.tolist()] * WARM_UP_INPUTS), bulk=True)
+            self._canary_vector = (await self.embed(self._canary, bulk=True)).vectors[0]
         except EmbeddingError as error:
             # Serve shows the last line of a replica's failure: it has to say all.
             raise EngineStartError(f"worker {plan.name}: {error.message}") from None
 
-    async def embed(self, batch: TokenBatch, call_id: str = "") -> Embedded:
+    async def embed(self, batch: TokenBatch, call_id: str = "", bulk: bool = False) -> Embedded:
         """Return float32 vectors of shape (len(batch), dimension), checked, in order.
 
-        `call_id` is for the router, which sees a call's arguments.
+        `call_id` is for the router, which sees a call's arguments. A `bulk` call lets others go first.
 
         Raises NonFiniteEmbeddingError, EngineError, or EngineDeadError, after which this replica
         ends, so that Serve puts another in its place.
         """
         begun = time.perf_counter()
         try:
-            vectors = await self._engine.embed(batch)
+            vectors = await self._turns.embed(batch, bulk)
         except EngineDeadError as error:
             self._end(error)
             raise
@@ -86,7 +88,7 @@ class Replica:
         begun = self._answered
         try:
             async with asyncio.timeout(CANARY_SECONDS):
-                vector = (await self.embed(self._canary)).vectors[0]
+                vector = (await self.embed(self._canary, bulk=True)).vectors[0]
         except TimeoutError:
             if self._answered > begun:  # busy, not ill: the canary waits in line like everybody
                 return

@@ -44,6 +44,14 @@ class TokenBatch:
         """Return the number of inputs."""
         return len(self.lengths)
 
+    def __getitem__(self, inputs: slice) -> "TokenBatch":
+        """Return some of the inputs, as views of the same arrays."""
+        ends = np.cumsum(self.lengths)
+        start, stop, _ = inputs.indices(len(self))
+        first = int(ends[start] - self.lengths[start]) if start < stop else 0
+        last = int(ends[stop - 1]) if start < stop else 0
+        return TokenBatch(self.ids[first:last], self.lengths[start:stop])
+
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield each input's ids, a view of shape (length,)."""
         ends = np.cumsum(self.lengths)

@@ -180,7 +180,8 @@ class Calls:
         """Call a replica; cut the call off when its replica hangs and there is another one."""
         batch = TokenBatch.join([each.ids for each in part.inputs])
         begun = time.perf_counter()
-        answer = asyncio.ensure_future(_result(self._handle.embed.remote(batch, call_id=call_id)))
+        call = self._handle.embed.remote(batch, call_id=call_id, bulk=part.lane is Lane.BULK)
+        answer = asyncio.ensure_future(_result(call))
         try:
             while True:
                 await asyncio.wait({answer}, timeout=self._share(part))

@@ -22,7 +22,7 @@ LAYERS = [
     ["deployments.config.manifest", "deployments.engine.batch", "deployments.engine.cores"],
     ["deployments.engine.tokenizer"],
     ["deployments.engine"],
-    ["deployments.engine.fake", "deployments.engine.vllm"],
+    ["deployments.engine.fake", "deployments.engine.turns", "deployments.engine.vllm"],
     ["deployments.api.encoding"],
     ["deployments.api.openai"],
     [
