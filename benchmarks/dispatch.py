@@ -11,13 +11,17 @@ import contextlib
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import httpx
 import numpy as np
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.load import Stream, median
+from benchmarks.load import Seen, Stream, median
 from benchmarks.routing import DEFAULT, OURS, measure
 from tests import workers
 from tests.server import Server, serve
@@ -116,9 +120,149 @@ def routing(rounds: int = 3, seconds: float = 40.0) -> Rows:
     yield Row.at_most(f"{what} (by round {ratios})", p99[OURS] / p99[DEFAULT], 0.75, "x")
 
 
+# --- splitting --------------------------------------------------------------------------------------
+
+
+def splitting(rounds: int = 5) -> Rows:
+    """One request of 2,048 inputs of mixed lengths, on four replicas and on one."""
+    with tempfile.TemporaryDirectory() as calls:
+        engine_args = f'token_seconds = 0.00004, calls_folder = "{calls}"'
+        four = workers.fake("four", engine_args, "[deployment]\nnum_replicas = 4")
+        with serving(one=workers.fake("one", engine_args.replace(calls, "")), four=four) as server:
+            took: dict[str, list[float]] = {"one": [], "four": []}
+            shares = []
+            for number in range(-1, rounds):  # the first one measures the rate for the others
+                for model, times in took.items():
+                    before = calls_seen(Path(calls))
+                    request = Stream(
+                        server.url, model, each=1, inputs=2048, tokens=45, sigma=0.8, max_tokens=500
+                    )
+                    seen = replace(request, seed=number % 256).run()
+                    assert [answer.status for answer in seen.answers] == [200], seen
+                    if number >= 0:
+                        times.append(seen.answers[0].seconds)
+                        if model == "four":
+                            after = calls_seen(Path(calls))
+                            shares.append([after[name] - before[name] for name in after])
+    four_s, one_s = median(took["four"]), median(took["one"])
+    what = f"2,048 inputs on 4 replicas {four_s:.2f} s, on one {one_s:.2f} s"
+    yield Row.at_most(what, four_s / one_s, 0.3, "x")
+    spreads = [(max(tokens) - min(tokens)) / (sum(tokens) / 4) for tokens in shares]
+    yield Row.at_most(f"spread of the replicas' shares of its tokens, worst of {rounds}", max(spreads), 0.1)
+
+
+def calls_seen(folder: Path) -> dict[str, int]:
+    """Return the tokens that each engine was given so far."""
+    return {file.name: sum(map(int, file.read_text().split())) for file in folder.iterdir()}
+
+
+# --- overload ---------------------------------------------------------------------------------------
+
+
+def overload(seconds: float = 65.0) -> Rows:
+    """Three times what a model can do, all at random times, each request a new text."""
+    more = "[limits]\nrequest_timeout_s = 2"
+    with serving(m=workers.fake("m", "token_seconds = 0.0001", more)) as server:
+        requests = Stream(server.url, "m", tokens=200)
+        sender = replace(requests, clients=32, seconds=15.0)
+        begun = time.monotonic()
+        capacity = sender.run().rate(begun + 5, begun + 15)
+        memory = {}
+        with replace(requests, rate=3 * capacity / 200, seconds=seconds, seed=1).running() as seen:
+            begun = time.monotonic()
+            for moment in (20.0, 60.0):
+                time.sleep(max(0.0, begun + moment - time.monotonic()))
+                memory[moment] = sum(pss(server))
+    steady = seen.between(begun + 5, begun + 60)
+    refused = steady.of(503)
+    yield Row(
+        f"offered {3 * capacity:,.0f} tokens/s to a model of {capacity:,.0f}; answered requests' p99",
+        f"{steady.of(200).percentile(99):.0f} ms",
+    )
+    yield Row.at_least("goodput, of the capacity", steady.tokens / 55 / capacity, 0.95)
+    yield Row.at_most(f"p99 of {len(refused.answers)} refusals", refused.percentile(99), 100, " ms")
+    odd = Counter(
+        f"{a.status} {a.code}"
+        for a in steady.answers
+        if a.status != 200 and (a.status, a.code, a.retry_after.isdecimal()) != (503, "queue_full", True)
+    )
+    what = "answers but 200 and 503 queue_full with Retry-After, of all"
+    yield Row.at_most(f"{what} {dict(odd) or ''}", sum(odd.values()) / len(steady.answers), 0.001)
+    growth = (memory[60.0] / memory[20.0] - 1) * 100
+    yield Row.at_most(f"memory after 60 s against 20 s ({memory[60.0] / 2**20:.0f} MiB PSS)", growth, 2, "%")
+
+
+def pss(server: Server) -> Iterator[int]:
+    """Return the memory of each of the server's processes, what is shared divided up."""
+    for process in server.processes():
+        with contextlib.suppress(psutil.Error):
+            yield process.memory_full_info().pss
+
+
+# --- joining ----------------------------------------------------------------------------------------
+
+
+def joining(count: int = 1000) -> Rows:
+    """What waits leaves together, and what doesn't have to wait isn't held back."""
+    with serving(m=workers.fake("m", "call_seconds = 0.01")) as server:
+        Stream(server.url, "m", each=20).run()
+        before = calls_made(server)
+        seen = Stream(server.url, "m", clients=256, each=1, seed=1).run()
+        assert len(seen.of(200).answers) == 256
+        calls = calls_made(server) - before
+    yield Row.at_most("calls for 256 single inputs at once", calls, 256 / 8)
+    joined, direct = (median(side) * 1000 for side in measure("lone", count))
+    what = f"p50 of a lone input, dispatched {joined:.2f} ms, straight through the handle {direct:.2f} ms"
+    yield Row.at_most(what, joined / direct, 1.05, "x")
+
+
+def calls_made(server: Server) -> float:
+    """Return how many calls the replicas have had."""
+    text = httpx.get(f"{server.url}/metrics", timeout=30).text
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    return sum(s.value for s in samples if s.name == "embedding_call_inputs_count")
+
+
+# --- neighbours -------------------------------------------------------------------------------------
+
+
+def neighbours(rounds: int = 3, seconds: float = 10.0) -> Rows:
+    """Somebody floods a model with three times what it can do; who else notices."""
+    engine_args, more = "token_seconds = 0.0001", "[limits]\nrequest_timeout_s = 2"
+    with serving(a=workers.fake("a", engine_args, more), b=workers.fake("b", engine_args, more)) as server:
+        person = Stream(server.url, "a", seconds=seconds, pause=0.05, key="person")
+        flood = Stream(server.url, "a", tokens=200, rate=150, key="flood")
+        sides: dict[str, tuple[list[Seen], list[Seen]]] = {name: ([], []) for name in "ab"}
+        for number in range(rounds):
+            for model in sides:
+                sides[model][0].append(replace(person, model=model, seed=2 * number).run())
+            with replace(flood, seed=number).running():
+                time.sleep(3)
+                for model in sides:
+                    sides[model][1].append(replace(person, model=model, seed=2 * number + 1).run())
+    for model, who in (("b", "person on another model"), ("a", "another caller of the model")):
+        idle, flooded = sides[model]
+        for percent in (50, 99):
+            before, after = (
+                median([s.of(200).percentile(percent) for s in side]) for side in (idle, flooded)
+            )
+            what = f"{who} beside a flood: p{percent} {after:.0f} ms, without it {before:.0f} ms"
+            if model == "b" and percent == 99:
+                yield Row.at_most(what, after / before, 2, "x")
+            else:
+                yield Row(what, f"{after / before:.2f}x")
+        answers = [answer for seen in flooded for answer in seen.answers]
+        refused = sum(answer.status != 200 for answer in answers) / len(answers)
+        yield Row.at_most(f"of {who}'s {len(answers)} requests refused", refused, 0)
+
+
 PARTS: dict[str, Callable[[], Rows]] = {
     "interference": interference,
     "routing": routing,
+    "splitting": splitting,
+    "overload": overload,
+    "joining": joining,
+    "neighbours": neighbours,
 }
 
 

@@ -31,12 +31,13 @@ class Stream:
     """One kind of traffic. `tokens` is an input's length; with `sigma` their median (lognormal).
 
     With a `rate`, in requests per second, it is open loop; else `clients` send, each of them resting for
-    `pause` seconds after an answer. It ends after `seconds`, or when it is told to.
+    `pause` seconds after an answer, at most `each` requests. It ends after `seconds`, or when it is told to.
     """
 
     url: str
     model: str
     clients: int = 1
+    each: int = sys.maxsize
     rate: float = 0.0
     seconds: float = 3600.0
     pause: float = 0.0
@@ -160,10 +161,12 @@ class _Sender:
                 due += self._rng.exponential(1 / self._stream.rate)
 
     async def _client(self) -> None:
-        while time.monotonic() < self._until:
+        for _ in range(self._stream.each):
             body = self._body()
             await self._send(*body, time.monotonic())
             await asyncio.sleep(self._stream.pause)
+            if time.monotonic() > self._until:
+                break
 
     def _body(self) -> tuple[bytes, int]:
         """Return a request of texts that were never sent before, and its tokens."""

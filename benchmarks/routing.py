@@ -117,7 +117,7 @@ def cluster(engine_args: str, more: str) -> Iterator[Any]:
             with mock.patch.object(app, "ROUTER", RequestRouterConfig().request_router_class):
                 handles[DEFAULT] = app.bind_replica(plans[DEFAULT])
             caller = serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=100)(Caller)
-            serve.start(http_options={"host": "127.0.0.1", "port": 0})
+            serve.start(proxy_location="Disabled")
             yield serve.run(caller.bind(plans, handles), route_prefix=None)
         finally:
             serve.shutdown()
@@ -134,30 +134,32 @@ def trace(seconds: float, seed: int) -> tuple[list[float], list[int]]:
     return due.tolist(), sample[:count].astype(int).tolist()
 
 
-def routing(rounds: int, seconds: float) -> dict[str, list[list[float]]]:
+async def routing(rounds: int, seconds: float) -> dict[str, list[list[float]]]:
     """Replay the same traces through both routers, in turns; return the times of each round."""
     took: dict[str, list[list[float]]] = {OURS: [], DEFAULT: []}
     engine, more = f"token_seconds = {TOKEN_SECONDS}", f"[deployment]\nnum_replicas = {REPLICAS}"
     with cluster(engine, more) as caller:
         for name in took:
-            caller.replay.remote(name, *trace(2.0, 1000)).result()
+            await caller.replay.remote(name, *trace(2.0, 1000))
         for number in range(rounds):
             for name in sorted(took, reverse=bool(number % 2)):
-                took[name].append(caller.replay.remote(name, *trace(seconds, number)).result())
+                took[name].append(await caller.replay.remote(name, *trace(seconds, number)))
     return took
 
 
-def lone(count: int) -> list[list[float]]:
+async def lone(count: int) -> list[list[float]]:
     """Return the times of single inputs through the dispatch and straight through the handle."""
     with cluster(f"call_seconds = {LONE_CALL_SECONDS}", "") as caller:
-        caller.lone.remote(OURS, 50).result()
-        return list(caller.lone.remote(OURS, count).result())
+        await caller.lone.remote(OURS, 50)
+        return list(await caller.lone.remote(OURS, count))
 
 
 def measure(what: str, *arguments: float) -> Any:
     """Run one of the above in a process of its own and return what it found."""
     command = [sys.executable, "-m", "benchmarks.routing", what, *map(str, arguments)]
-    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(process.stderr)
     return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -168,9 +170,9 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", type=float)
     given = parser.parse_args()
     if given.what == "routing":
-        print(json.dumps(routing(int(given.arguments[0]), given.arguments[1])))
+        print(json.dumps(asyncio.run(routing(int(given.arguments[0]), given.arguments[1]))))
     else:
-        print(json.dumps(lone(int(given.arguments[0]))))
+        print(json.dumps(asyncio.run(lone(int(given.arguments[0])))))
 
 
 if __name__ == "__main__":

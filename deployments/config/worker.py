@@ -40,13 +40,17 @@ class Table(BaseModel):
 
 
 class FakeEngineArgs(Table):
-    """`[generator.engine_args]` of the stand-in engine; times in seconds."""
+    """`[generator.engine_args]` of the stand-in engine; times in seconds.
+
+    In `calls_folder` each engine keeps a file, named by its process, with a line for each call: its tokens.
+    """
 
     dimension: Count = 64
     call_seconds: Annotated[float, Field(ge=0)] = 0.0
     token_seconds: Annotated[float, Field(ge=0)] = 0.0
     start_seconds: Annotated[float, Field(ge=0)] = 0.0
     start_error: str = ""
+    calls_folder: str = ""
 
 
 class Generator(Table):
