@@ -108,6 +108,11 @@ class Calls:
         tokens = int(self.rate / self.replicas * PART_SECONDS)
         return min(max(tokens, MIN_PART_TOKENS), MAX_PART_TOKENS)
 
+    @property
+    def flying_tokens(self) -> int:
+        """How many tokens one lane has in flight when it is busy."""
+        return self.part_tokens * CALLS_PER_REPLICA * self.replicas
+
     def send(self, parts: Iterable[Part]) -> None:
         """Queue parts, and let leave what can."""
         for part in parts:

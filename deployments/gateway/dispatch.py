@@ -5,6 +5,7 @@ token batch → admitted → inputs, each once → parts → calls → rows in o
 
 import asyncio
 import time
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,10 @@ STATE_SECONDS = 2.0
 # Until the rate is known, so much may wait; from then on what can be embedded in this share of the deadline.
 FIRST_BOUND_TOKENS = 600_000
 QUEUE_SHARE_OF_DEADLINE = 0.5
+# One caller alone fills eight ninths of the queue.
+CALLER_SHARE = 8.0
+# A caller is alone when nobody else has asked for so long.
+ALONE_SECONDS = 3.0
 
 
 class Dispatch:
@@ -47,6 +52,10 @@ class Dispatch:
         self._asking = asyncio.Lock()
         self._inputs: dict[bytes, Input] = {}
         self._outstanding = 0
+        self._held: Counter[str] = Counter()  # of them, by caller
+        self._small: Counter[str] = Counter()  # of those, in requests of a single part
+        self._last_caller: str | None = None
+        self._last_change = -ALONE_SECONDS
         metrics.watch(plan.name, lambda: self._outstanding, lambda: self._calls.known_replicas)
 
     async def model(self, deadline: float) -> tuple[ModelCard, TextTokenizer]:
@@ -72,12 +81,15 @@ class Dispatch:
         Raises QueueFullError at once, DeadlineExceededError or ModelUnavailableError at `deadline`.
         Cancelling the call frees what only it waits for.
         """
-        self._admit(batch.tokens)
+        self._admit(batch.tokens, caller)
         job = Job(len(batch), asyncio.get_running_loop().create_future())
         part_tokens = self._calls.part_tokens
-        if batch.tokens > part_tokens:
-            lane = Lane.BULK  # what needs several parts lets others in between
+        small = batch.tokens if batch.tokens <= part_tokens else 0
         self._outstanding += batch.tokens
+        self._held[caller] += batch.tokens
+        self._small[caller] += small
+        if not small or self._is_flood(caller):
+            lane = Lane.BULK  # what needs several parts lets others in between, in one request or in many
         try:
             now = time.perf_counter()
             parts = split(self._join(job, batch, lane), part_tokens, self._calls.replicas)
@@ -90,6 +102,10 @@ class Dispatch:
             raise self._late() from None
         finally:
             self._outstanding -= batch.tokens
+            self._held[caller] -= batch.tokens
+            self._small[caller] -= small
+            if not self._held[caller]:
+                del self._held[caller], self._small[caller]
             self._leave(job)
 
     async def state(self) -> dict[str, Any]:
@@ -113,8 +129,12 @@ class Dispatch:
             shown |= {"dimension": card.dimension, "max_model_len": card.max_model_len}
         return {"ready": True, **shown, "replicas": self._calls.replicas}
 
-    def _admit(self, tokens: int) -> None:
-        """Refuse at once what couldn't be done in time. Raises QueueFullError."""
+    def _admit(self, tokens: int, caller: str) -> None:
+        """Refuse at once what couldn't be done in time. Raises QueueFullError.
+
+        A caller may hold at most `CALLER_SHARE` times what it leaves free, so that however much it sends,
+        somebody else's request is let in.
+        """
         limits, rate = self.plan.worker.limits, self._calls.rate
         bound: float = max(FIRST_BOUND_TOKENS, 2 * limits.max_request_tokens)
         if limits.max_outstanding_tokens is not None:
@@ -122,13 +142,24 @@ class Dispatch:
         elif rate is not None:
             bound = rate * limits.request_timeout_s * QUEUE_SHARE_OF_DEADLINE
         # With nothing outstanding every request is let in: it can't be done sooner by waiting.
-        if self._outstanding and self._outstanding + tokens > bound:
+        free = bound - self._outstanding
+        held = self._held[caller]
+        if self._outstanding and (tokens > free or held + tokens > CALLER_SHARE * free):
             wait = self._outstanding / rate if rate else RETRY_AFTER_SECONDS
             raise QueueFullError(
                 f"worker `{self.plan.name}` has {self._outstanding} tokens waiting",
                 "model",
                 min(max(wait, 1.0), MAX_RETRY_AFTER_SECONDS),
             )
+
+    def _is_flood(self, caller: str) -> bool:
+        """Whether a caller has more under way than flies at once, while there are other callers."""
+        now = asyncio.get_running_loop().time()
+        if self._last_caller not in (None, caller):
+            self._last_change = now
+        self._last_caller = caller
+        alone = now > self._last_change + ALONE_SECONDS
+        return not alone and self._small[caller] > self._calls.flying_tokens
 
     def _join(self, job: Job, batch: TokenBatch, lane: Lane) -> list[Input]:
         """Make the job wait for each of its inputs; return those that nobody waited for yet."""

@@ -271,6 +271,41 @@ async def test_a_full_queue_refuses_at_once(make: Make) -> None:
     await check(dispatch, inputs(1))
 
 
+async def test_a_full_queue_has_room_for_another_caller(make: Make) -> None:
+    """However much one of them sends."""
+    dispatch = make("token_seconds = 0.0005", "[limits]\nmax_outstanding_tokens = 2000")
+    await dispatch.model(soon())
+    batches = [inputs(1, 40, start=n) for n in range(200)]
+    flood = [asyncio.ensure_future(dispatch.embed(batch, soon(), caller="flood")) for batch in batches]
+    await asyncio.sleep(0)
+    for number in range(5):
+        await check(dispatch, inputs(1, 40, start=1000 + number), caller="other")
+    results = await asyncio.gather(*flood, return_exceptions=True)
+    refused = sum(isinstance(result, QueueFullError) for result in results)
+    assert 150 < refused < 160  # eight ninths of 2,000 tokens are 44 requests
+    assert not dispatch._held
+
+
+async def test_a_flood_of_small_requests_yields_to_another_caller(make: Make) -> None:
+    """As one large request does; while there is nobody else, it doesn't count as bulk."""
+    dispatch = make("token_seconds = 0.00002")
+    await dispatch.model(soon())
+    done: list[str] = []
+
+    async def ask(caller: str, number: int) -> None:
+        await check(dispatch, inputs(10, length=100, start=number * 10), caller=caller)
+        done.append(caller)
+
+    flood = [asyncio.ensure_future(ask("flood", number)) for number in range(40)]
+    await asyncio.sleep(0)
+    assert not dispatch._calls._flying[Lane.BULK]
+    await ask("other", 1000)
+    flood += [asyncio.ensure_future(ask("flood", number)) for number in range(40, 60)]
+    await asyncio.sleep(0)
+    assert dispatch._calls._flying[Lane.BULK]
+    await asyncio.gather(*flood)
+
+
 async def test_requests_that_fail_in_several_parts_leave_the_lane_open(make: Make) -> None:
     """A call that is cancelled before it began gives its place in flight back."""
     dispatch = make("call_seconds = 0.001")
