@@ -192,7 +192,9 @@ class Dispatch:
     def _settle(self, each: Input, result: "np.ndarray | EmbeddingError") -> None:
         """Give an input's vector, or its error, to all who wait for it."""
         self._forget(each)
-        for job, row in each.waiters:
+        # Nothing points back to what is done: else vectors would stay until the next full collection.
+        waiters, each.waiters, each.part = each.waiters, [], None
+        for job, row in waiters:
             if isinstance(result, EmbeddingError):
                 job.fail(result)
             else:

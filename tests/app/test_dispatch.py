@@ -1,6 +1,7 @@
 """Joining, splitting, sharing, lanes, retries and admission, over engines with a set service time."""
 
 import asyncio
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,19 @@ async def test_a_flood_of_small_requests_yields_to_another_caller(make: Make) ->
     await asyncio.sleep(0)
     assert dispatch._calls._flying[Lane.BULK]
     await asyncio.gather(*flood)
+
+
+async def test_an_answered_request_leaves_no_cycle(make: Make) -> None:
+    """Its vectors are freed at once, not at the next full collection."""
+    dispatch = make()
+    await check(dispatch, inputs(1))
+    gc.collect()
+    gc.disable()
+    try:
+        await asyncio.gather(*(check(dispatch, inputs(5, start=5 * n)) for n in range(100)))
+        assert not any(isinstance(each, Job | Input) for each in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 async def test_requests_that_fail_in_several_parts_leave_the_lane_open(make: Make) -> None:
