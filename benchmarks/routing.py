@@ -118,7 +118,10 @@ def cluster(engine_args: str, more: str) -> Iterator[Any]:
                 handles[DEFAULT] = app.bind_replica(plans[DEFAULT])
             caller = serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=100)(Caller)
             serve.start(proxy_location="Disabled")
-            yield serve.run(caller.bind(plans, handles), route_prefix=None)
+            handle = serve.run(caller.bind(plans, handles), route_prefix=None)
+            # On the fast data plane a handle lives in its caller's event loop, and there is none here.
+            handle._init(_run_router_in_separate_loop=True)
+            yield handle
         finally:
             serve.shutdown()
             ray.shutdown()
@@ -134,24 +137,24 @@ def trace(seconds: float, seed: int) -> tuple[list[float], list[int]]:
     return due.tolist(), sample[:count].astype(int).tolist()
 
 
-async def routing(rounds: int, seconds: float) -> dict[str, list[list[float]]]:
+def routing(rounds: int, seconds: float) -> dict[str, list[list[float]]]:
     """Replay the same traces through both routers, in turns; return the times of each round."""
     took: dict[str, list[list[float]]] = {OURS: [], DEFAULT: []}
     engine, more = f"token_seconds = {TOKEN_SECONDS}", f"[deployment]\nnum_replicas = {REPLICAS}"
     with cluster(engine, more) as caller:
         for name in took:
-            await caller.replay.remote(name, *trace(2.0, 1000))
+            caller.replay.remote(name, *trace(2.0, 1000)).result()
         for number in range(rounds):
             for name in sorted(took, reverse=bool(number % 2)):
-                took[name].append(await caller.replay.remote(name, *trace(seconds, number)))
+                took[name].append(caller.replay.remote(name, *trace(seconds, number)).result())
     return took
 
 
-async def lone(count: int) -> list[list[float]]:
+def lone(count: int) -> list[list[float]]:
     """Return the times of single inputs through the dispatch and straight through the handle."""
     with cluster(f"call_seconds = {LONE_CALL_SECONDS}", "") as caller:
-        await caller.lone.remote(OURS, 50)
-        return list(await caller.lone.remote(OURS, count))
+        caller.lone.remote(OURS, 50).result()
+        return list(caller.lone.remote(OURS, count).result())
 
 
 def measure(what: str, *arguments: float) -> Any:
@@ -170,9 +173,9 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", type=float)
     given = parser.parse_args()
     if given.what == "routing":
-        print(json.dumps(asyncio.run(routing(int(given.arguments[0]), given.arguments[1]))))
+        print(json.dumps(routing(int(given.arguments[0]), given.arguments[1])))
     else:
-        print(json.dumps(asyncio.run(lone(int(given.arguments[0])))))
+        print(json.dumps(lone(int(given.arguments[0]))))
 
 
 if __name__ == "__main__":
