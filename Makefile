@@ -11,7 +11,7 @@ UV_VERSION := 0.13.9
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode
 
-.PHONY: help setup setup-gpu serve check test lock clean bench-memory faults
+.PHONY: help setup setup-gpu serve check test lock clean bench-memory faults dispatch
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
@@ -37,6 +37,9 @@ bench-memory: $(VENV)/test.stamp  ## Resident memory of the whole server, one Mi
 
 faults: $(VENV)/test.stamp  ## What is lost when processes die, on both data planes: some minutes
 	$(BIN)/python -m benchmarks.faults
+
+dispatch: $(VENV)/test.stamp  ## What joining, splitting, routing, refusing and taking turns are worth
+	$(BIN)/python -m benchmarks.dispatch $(PARTS)
 
 lock: $(VENV)/uv.stamp  ## Renew requirements/*.txt from pyproject.toml
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --upgrade --no-annotate --custom-compile-command "make lock" \

@@ -16,6 +16,7 @@ import ray
 from deployments.config.plan import WorkerPlan
 from deployments.engine import VERSION, ModelCard, make_engine
 from deployments.engine.batch import NOBODY, CallContext, Embedded, TokenBatch
+from deployments.engine.turns import Turns
 from deployments.errors import (
     EmbeddingError,
     EngineDeadError,
@@ -51,6 +52,7 @@ class Replica:
         self._answered = 0  # calls, so that a health check can tell a busy engine from one that hangs
         await self._await_probes()
         self._engine = make_engine(plan, ray_cpus())
+        self._turns = Turns(self._engine, plan.worker.generator.pipeline_parallel_size)
         try:
             card = await asyncio.to_thread(self._engine.start)
             self._card = replace(card, version=plan.engine_version)
@@ -73,16 +75,16 @@ class Replica:
         tokens = 0
         self._load.begin(call)
         try:
-            embedded = await self._embed(batch)
+            embedded = await self._embed(batch, call.bulk)
             tokens = embedded.tokens
             return embedded
         finally:
             self._load.end(call, tokens)
 
-    async def _embed(self, batch: TokenBatch) -> Embedded:
+    async def _embed(self, batch: TokenBatch, bulk: bool = True) -> Embedded:
         begun = time.perf_counter()
         try:
-            vectors = await self._engine.embed(batch)
+            vectors = await self._turns.embed(batch, bulk)
         except EngineDeadError as error:
             self._end(error)
             raise

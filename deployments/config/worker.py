@@ -43,7 +43,10 @@ class Table(BaseModel):
 
 
 class FakeEngineArgs(Table):
-    """`[generator.engine_args]` of the stand-in engine; times in seconds. Another seed is another model."""
+    """`[generator.engine_args]` of the stand-in engine; times in seconds. Another seed is another model.
+
+    In `calls_folder` each engine keeps a file, named by its process, with a line for each call: its tokens.
+    """
 
     dimension: Count = 64
     seed: Annotated[int, Field(ge=0)] = 0
@@ -51,6 +54,7 @@ class FakeEngineArgs(Table):
     token_seconds: Annotated[float, Field(ge=0)] = 0.0
     start_seconds: Annotated[float, Field(ge=0)] = 0.0
     start_error: str = ""
+    calls_folder: str = ""
 
 
 class Generator(Table):

@@ -19,13 +19,15 @@ class Embedded:
 class CallContext:
     """What goes along with a call: who makes it, for which model, and what else its sender has waiting.
 
-    `version` is that of the model whose tokenizer made the ids; empty where any will do. `sender` is one
+    `version` is that of the model whose tokenizer made the ids; empty where any will do. A `bulk` call lets
+    others go first. `sender` is one
     process's dispatch; `outstanding_tokens` and `outstanding_requests` it has let in and not answered.
     """
 
     sender: str = ""
     number: int = 0
     version: str = ""
+    bulk: bool = False
     outstanding_tokens: int = 0
     outstanding_requests: int = 0
 
@@ -61,6 +63,14 @@ class TokenBatch:
     def __len__(self) -> int:
         """Return the number of inputs."""
         return len(self.lengths)
+
+    def __getitem__(self, inputs: slice) -> "TokenBatch":
+        """Return some of the inputs, as views of the same arrays."""
+        ends = np.cumsum(self.lengths)
+        start, stop, _ = inputs.indices(len(self))
+        first = int(ends[start] - self.lengths[start]) if start < stop else 0
+        last = int(ends[stop - 1]) if start < stop else 0
+        return TokenBatch(self.ids[first:last], self.lengths[start:stop])
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield each input's ids, a view of shape (length,)."""

@@ -5,8 +5,10 @@ swapped, dropped or doubled on their way show at once. `fake_vectors` says what 
 """
 
 import asyncio
+import os
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -50,11 +52,17 @@ class FakeEngine:
     async def embed(self, batch: TokenBatch) -> np.ndarray:
         """Return `fake_vectors` after the service time."""
         self.check()
+        if self._arguments.calls_folder:
+            self._record(batch)
         seconds = self._arguments.call_seconds + batch.tokens * self._arguments.token_seconds
         if seconds:
             async with self._device:
                 await asyncio.sleep(seconds)
         return fake_vectors(batch, self._arguments.dimension, self._arguments.seed)
+
+    def _record(self, batch: TokenBatch) -> None:
+        with Path(self._arguments.calls_folder, str(os.getpid())).open("a") as file:
+            file.write(f"{batch.tokens}\n")
 
     def check(self) -> None:
         """Raise once stopped."""

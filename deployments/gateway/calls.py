@@ -25,14 +25,13 @@ from ray.serve.handle import DeploymentHandle
 from deployments.config.worker import Worker
 from deployments.engine.batch import CallContext, Embedded, TokenBatch
 from deployments.errors import EmbeddingError, EngineDeadError, EngineError, ModelUnavailableError
+from deployments.gateway.admission import RETRY_AFTER_SECONDS
 from deployments.gateway.lanes import Lanes
 from deployments.gateway.meter import DrainMeter, RetryBudget
 from deployments.gateway.router import CallId, TokenRouter
 from deployments.gateway.work import Input, Lane, Outstanding, Part
 from deployments.metrics import Metrics
 
-# What a client that was refused should wait at least: a replica takes seconds to start.
-RETRY_AFTER_SECONDS = 5.0
 # Serve takes a moment to notice a death; asking again at once meets the same replica.
 FIRST_PAUSE_SECONDS = 0.05
 MAX_PAUSE_SECONDS = 2.0
@@ -116,6 +115,11 @@ class Calls:
             return FIRST_PART_TOKENS
         tokens = int(self.rate / self.replicas * PART_SECONDS)
         return min(max(tokens, MIN_PART_TOKENS), MAX_PART_TOKENS)
+
+    @property
+    def flying_tokens(self) -> int:
+        """How many tokens one lane has in flight when it is busy."""
+        return self.part_tokens * CALLS_PER_REPLICA * self.replicas
 
     def send(self, parts: Iterable[Part]) -> None:
         """Queue parts, and let leave what can."""
@@ -202,7 +206,8 @@ class Calls:
 
     async def _ask(self, part: Part) -> np.ndarray:
         """Call a replica; cut the call off when its replica hangs and there is another one."""
-        call = CallContext(self._sender, next(self._numbers), part.version, *astuple(self.outstanding))
+        bulk = part.lane is Lane.BULK
+        call = CallContext(self._sender, next(self._numbers), part.version, bulk, *astuple(self.outstanding))
         call_id: CallId = call.sender, call.number
         batch = TokenBatch.join([each.ids for each in part.inputs])
         begun = time.perf_counter()

@@ -6,6 +6,7 @@ token batch → admitted → inputs, each once → parts → calls → rows in o
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,20 +21,16 @@ from deployments.errors import (
     EmbeddingError,
     ModelChangedError,
     ModelUnavailableError,
-    QueueFullError,
 )
+from deployments.gateway.admission import Admission
 from deployments.gateway.cache import VectorCache
-from deployments.gateway.calls import RETRY_AFTER_SECONDS, Calls
+from deployments.gateway.calls import Calls
 from deployments.gateway.meter import RetryBudget
 from deployments.gateway.work import Input, Job, Lane, Part, split
 from deployments.metrics import Metrics
 
-MAX_RETRY_AFTER_SECONDS = 120.0
 # How long `state` waits for a replica before it calls the model unavailable.
 STATE_SECONDS = 2.0
-# Until the rate is known, so much may wait; from then on what can be embedded in this share of the deadline.
-FIRST_BOUND_TOKENS = 600_000
-QUEUE_SHARE_OF_DEADLINE = 0.5
 # Ray Serve tells of new replicas within this time.
 CHANGE_PAUSE_SECONDS = 0.05
 
@@ -51,6 +48,7 @@ class Dispatch:
         """Call nothing yet. `budget` and `metrics` are shared by all workers."""
         self._calls = Calls(worker, handle, budget, metrics, self._settle)
         self._outstanding = self._calls.outstanding
+        self._admission = Admission(self._outstanding)
         self._metrics = metrics
         self._model: Model | None = None
         self._asking = asyncio.Lock()
@@ -129,19 +127,23 @@ class Dispatch:
         ModelChangedError where the replicas have another version than that which the ids were made for.
         Cancelling the call frees what only it waits for.
         """
-        self._admit(batch.tokens)
+        self._admission.check(batch.tokens, caller, self.worker.limits, self._calls.rate)
+        small = batch.tokens <= self._calls.part_tokens
+        with self._admission.hold(batch.tokens, caller, small):
+            if not small or self._admission.is_flood(caller, self._calls.flying_tokens):
+                lane = Lane.BULK  # what needs several parts lets others in between, in one request or in many
+            return await self._send(batch, deadline, Part([], caller, lane, version))
+
+    async def _send(self, batch: TokenBatch, deadline: float, like: Part) -> np.ndarray:
+        """Cut a batch into parts `like` this one, send them, and wait for all vectors."""
         job = Job(len(batch), asyncio.get_running_loop().create_future())
-        part_tokens = self._calls.part_tokens
-        if batch.tokens > part_tokens:
-            lane = Lane.BULK  # what needs several parts lets others in between
-        self._outstanding.tokens += batch.tokens
-        self._outstanding.requests += 1
         try:
             now = time.perf_counter()
-            parts = split(self._join(job, batch, lane, version), part_tokens, self._calls.replicas)
+            fresh = self._join(job, batch, like.lane, like.version)
+            parts = split(fresh, self._calls.part_tokens, self._calls.replicas)
             if len(parts) > 1:
                 self._metrics.split.labels(self.worker.name).inc(len(parts))
-            self._calls.send(Part(inputs, caller, lane, version, since=now) for inputs in parts)
+            self._calls.send(replace(like, inputs=inputs, since=now) for inputs in parts)
             async with asyncio.timeout_at(deadline):
                 vectors = await job.future
             self._warm()
@@ -149,8 +151,6 @@ class Dispatch:
         except TimeoutError:
             raise self._late() from None
         finally:
-            self._outstanding.tokens -= batch.tokens
-            self._outstanding.requests -= 1
             self._leave(job)
 
     async def state(self) -> dict[str, Any]:
@@ -181,24 +181,6 @@ class Dispatch:
     async def engine_metrics(self, seconds: float) -> list[bytes]:
         """Return the engines' own metrics, of all replicas that answer in time."""
         return await self._calls.ask_all("engine_metrics", seconds)
-
-    def _admit(self, tokens: int) -> None:
-        """Refuse at once what couldn't be done in time. Raises QueueFullError."""
-        limits, rate = self.worker.limits, self._calls.rate
-        bound: float = max(FIRST_BOUND_TOKENS, 2 * limits.max_request_tokens)
-        if limits.max_outstanding_tokens is not None:
-            bound = limits.max_outstanding_tokens
-        elif rate is not None:
-            bound = rate * limits.request_timeout_s * QUEUE_SHARE_OF_DEADLINE
-        outstanding = self._outstanding.tokens
-        # With nothing outstanding every request is let in: it can't be done sooner by waiting.
-        if outstanding and outstanding + tokens > bound:
-            wait = outstanding / rate if rate else RETRY_AFTER_SECONDS
-            raise QueueFullError(
-                f"worker `{self.worker.name}` has {outstanding} tokens waiting",
-                "model",
-                min(max(wait, 1.0), MAX_RETRY_AFTER_SECONDS),
-            )
 
     def _warm(self) -> None:
         """An answer came; if a request had to wait for the first replica, this ends the cold start."""
@@ -248,7 +230,9 @@ class Dispatch:
         self._forget(each)
         if self._cache is not None and not isinstance(result, EmbeddingError):
             self._cache.put(each.key, result)
-        for job, row in each.waiters:
+        # Nothing points back to what is done: else vectors would stay until the next full collection.
+        waiters, each.waiters, each.part = each.waiters, [], None
+        for job, row in waiters:
             if isinstance(result, EmbeddingError):
                 job.fail(result)
             else:

@@ -1,6 +1,7 @@
 """Joining, splitting, sharing, lanes, retries and admission, over engines with a set service time."""
 
 import asyncio
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,54 @@ async def test_a_full_queue_refuses_at_once(make: Make) -> None:
     assert caught.value.retry_after == 1.0  # 480 tokens at 1,000 a second, rounded up to the least wait
     await asyncio.gather(*admitted)
     await check(dispatch, inputs(1))
+
+
+async def test_a_full_queue_has_room_for_another_caller(make: Make) -> None:
+    """However much one of them sends."""
+    dispatch = make("token_seconds = 0.0005", "[limits]\nmax_outstanding_tokens = 2000")
+    await dispatch.model(soon())
+    batches = [inputs(1, 40, start=n) for n in range(200)]
+    flood = [asyncio.ensure_future(dispatch.embed(batch, soon(), caller="flood")) for batch in batches]
+    await asyncio.sleep(0)
+    for number in range(5):
+        await check(dispatch, inputs(1, 40, start=1000 + number), caller="other")
+    results = await asyncio.gather(*flood, return_exceptions=True)
+    refused = sum(isinstance(result, QueueFullError) for result in results)
+    assert 150 < refused < 160  # eight ninths of 2,000 tokens are 44 requests
+    assert not dispatch._admission._held
+
+
+async def test_a_flood_of_small_requests_yields_to_another_caller(make: Make) -> None:
+    """As one large request does; while there is nobody else, it doesn't count as bulk."""
+    dispatch = make("token_seconds = 0.00002")
+    await dispatch.model(soon())
+    done: list[str] = []
+
+    async def ask(caller: str, number: int) -> None:
+        await check(dispatch, inputs(10, length=100, start=number * 10), caller=caller)
+        done.append(caller)
+
+    flood = [asyncio.ensure_future(ask("flood", number)) for number in range(40)]
+    await asyncio.sleep(0)
+    assert not dispatch._calls._flying[Lane.BULK]
+    await ask("other", 1000)
+    flood += [asyncio.ensure_future(ask("flood", number)) for number in range(40, 60)]
+    await asyncio.sleep(0)
+    assert dispatch._calls._flying[Lane.BULK]
+    await asyncio.gather(*flood)
+
+
+async def test_an_answered_request_leaves_no_cycle(make: Make) -> None:
+    """Its vectors are freed at once, not at the next full collection."""
+    dispatch = make()
+    await check(dispatch, inputs(1))
+    gc.collect()
+    gc.disable()
+    try:
+        await asyncio.gather(*(check(dispatch, inputs(5, start=5 * n)) for n in range(100)))
+        assert not any(isinstance(each, Job | Input) for each in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 async def test_requests_that_fail_in_several_parts_leave_the_lane_open(make: Make) -> None:

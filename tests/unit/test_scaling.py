@@ -27,7 +27,8 @@ def test_a_replica_tells_its_speed_and_what_its_senders_have_waiting() -> None:
     """Overlapping calls count their time once; a sender without a call here has nothing to say."""
     clock = Clock()
     load = ReplicaLoad(clock)
-    first, second = CallContext("x", 0, "", 500, 5), CallContext("y", 0, "", 70, 7)
+    first = CallContext("x", outstanding_tokens=500, outstanding_requests=5)
+    second = CallContext("y", outstanding_tokens=70, outstanding_requests=7)
     load.begin(first)
     clock.now = 1.0
     load.begin(second)

@@ -1,0 +1,75 @@
+"""Bulk work yields to those who wait, and is whole when nobody does."""
+
+import asyncio
+
+import numpy as np
+
+from deployments.config.worker import FakeEngineArgs
+from deployments.engine.batch import TokenBatch
+from deployments.engine.fake import FakeEngine, fake_vectors
+from deployments.engine.turns import MAX_SLICES, Turns
+
+BULK = TokenBatch.of([[n % 256, n // 256, *[7] * (n % 30)] for n in range(400)])
+ONE = TokenBatch.of([[1, 2, 3]])
+
+
+class RecordingEngine(FakeEngine):
+    """Remembers the batches in the order in which they came."""
+
+    def __init__(self) -> None:
+        """Take a moment for each token."""
+        super().__init__(FakeEngineArgs(token_seconds=0.00002))
+        self.batches: list[TokenBatch] = []
+
+    async def embed(self, batch: TokenBatch) -> np.ndarray:
+        """Record, then embed."""
+        self.batches.append(batch)
+        return await super().embed(batch)
+
+
+async def test_bulk_calls_are_whole_while_nobody_waits() -> None:
+    """One after the other."""
+    engine = RecordingEngine()
+    turns = Turns(engine)
+    calls = [asyncio.ensure_future(turns.embed(BULK, bulk=True)) for _ in range(3)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert len(engine.batches) == 1
+    for vectors in await asyncio.gather(*calls):
+        assert np.array_equal(vectors, fake_vectors(BULK, 64))
+    assert [len(batch) for batch in engine.batches] == [len(BULK)] * 3
+
+
+async def test_who_waits_goes_between_two_slices() -> None:
+    """Past all the bulk calls, which are in slices from then on; the rows stay in order."""
+    engine = RecordingEngine()
+    turns = Turns(engine)
+    await turns.embed(BULK, bulk=True)
+    await turns.embed(ONE, bulk=False)
+    calls = [asyncio.ensure_future(turns.embed(BULK, bulk=True)) for _ in range(3)]
+    await asyncio.sleep(0)
+    await turns.embed(ONE, bulk=False)
+    assert not any(call.done() for call in calls)
+    for vectors in await asyncio.gather(*calls):
+        assert np.array_equal(vectors, fake_vectors(BULK, 64))
+    slices = [batch for batch in engine.batches[2:] if len(batch) > 1]
+    assert 3 < len(slices) <= 3 * (MAX_SLICES + 1)
+    assert sum(map(len, slices)) == 3 * len(BULK)
+
+
+async def test_a_bulk_call_that_is_cancelled_lets_the_next_one_in() -> None:
+    """Whether it waits or is in the engine."""
+    turns = Turns(RecordingEngine())
+    calls = [asyncio.ensure_future(turns.embed(BULK, bulk=True)) for _ in range(3)]
+    await asyncio.sleep(0)
+    calls[0].cancel()
+    calls[1].cancel()
+    assert np.array_equal(await calls[2], fake_vectors(BULK, 64))
+
+
+def test_a_slice_of_a_batch_is_the_batch_of_the_slice() -> None:
+    """Also an empty one."""
+    batch = TokenBatch.of([[1, 2], [3], [4, 5, 6]])
+    assert [ids.tolist() for ids in batch[1:]] == [[3], [4, 5, 6]]
+    assert [ids.tolist() for ids in batch[0:2]] == [[1, 2], [3]]
+    assert len(batch[3:]) == batch[3:].tokens == 0
