@@ -99,6 +99,34 @@ async def check(dispatch: Dispatch, batch: TokenBatch, **options: Any) -> None:
     assert np.array_equal(vectors, fake_vectors(batch, 64))
 
 
+async def test_the_cache_gives_what_it_was_given(make: Make) -> None:
+    """Each text is embedded once; another version of the model isn't helped by it."""
+    dispatch = make(more="[limits]\ncache_mib = 1")
+    for _ in range(3):
+        await check(dispatch, inputs(100))
+    assert sum(map(len, handle_of(dispatch).batches)) == 100
+    assert 'cache_hits_total{worker="m"} 200.0' in dispatch._metrics.text().decode()
+    await check(dispatch, inputs(150))
+    assert sum(map(len, handle_of(dispatch).batches)) == 150
+    card, _ = await dispatch.model(soon())
+    await check(dispatch, inputs(150), version=card.version)
+    assert sum(map(len, handle_of(dispatch).batches)) == 300
+
+
+async def test_the_cache_is_bounded(make: Make) -> None:
+    """The least recently used go first; a new size takes effect at once."""
+    dispatch = make(more="[limits]\ncache_mib = 1")
+    await check(dispatch, inputs(3000))
+    assert dispatch._cache is not None
+    assert 2**20 - 2000 < dispatch._cache.size <= 2**20
+    await check(dispatch, inputs(100, start=2900))
+    assert sum(map(len, handle_of(dispatch).batches)) == 3000
+    limits = dispatch.worker.limits.model_copy(update={"cache_mib": 0})
+    dispatch.worker = dispatch.worker.model_copy(update={"limits": limits})
+    await check(dispatch, inputs(100, start=2900))
+    assert sum(map(len, handle_of(dispatch).batches)) == 3100
+
+
 async def test_what_waits_is_joined(make: Make) -> None:
     """256 single inputs at once need at most a eighth as many calls, and each gets its own vector."""
     dispatch = make("call_seconds = 0.01")

@@ -114,6 +114,8 @@ def test_from_none_to_one_and_back(server: Server) -> None:
         assert answer.status_code == 200, answer.text
         assert count(server, "rare") == 1
         wait_for(lambda: count(server, "rare") == 0, 60, "no replica")
+    starts = 'embedding_cold_start_seconds_count{worker="rare"} 2.0'
+    assert starts in httpx.get(f"{server.url}/metrics", timeout=30).text
 
 
 def test_a_cold_start_beyond_the_deadline_is_refused_in_time(server: Server) -> None:

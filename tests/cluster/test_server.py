@@ -31,7 +31,11 @@ COUNTED = {
     "embedding_inputs_total",
     "embedding_replicas",
     "embedding_replica_states",
+    "embedding_retries_total",
+    "embedding_cuts_total",
 }
+# What the faults of a replica show in.
+MARKS = {"replica killed": "embedding_retries_total a", "replica stopped": "embedding_cuts_total a"}
 TWO_REPLICAS = "[deployment]\nnum_replicas = 2"
 
 
@@ -72,21 +76,22 @@ def test_two_models_answer_by_name(server: Server) -> None:
         assert np.array_equal(got, expected(texts))
 
 
+def counts(url: str) -> dict[str, float]:
+    """Return what is counted, by name and worker or model."""
+    families = text_string_to_metric_families(httpx.get(url, timeout=30).text)
+    samples = [sample for family in families for sample in family.samples]
+    found: dict[str, float] = {}
+    for sample in samples:
+        who = sample.labels.get("model") or sample.labels.get("worker", "")
+        if sample.name == "embedding_replica_states":
+            who += f" {sample.labels['state']}"
+        if sample.name in COUNTED:
+            found[f"{sample.name} {who}"] = found.get(f"{sample.name} {who}", 0) + sample.value
+    return found
+
+
 def test_metrics_agree_with_what_was_sent(server: Server) -> None:
     """To the request, over both ingress replicas: on `/metrics`, and of one worker on its own port."""
-
-    def counts(url: str) -> dict[str, float]:
-        families = text_string_to_metric_families(httpx.get(url, timeout=30).text)
-        samples = [sample for family in families for sample in family.samples]
-        found: dict[str, float] = {}
-        for sample in samples:
-            who = sample.labels.get("model") or sample.labels.get("worker", "")
-            if sample.name == "embedding_replica_states":
-                who += f" {sample.labels['state']}"
-            if sample.name in COUNTED:
-                found[f"{sample.name} {who}"] = found.get(f"{sample.name} {who}", 0) + sample.value
-        return found
-
     before = counts(f"{server.url}/metrics")
 
     def send(number: int) -> None:
@@ -123,6 +128,7 @@ def test_nothing_is_lost_when_a_process_dies(server: Server, fault: Fault) -> No
     """Under the load of 8 clients: every answer arrives and is right; a replica is replaced."""
     wait_for(lambda: len(replicas(server, "a")) == 2, 90, "two replicas")
     before = {process.pid for process in replicas(server, "a")}
+    counted = counts(f"{server.url}/metrics")
     result = run(server, fault, "a", after=6.0)
     if result is None:
         pytest.skip("this data plane has no such process")
@@ -130,6 +136,8 @@ def test_nothing_is_lost_when_a_process_dies(server: Server, fault: Fault) -> No
     assert not load.lost, (row, load.lost[:3])
     assert load.wrong == 0
     assert len(load.began) > 200
+    if mark := MARKS.get(fault.name):
+        assert counts(f"{server.url}/metrics")[mark] > counted.get(mark, 0)
     if "{model}" in fault.title:
         new = lambda: {process.pid for process in replicas(server, "a")} - before  # noqa: E731
         wait_for(lambda: len(new()) == 1, 90, "a replica in its place")

@@ -10,6 +10,7 @@ import numpy as np
 import openai
 import pytest
 from aleph_alpha_client import Client, EmbeddingV2Request
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
 from tests import checkpoints
@@ -114,6 +115,28 @@ async def test_five_hundred_interleaved_requests_reach_the_right_model(
         return float(cosines(vectors_of(response), right[model][index // 2 : index // 2 + 1])[0])
 
     assert min(await asyncio.gather(*(one(index) for index in range(500)))) >= 0.999
+
+
+def test_what_vllm_counts_is_passed_on(two_models: Server, client: openai.OpenAI) -> None:
+    """By worker; health checks embed, too."""
+
+    def counted(model: str) -> float:
+        text = httpx.get(f"{two_models.url}/metrics", timeout=30).text
+        families = text_string_to_metric_families(text)
+        samples = (sample for family in families for sample in family.samples)
+        return sum(
+            sample.value
+            for sample in samples
+            if sample.name == "vllm:prompt_tokens_total" and sample.labels["model_name"] == model
+        )
+
+    before = counted(MODEL)
+    assert before
+    tokens = client.embeddings.create(
+        model=MODEL, input=[f"{n} words" for n in range(300)]
+    ).usage.prompt_tokens
+    assert tokens <= counted(MODEL) - before < 2 * tokens
+    assert 0 < counted("sre") < before + tokens
 
 
 def test_the_default_dtype_is_close_to_float32(
