@@ -65,6 +65,7 @@ FAULTS = (
     Fault("ingress killed", "ServeReplica:default:ingress", signal.SIGKILL, SDK_RETRIES),
     Fault("controller killed", "ServeController", signal.SIGKILL),
     Fault("proxy killed", "ProxyActor", signal.SIGKILL, SDK_RETRIES),
+    Fault("HAProxy killed", "haproxy.cfg", signal.SIGKILL, SDK_RETRIES),
     Fault("HAProxy manager killed", "HAProxyManager", signal.SIGKILL),
     # Raylets alone spell this option with underscores; their workers end with them.
     Fault("raylet killed", f"--node_ip_address={SECOND}", signal.SIGKILL, SDK_RETRIES, two_nodes=True),
@@ -162,8 +163,8 @@ def run(
     server: Server, fault: Fault, model: str = "m", after: float | None = None
 ) -> tuple[Load, list[str]] | None:
     """Put the server under load, do the fault, and return what the clients saw and the table's row."""
-    process = next(iter(server.titled(fault.title.format(model=model))), None)
-    if process is None:
+    title = fault.title.format(model=model)
+    if not server.titled(title):
         return None
     after = after or fault.seconds_after
     texts: Texts = KnownTexts(server.url, model) if fault.ranks else FakeTexts()
@@ -173,13 +174,16 @@ def run(
     began = time.monotonic()
     for each in clients:
         each.start()
-    wait_for(lambda: time.monotonic() > began + SECONDS_BEFORE, 60, "load before the fault")
-    at = time.monotonic()
-    os.kill(process.pid, fault.number)
-    wait_for(lambda: time.monotonic() > at + after, 120, "load after the fault")
-    stop.set()
-    for each in clients:
-        each.join()
+    try:
+        wait_for(lambda: time.monotonic() > began + SECONDS_BEFORE, 60, "load before the fault")
+        process = server.titled(title)[0]  # HAProxy is another one after each change of what it serves
+        at = time.monotonic()
+        os.kill(process.pid, fault.number)
+        wait_for(lambda: time.monotonic() > at + after, 120, "load after the fault")
+    finally:
+        stop.set()
+        for each in clients:
+            each.join()
     if fault.number == signal.SIGSTOP:
         _end(process)
     slow = [b + t - at for b, t in zip(load.began, load.took, strict=True) if b + t > at and t > 1]

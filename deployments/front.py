@@ -2,16 +2,23 @@
 
 Ray ends a dead worker's process group, and HAProxy with it; the next manager starts one that knows no
 application yet and answers 404. Here HAProxy gets a session of its own, and the next manager's takes over
-its listeners and its configuration until that manager has heard of the applications.
+its listeners and its configuration until that manager has heard of the applications. A guard beside it puts
+another in its place at once when it dies itself, and ends it when the server is gone.
 
 Runs as a program of its own, in the place of HAProxy's: it imports nothing but the standard library.
 """
 
+import contextlib
 import os
+import select
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
+
+# While this file lies beside the configuration HAProxy isn't started again.
+STOPPED = "stopped"
 
 
 def haproxies(config: str) -> list[int]:
@@ -38,12 +45,22 @@ def answers(path: str) -> bool:
         return True
 
 
+def admin_socket(config: Path) -> str:
+    """Return the path of the admin socket that a configuration names."""
+    return next(line.split()[2] for line in config.read_text().splitlines() if "stats socket" in line)
+
+
+def config_of(arguments: list[str]) -> Path:
+    """Return the path of HAProxy's configuration."""
+    return Path(arguments[arguments.index("-f") + 1])
+
+
 def command(arguments: list[str]) -> list[str]:
     """Return the arguments for HAProxy; those of a manager's first start take over from a survivor."""
-    config = Path(arguments[arguments.index("-f") + 1])
+    config = config_of(arguments)
     kept = config.with_suffix(".kept")
     if "-sf" not in arguments and kept.exists() and (survivors := haproxies(str(config))):
-        admin = next(line.split()[2] for line in kept.read_text().splitlines() if "stats socket" in line)
+        admin = admin_socket(kept)
         if answers(admin):
             shutil.copy(kept, config)
             arguments = [*arguments, "-sf", *map(str, survivors), "-x", admin]
@@ -51,16 +68,68 @@ def command(arguments: list[str]) -> list[str]:
     return arguments
 
 
+def stop_guards(folder: Path) -> None:
+    """From now on HAProxy may end for good."""
+    (folder / STOPPED).touch()
+
+
+def guard(haproxy: int, server: int, arguments: list[str]) -> None:
+    """Wait for the end of either process. Return where HAProxy has to be started again, else end."""
+    config = config_of(arguments)
+    poll = select.poll()
+    watched = {}
+    for process in (haproxy, server):
+        with contextlib.suppress(ProcessLookupError):
+            watched[process] = os.pidfd_open(process)
+            poll.register(watched[process], select.POLLIN)
+    if server in watched and haproxy in watched:
+        poll.poll()
+    if not _is_alive(server):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(haproxy, signal.SIGKILL)
+        sys.exit()
+    kept = config.with_suffix(".kept")
+    if (config.parent / STOPPED).exists() or not kept.exists() or answers(admin_socket(kept)):
+        sys.exit()  # the server ends, or a successor has taken over
+    shutil.copy(kept, config)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+
+
 def write_program(folder: Path, binary: str) -> Path:
-    """Write the program that Ray Serve starts as HAProxy, and return its path."""
+    """Write the program that Ray Serve starts as HAProxy for this process, and return its path."""
     program = folder / "haproxy"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{__file__}" "{binary}" "$@"\n')
+    start = f'exec "{sys.executable}" -S -E "{__file__}" "{os.getpid()}" "{binary}" "$@"'
+    program.write_text(f"#!/bin/sh\n{start}\n")
     program.chmod(0o700)
     return program
 
 
-if __name__ == "__main__":
-    binary, *rest = sys.argv[1:]
-    rest = command(rest)
+def main(server: int, binary: str, arguments: list[str]) -> None:
+    """Become HAProxy, with a guard beside it."""
+    arguments = command(arguments)
     os.setsid()
-    os.execv(binary, [binary, *rest])  # noqa: S606 - what Ray Serve itself would start
+    haproxy = os.getpid()
+    if not os.fork():
+        os.setsid()  # so that nothing that ends HAProxy's group ends its guard
+        guard(haproxy, server, arguments)
+        # The first process of a session can't begin another one.
+        if os.fork():
+            os._exit(0)
+        main(server, binary, without_takeover(arguments))
+    os.execv(binary, [binary, *arguments])  # noqa: S606 - what Ray Serve itself would start
+
+
+def without_takeover(arguments: list[str]) -> list[str]:
+    """Return the arguments of a start that has nobody to take over from."""
+    end = min((arguments.index(option) for option in ("-sf", "-x") if option in arguments), default=None)
+    return arguments[:end]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -28,7 +28,7 @@ from deployments.config.plan import make_plans, unplaceable
 from deployments.config.worker import INGRESS_NAME, Worker
 from deployments.engine.vllm import require_vllm
 from deployments.errors import ConfigError
-from deployments.front import haproxies, write_program
+from deployments.front import haproxies, stop_guards, write_program
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -116,6 +116,7 @@ def run(arguments: ServeArguments) -> int:
     try:
         return _serve(arguments, stop, reload)
     finally:
+        stop_guards(folder)
         _shut_down()
         for pid in haproxies(f"{folder}/"):  # one whose manager died
             with contextlib.suppress(ProcessLookupError):

@@ -245,3 +245,13 @@ def start(config: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes],
         yield process, url, log
     finally:
         Server(url, process, log, mark).stop()
+
+
+def test_a_killed_server_leaves_no_process(tmp_path: Path) -> None:
+    """Not even HAProxy, which has a session of its own."""
+    config = tmp_path / "a.toml"
+    config.write_text(workers.fake("a"))
+    with serve(config, tmp_path) as server:
+        assert server.titled("haproxy.cfg")
+        server.process.kill()
+        wait_for(lambda: not server.processes(), 60, lambda: str(server.processes()))
