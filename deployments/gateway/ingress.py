@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api import openai
+from deployments.api.envelope import ErrorResponse, error_body
 from deployments.config.worker import Worker
 from deployments.errors import (
     EmbeddingError,
@@ -169,7 +170,7 @@ def _routes(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort]) 
 
     async def embeddings(request: Request) -> Response:
         """Embed one text or many; the answer keeps their order."""
-        return Response(await serving.embed(request), media_type="application/json")
+        return Response(await serving.embed(request, openai.parse_request), media_type="application/json")
 
     async def models() -> Response:
         """List the models."""
@@ -202,7 +203,7 @@ def _routes(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort]) 
         """Give the version of the API as plain text."""
         return Response(API_VERSION, media_type="text/plain")
 
-    problem = {"model": openai.ErrorResponse}
+    problem = {"model": ErrorResponse}
     statuses: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 404, 408, 413, 500, 503), problem)
     schema = openai.EmbeddingRequestBody.model_json_schema()
     router.add_api_route(
@@ -247,7 +248,7 @@ def error_response(error: EmbeddingError) -> Response:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, round(error.retry_after)))
-    return Response(openai.error_body(error), error.status, headers, "application/json")
+    return Response(error_body(error), error.status, headers, "application/json")
 
 
 class Errors:

@@ -20,10 +20,11 @@ LAYERS = [
     ["deployments.config.worker", "deployments.config.model_files"],
     ["deployments.config.load", "deployments.config.plan"],
     ["deployments.config.manifest", "deployments.engine.batch", "deployments.engine.cores"],
-    ["deployments.engine.tokenizer"],
+    ["deployments.engine.tokenizer", "deployments.engine.cl100k"],
     ["deployments.engine"],
     ["deployments.engine.fake", "deployments.engine.turns", "deployments.engine.vllm"],
-    ["deployments.api.encoding"],
+    ["deployments.api.encoding", "deployments.api.envelope", "deployments.api.fields"],
+    ["deployments.api.request"],
     ["deployments.api.openai"],
     ["deployments.scaling"],
     [
