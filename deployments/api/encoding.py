@@ -17,6 +17,8 @@ EncodingFormat = Literal["float", "base64"]
 EmbedDtype = Literal["float32", "float16", "bfloat16", "int8", "uint8", "binary", "ubinary"]
 
 INT8_MAX = 127
+# What rounding leaves of a length of 1 in float32.
+UNIT_TOLERANCE = 1e-6
 BITS = 8
 
 
@@ -28,8 +30,10 @@ def truncate(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
 
 
 def normalize(vectors: np.ndarray) -> np.ndarray:
-    """Return float32 (n, dim) with rows at unit length; rows of zeros stay."""
+    """Return float32 (n, dim) with rows at unit length; zeros stay, and so does what has it."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if np.all(np.abs(norms - 1) < UNIT_TOLERANCE):
+        return vectors
     unit: np.ndarray = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
     return unit
 

@@ -103,8 +103,8 @@ def check_texts(texts: list[Any], name: str) -> None:
             raise InvalidRequestError(f"`{name}[{index}]` must not be empty", name)
 
 
-def check_ids(ids: Any, name: str, param: str) -> None:
-    """Raise InvalidRequestError unless it is a list of token ids with something in it."""
+def token_ids(ids: Any, name: str, param: str) -> list[int]:
+    """Return a list of token ids with something in it; `name` is where it stands, `param` the field."""
     if not isinstance(ids, list):
         raise InvalidRequestError(f"`{name}` must be a list of token ids", param)
     if not ids:
@@ -114,6 +114,7 @@ def check_ids(ids: Any, name: str, param: str) -> None:
         raise InvalidRequestError(f"`{name}` must hold token ids, which are integers", param)
     if min(ids) < 0:
         raise InvalidRequestError(f"`{name}` holds a negative token id", param)
+    return ids
 
 
 def texts_or_ids(value: Any, name: str) -> tuple[Sequence[str], Sequence[Sequence[int]]]:
@@ -129,11 +130,8 @@ def texts_or_ids(value: Any, name: str) -> tuple[Sequence[str], Sequence[Sequenc
         check_texts(value, name)
         return value, ()
     if isinstance(value[0], list):
-        for index, ids in enumerate(value):
-            check_ids(ids, f"{name}[{index}]", name)
-        return (), value
-    check_ids(value, name, name)
-    return (), [value]
+        return (), [token_ids(ids, f"{name}[{index}]", name) for index, ids in enumerate(value)]
+    return (), [token_ids(value, name, name)]
 
 
 def refuse(fields: Fields, *names: str) -> None:

@@ -86,6 +86,6 @@ class Catalog:
             raise InvalidRequestError(f"`model` must name one of {_names(able)}", "model")
         return next(iter(able.values()))
 
-    def listing(self) -> list[dict[str, Any]]:
-        """Return every model's entry."""
-        return [served.listing() for served in self._served.values()]
+    def models(self) -> list[Served]:
+        """Return every model."""
+        return list(self._served.values())

@@ -90,6 +90,11 @@ def _with_prompt(
     return [prompt + text for text in texts]
 
 
+def takes_instructions(prompts: dict[str, str]) -> bool:
+    """Whether a model with these prompts was trained to follow instructions."""
+    return PLACE in prompts.get(INSTRUCTION, "") or any(map(INSTRUCT_PROMPT.fullmatch, prompts.values()))
+
+
 def _instruct(instruction: str, prompts: dict[str, str]) -> str:
     """Return the prompt with an instruction of the client's, in the form that the model was trained with."""
     if PLACE in prompts.get(INSTRUCTION, ""):

@@ -19,7 +19,7 @@ from deployments.errors import (
     EmbeddingError,
     InvalidRequestError,
 )
-from deployments.gateway.catalog import Catalog
+from deployments.gateway.catalog import Catalog, Served
 from deployments.gateway.prepare import prepare
 from deployments.gateway.work import Lane
 from deployments.metrics import CANCELLED, NO_MODEL, SUCCESS, Metrics
@@ -45,15 +45,23 @@ class Serving:
         self.metrics = metrics
         self._max_body_bytes = max_body_bytes
 
+    def find(self, request: Request, name: str | None, tags: frozenset[str] = frozenset()) -> Served:
+        """Return the model that a request is for. Raises what `Catalog.find` does."""
+        return self.catalog.find(name, tags)
+
+    def visible(self, request: Request) -> list[Served]:
+        """Return the models that the client may use."""
+        return self.catalog.models()
+
     async def embed(self, request: Request, parse: Parse) -> bytes:
         """Return the JSON answer in the dialect that `parse` reads, or raise an EmbeddingError."""
         arrival = asyncio.get_running_loop().time()
-        with self._counted(arrival) as counted:
+        with self.counted(arrival) as counted:
             patience = wanted_seconds(request)
-            body = await self._read(request, arrival + min(BODY_SECONDS, patience))
+            body = await self.read(request, arrival + min(BODY_SECONDS, patience))
             with self._timed() as parsing:
                 wanted = parse(body)
-            served = self.catalog.find(wanted.model, wanted.tags)
+            served = self.find(request, wanted.model, wanted.tags)
             counted.model = served.name
             served.check_embeds()
             worker = served.dispatch.worker
@@ -69,7 +77,7 @@ class Serving:
                 truncated = prepared.truncated
                 return prepared.batch
 
-            lane = Lane.BULK if request.query_params.get("nice") == "true" else Lane.INTERACTIVE
+            lane = lane_of(request)
             caller = caller_of(request)
             batch, vectors = await served.dispatch.embed_by(tokens_for, deadline, lane, caller)
             with self._timed(worker.name, "encode"):
@@ -84,7 +92,8 @@ class Serving:
             self.metrics.tokens.labels(worker.name).inc(batch.tokens)
             return answer
 
-    async def _read(self, request: Request, deadline: float) -> bytes:
+    async def read(self, request: Request, deadline: float) -> bytes:
+        """Return the body. Raises BodyTooLargeError, or DeadlineExceededError at `deadline`."""
         try:
             async with asyncio.timeout_at(deadline):
                 return await read_body(request, self._max_body_bytes)
@@ -92,7 +101,7 @@ class Serving:
             raise DeadlineExceededError("the body took too long to arrive", "body") from None
 
     @contextmanager
-    def _counted(self, arrival: float) -> Iterator["_Counted"]:
+    def counted(self, arrival: float) -> Iterator["_Counted"]:
         """Count the request by model and outcome, however it ends."""
         counted = _Counted()
         outcome = EmbeddingError.code
@@ -145,6 +154,16 @@ def wanted_seconds(request: Request) -> float:
     if not seconds > 0:
         return math.inf
     return seconds - min(max(seconds * TIMEOUT_SHARE, TIMEOUT_SECONDS), seconds / 2)
+
+
+def lane_of(request: Request) -> Lane:
+    """Return the lane that the query asks for: `nice=true` lets others go first."""
+    match request.query_params.get("nice", "false"):
+        case "true":
+            return Lane.BULK
+        case "false":
+            return Lane.INTERACTIVE
+    raise InvalidRequestError("`nice` must be true or false", "nice")
 
 
 def caller_of(request: Request) -> str:

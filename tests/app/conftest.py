@@ -70,6 +70,14 @@ FILES = {
     "foreign.toml": workers.fake(
         "foreign", "dimension = 16", task='token_input = "cl100k"\nprompts = {query = "find: "}'
     ).replace("[queue]", '[queue]\ntags = ["eu", "fast"]'),
+    "wide.toml": workers.fake(
+        "wide",
+        "dimension = 256",
+        task='dimensions = [128]\nprompts = {instruction = "{instruction} -> "}',
+    ),
+    "instruct.toml": workers.fake(
+        "instruct", "dimension = 16", task='prompts = {query = "Instruct: Find it\\nQuery: "}'
+    ),
     "mute.toml": workers.fake("mute").replace("supported = true", "supported = false"),
 }
 

@@ -25,7 +25,8 @@ LAYERS = [
     ["deployments.engine.fake", "deployments.engine.turns", "deployments.engine.vllm"],
     ["deployments.api.encoding", "deployments.api.envelope", "deployments.api.fields"],
     ["deployments.api.request"],
-    ["deployments.api.openai"],
+    ["deployments.api.openai", "deployments.api.pharia", "deployments.api.cohere", "deployments.api.tei"],
+    ["deployments.api.embed"],
     ["deployments.scaling"],
     [
         "deployments.replica",
@@ -39,7 +40,9 @@ LAYERS = [
     ["deployments.gateway.calls"],
     ["deployments.gateway.dispatch"],
     ["deployments.gateway.catalog"],
-    ["deployments.gateway.serving"],
+    ["deployments.gateway.serving", "deployments.gateway.documentation"],
+    ["deployments.gateway.pharia"],
+    ["deployments.gateway.routes"],
     ["deployments.gateway.ingress"],
     ["deployments.app"],
     ["deployments.launch"],
@@ -66,7 +69,11 @@ HEAVY = {
         "deployments.gateway.dispatch",
         "deployments.gateway.ingress",
     },
-    "fastapi": {"deployments.gateway.ingress"},
+    "fastapi": {
+        "deployments.gateway.ingress",
+        "deployments.gateway.routes",
+        "deployments.gateway.documentation",
+    },
 }
 
 
