@@ -16,6 +16,7 @@ import ray
 from deployments.config.plan import WorkerPlan
 from deployments.engine import VERSION, ModelCard, make_engine
 from deployments.engine.batch import NOBODY, CallContext, Embedded, TokenBatch
+from deployments.engine.cl100k import read_cl100k
 from deployments.engine.turns import Turns
 from deployments.errors import (
     EmbeddingError,
@@ -55,7 +56,8 @@ class Replica:
         self._turns = Turns(self._engine, plan.worker.generator.pipeline_parallel_size)
         try:
             card = await asyncio.to_thread(self._engine.start)
-            self._card = replace(card, version=plan.engine_version)
+            cl100k = await asyncio.to_thread(read_cl100k) if plan.worker.reads_cl100k else ()
+            self._card = replace(card, cl100k=cl100k, version=plan.engine_version)
             tokens = range(1, min(CANARY_TOKENS, self._card.max_model_len) + 1)
             self._canary = TokenBatch.of([[self._card.vocab_size - token for token in tokens]])
             await self._embed(TokenBatch.of([self._canary.ids.tolist()] * WARM_UP_INPUTS))

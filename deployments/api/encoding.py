@@ -10,22 +10,92 @@ from typing import Literal
 import numpy as np
 import orjson
 
+from deployments.errors import InvalidRequestError
+
 EncodingFormat = Literal["float", "base64"]
+# vLLM's names for the first three, Cohere's for the others.
+EmbedDtype = Literal["float32", "float16", "bfloat16", "int8", "uint8", "binary", "ubinary"]
+
+INT8_MAX = 127
+# What rounding leaves of a length of 1 in float32.
+UNIT_TOLERANCE = 1e-6
+BITS = 8
 
 
 def truncate(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
     """Return the first `dimensions` columns, rows at unit length again (Matryoshka embeddings)."""
     if dimensions is None or dimensions == vectors.shape[1]:
         return vectors
-    cut = vectors[:, :dimensions]
-    norms = np.linalg.norm(cut, axis=1, keepdims=True)
-    unit: np.ndarray = np.divide(cut, norms, out=np.zeros_like(cut), where=norms > 0)
+    return normalize(vectors[:, :dimensions])
+
+
+def normalize(vectors: np.ndarray) -> np.ndarray:
+    """Return float32 (n, dim) with rows at unit length; zeros stay, and so does what has it."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if np.all(np.abs(norms - 1) < UNIT_TOLERANCE):
+        return vectors
+    unit: np.ndarray = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
     return unit
 
 
-def embedding_texts(vectors: np.ndarray, encoding_format: EncodingFormat) -> list[bytes]:
-    """Return each row of float32 (n, dim) as JSON: a list of numbers, or base64 of little-endian floats."""
-    vectors = np.ascontiguousarray(vectors, dtype="<f4")
+def convert(vectors: np.ndarray, dtype: EmbedDtype) -> np.ndarray:
+    """Return float32 (n, dim) in another type, little-endian.
+
+    `int8` scales each row by its largest number, so that cosines keep the most of their digits; `uint8` is
+    the same plus 128. `ubinary` packs the signs of eight numbers into a byte, the first in its highest bit, a
+    bit set where the number is positive: uint8 of shape (n, dim / 8); `binary` is the same less 128, as int8.
+    `bfloat16`, which numpy hasn't, comes as the uint16 of its bits.
+    """
+    match dtype:
+        case "float32":
+            return np.ascontiguousarray(vectors, "<f4")
+        case "float16":
+            return vectors.astype("<f2")
+        case "bfloat16":
+            bits = np.ascontiguousarray(vectors, "<f4").view("<u4")
+            nearest_even = 0x7FFF + ((bits >> 16) & 1)
+            rounded: np.ndarray = (bits + nearest_even) >> 16
+            return rounded.astype("<u2")
+        case "int8" | "uint8":
+            largest = np.abs(vectors).max(axis=1, keepdims=True)
+            scaled = np.divide(vectors * INT8_MAX, largest, out=np.zeros_like(vectors), where=largest > 0)
+            small = np.rint(scaled).astype(np.int8)
+            return small if dtype == "int8" else _unsigned(small)
+        case "binary" | "ubinary":
+            packed = np.packbits(vectors > 0, axis=1)
+            return packed if dtype == "ubinary" else _signed(packed)
+
+
+def check_dtype(dtype: EmbedDtype, dimension: int, param: str) -> None:
+    """Raise InvalidRequestError for bits that don't fill bytes."""
+    if dtype in ("binary", "ubinary") and dimension % BITS:
+        raise InvalidRequestError(f"{dimension} dimensions can't be packed into bytes", param)
+
+
+def _signed(array: np.ndarray) -> np.ndarray:
+    """Return uint8 less 128, as int8: its highest bit turned."""
+    return (array ^ 0x80).view(np.int8)
+
+
+def _unsigned(array: np.ndarray) -> np.ndarray:
+    """Return int8 plus 128, as uint8."""
+    return array.view(np.uint8) ^ 0x80
+
+
+def json_rows(array: np.ndarray) -> list[bytes]:
+    """Return each row of (n, dim) as a JSON list of numbers."""
+    return [orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) for row in np.ascontiguousarray(array)]
+
+
+def base64_rows(array: np.ndarray) -> list[bytes]:
+    """Return each row's bytes as a JSON string in base64."""
+    return [b'"%b"' % base64.b64encode(row) for row in np.ascontiguousarray(array)]
+
+
+def embedding_texts(
+    vectors: np.ndarray, encoding_format: EncodingFormat, dtype: EmbedDtype = "float32"
+) -> list[bytes]:
+    """Return each row of float32 (n, dim) as JSON: numbers, or base64 of them as `dtype`."""
     if encoding_format == "base64":
-        return [b'"%b"' % base64.b64encode(row) for row in vectors]
-    return [orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) for row in vectors]
+        return base64_rows(convert(vectors, dtype))
+    return json_rows(convert(vectors, "float32"))

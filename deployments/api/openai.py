@@ -3,158 +3,101 @@
 Checked by hand rather than by a union of models: one pass over the input, and errors that name the field.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
-import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
-from deployments.api.encoding import EncodingFormat, embedding_texts
-from deployments.errors import EmbeddingError, InvalidRequestError
+from deployments.api import fields as read
+from deployments.api.encoding import EmbedDtype, EncodingFormat, check_dtype, embedding_texts
+from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
+from deployments.errors import InvalidRequestError
+
+# vLLM's names for what is dropped, and ours.
+SIDES: dict[str, Truncation] = {"left": "start", "right": "end"}
+# vLLM's way to say: as many as the model takes.
+LONGEST = -1
+ENDIANNESS = ("native", "little")
 
 
-@dataclass(frozen=True)
-class EmbeddingRequest:
-    """A parsed request: either `texts` or `token_ids`, never both."""
+@dataclass(frozen=True, kw_only=True)
+class OpenAIRequest(EmbeddingRequest):
+    """The body of `POST /embeddings`."""
 
-    model: str
-    texts: Sequence[str] = ()
-    token_ids: Sequence[Sequence[int]] = ()
     encoding_format: EncodingFormat = "float"
-    dimensions: int | None = None
-    use: str | None = None
-    use_field: str | None = None
-    truncate_prompt_tokens: int | None = None
+    embed_dtype: EmbedDtype = "float32"
 
-    def __len__(self) -> int:
-        """Return the number of inputs."""
-        return len(self.texts) or len(self.token_ids)
+    def answer(self, result: EmbeddingResult) -> bytes:
+        """Return the vectors with their indices, and exact usage; `truncated` stands only where any was."""
+        dtype: EmbedDtype = self.embed_dtype if self.encoding_format == "base64" else "float32"
+        check_dtype(dtype, result.vectors.shape[1], "embed_dtype")
+        data = b",".join(
+            b'{"object":"embedding","index":%d,"embedding":%b}' % item
+            for item in enumerate(embedding_texts(result.vectors, self.encoding_format, dtype))
+        )
+        cut = b',"truncated":%b' % orjson.dumps(list(result.truncated)) if result.truncated else b""
+        return (
+            b'{"object":"list","data":[%b],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}%b}'
+            % (data, orjson.dumps(result.model), result.prompt_tokens, result.prompt_tokens, cut)
+        )
 
 
-def parse_request(body: bytes) -> EmbeddingRequest:
+def parse_request(body: bytes) -> OpenAIRequest:
     """Parse a body. Raises InvalidRequestError whose `param` names the field."""
-    try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        # The decoder's own message quotes nothing of the input; line and column help a person.
-        raise InvalidRequestError(
-            f"the body isn't valid JSON: {error.msg} (line {error.lineno}, column {error.colno})", "body"
-        ) from None
-    if not isinstance(fields, dict):
-        raise InvalidRequestError("the body must be a JSON object", "body")
-    fields = {name: value for name, value in fields.items() if value is not None}
-    texts, token_ids = _parse_input(fields)
-    use, use_field = _parse_use(fields)
-    return EmbeddingRequest(
-        model=_parse_model(fields),
+    fields = read.read_object(body)
+    if "input" not in fields:
+        raise InvalidRequestError("`input` is missing", "input")
+    texts, token_ids = read.texts_or_ids(fields["input"], "input")
+    read.any_string(fields, "user")
+    read.any_string(fields, "hosting")
+    truncation, longest = _parse_truncation(fields)
+    return OpenAIRequest(
+        model=read.required_string(fields, "model"),
         texts=texts,
         token_ids=token_ids,
-        encoding_format=_parse_encoding_format(fields),
-        dimensions=_parse_positive(fields, "dimensions"),
-        use=use,
-        use_field=use_field,
-        truncate_prompt_tokens=_parse_positive(fields, "truncate_prompt_tokens"),
+        encoding_format=cast(
+            EncodingFormat, read.choice(fields, "encoding_format", get_args(EncodingFormat), "float")
+        ),
+        embed_dtype=_parse_dtype(fields),
+        dimensions=read.positive(fields, "dimensions"),
+        prompt=_parse_prompt(fields),
+        truncation=truncation,
+        truncate_prompt_tokens=longest,
+        tags=read.tags(fields),
     )
 
 
-def _parse_model(fields: Mapping[str, Any]) -> str:
-    model = fields.get("model")
-    if not isinstance(model, str) or not model:
-        raise InvalidRequestError("`model` must name a model", "model")
-    return model
+def _parse_dtype(fields: Mapping[str, Any]) -> EmbedDtype:
+    read.choice(fields, "endianness", ENDIANNESS, "little")
+    return cast(EmbedDtype, read.choice(fields, "embed_dtype", get_args(EmbedDtype), "float32"))
 
 
-def _parse_input(fields: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[Sequence[int]]]:
-    """Tell the four shapes apart: a string, strings, token ids, lists of token ids."""
-    value = fields.get("input")
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list):
-        raise InvalidRequestError(
-            "`input` must be a string, a list of strings, a list of token ids, or a list of those",
-            "input",
-        )
-    if not value:
-        raise InvalidRequestError("`input` must not be empty", "input")
-    if isinstance(value[0], str):
-        for index, text in enumerate(value):
-            if not isinstance(text, str):
-                raise InvalidRequestError(f"`input[{index}]` must be a string like the others", "input")
-            if not text:
-                raise InvalidRequestError(f"`input[{index}]` must not be empty", "input")
-        return value, ()
-    if isinstance(value[0], list):
-        for index, ids in enumerate(value):
-            if not isinstance(ids, list):
-                raise InvalidRequestError(f"`input[{index}]` must be a list like the others", "input")
-            _check_ids(ids, f"input[{index}]")
-        return (), value
-    _check_ids(value, "input")
-    return (), [value]
+def _parse_truncation(fields: Mapping[str, Any]) -> tuple[Truncation | None, int | None]:
+    """Return which side is dropped, and how many tokens stay; None where the request doesn't say."""
+    side = SIDES[read.choice(fields, "truncation_side", tuple(SIDES), "right")]
+    named = side if "truncation_side" in fields else None
+    if type(fields.get("truncate_prompt_tokens")) is int and fields["truncate_prompt_tokens"] == LONGEST:
+        return side, None
+    longest = read.positive(fields, "truncate_prompt_tokens")
+    return (named if longest is not None else None), longest
 
 
-def _check_ids(ids: list[Any], name: str) -> None:
-    if not ids:
-        raise InvalidRequestError(f"`{name}` must not be empty", "input")
-    # bool is a subclass of int, so the exact type is asked for.
-    if any(type(token) is not int for token in ids):
-        raise InvalidRequestError(f"`{name}` must hold token ids, which are integers", "input")
-    if min(ids) < 0:
-        raise InvalidRequestError(f"`{name}` holds a negative token id", "input")
-
-
-def _parse_encoding_format(fields: Mapping[str, Any]) -> EncodingFormat:
-    value = fields.get("encoding_format", "float")
-    if value not in get_args(EncodingFormat):
-        raise InvalidRequestError("`encoding_format` must be `float` or `base64`", "encoding_format")
-    return cast(EncodingFormat, value)
-
-
-def _parse_positive(fields: Mapping[str, Any], name: str) -> int | None:
-    value = fields.get(name)
-    if value is not None and (type(value) is not int or value < 1):
-        raise InvalidRequestError(f"`{name}` must be a positive integer", name)
-    return value
-
-
-def _parse_use(fields: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Return the prompt's name and the field that named it."""
+def _parse_prompt(fields: Mapping[str, Any]) -> Prompt | None:
+    """Return the prompt and the field that named it."""
     for name in ("input_type", "prompt_name"):
-        if (value := fields.get(name)) is not None:
-            if not isinstance(value, str) or not value:
-                raise InvalidRequestError(f"`{name}` must be a string", name)
-            return value, name
-    return None, None
-
-
-def answer(vectors: np.ndarray, model: str, encoding_format: EncodingFormat, prompt_tokens: int) -> bytes:
-    """Return the JSON answer for float32 vectors of shape (n, dim)."""
-    data = b",".join(
-        b'{"object":"embedding","index":%d,"embedding":%b}' % item
-        for item in enumerate(embedding_texts(vectors, encoding_format))
-    )
-    return b'{"object":"list","data":[%b],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
-        data,
-        orjson.dumps(model),
-        prompt_tokens,
-        prompt_tokens,
-    )
-
-
-def error_body(error: EmbeddingError) -> bytes:
-    """Return the error envelope, a superset that OpenAI's and Pharia's clients both read."""
-    detail = {
-        "message": error.message,
-        "type": error.type,
-        "param": error.param,
-        "code": error.code,
-    }
-    return orjson.dumps({"error": detail, "code": error.code})
+        if (value := read.string(fields, name)) is not None:
+            return Prompt((value,), name)
+    return None
 
 
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
+
+Text = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class EmbeddingRequestBody(BaseModel):
@@ -165,22 +108,30 @@ class EmbeddingRequestBody(BaseModel):
         json_schema_extra={"examples": [{"model": "all-minilm-l6-v2", "input": ["Hello", "world"]}]},
     )
 
-    model: str = Field(description="One of the names that `GET /models` lists.")
-    input: str | list[str] | list[int] | list[list[int]] = Field(
-        description="A text, several texts, one text's token ids, or several texts' token ids."
-    )
+    model: Text = Field(description="One of the names that `GET /models` lists.")
+    input: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1)]
+    ) = Field(description="A text, several texts, one text's token ids, or several texts' token ids.")
     encoding_format: EncodingFormat | None = Field(
         "float", description="`base64` holds little-endian float32 and is the faster one."
     )
-    dimensions: int | None = Field(None, description="Shorter vectors, where the model allows it.")
+    embed_dtype: EmbedDtype | None = Field("float32", description="What `base64` holds instead of float32.")
+    endianness: Literal["native", "little"] | None = Field("little", description="The order of its bytes.")
+    dimensions: Count | None = Field(None, description="Shorter vectors, where the model allows it.")
     user: str | None = Field(None, description="Accepted and not used.")
-    input_type: str | None = Field(
+    hosting: str | None = Field(None, description="Accepted and not used.")
+    tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
+    input_type: Text | None = Field(
         None, description="Puts the model's prompt of that name before each text: `query`, `document`, …"
     )
-    prompt_name: str | None = Field(None, description="The same as `input_type`.")
-    truncate_prompt_tokens: int | None = Field(
-        None, description="Cut each input to that many tokens, special tokens included."
+    prompt_name: Text | None = Field(None, description="The same as `input_type`.")
+    truncate_prompt_tokens: Count | Literal[-1] | None = Field(
+        None, description="Cut each input to that many tokens, special tokens included; -1: the model's most."
     )
+    truncation_side: Literal["left", "right"] | None = Field(None, description="Which side is cut.")
 
 
 class Embedding(BaseModel):
@@ -205,19 +156,6 @@ class EmbeddingResponse(BaseModel):
     data: list[Embedding]
     model: str
     usage: Usage
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong, as OpenAI's clients read it."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorResponse(BaseModel):
-    """The body of every error. `code` stands twice since Pharia's clients read the outer one."""
-
-    error: ErrorDetail
-    code: str
+    truncated: list[int] = Field(
+        [], description="Indices of the inputs that were cut; absent where none was."
+    )

@@ -228,6 +228,9 @@ def _plan(worker: Worker, device: Device, shared_cores: int) -> WorkerPlan:
     cores = worker.deployment.num_cpus or (shared_cores if _needs_cores(worker, device) else 1)
     bundles = _bundles(worker, device, cores)
     engine_args = _engine_args(worker, device, files)
+    # Replicas read it when they start.
+    vocabulary = ("cl100k",) if worker.reads_cl100k else ()
+    release = metadata.version("embedding-cluster")
     return WorkerPlan(
         worker=worker.model_copy(
             # The token is for the world outside: neither replica nor ingress has a use for it.
@@ -240,7 +243,7 @@ def _plan(worker: Worker, device: Device, shared_cores: int) -> WorkerPlan:
         ray_actor_options=_ray_actor_options(worker, device, cores, bundles),
         prompts=files.prompts if files else {},
         package=package,
-        engine_version=_hash(package, engine_args, device, cores, metadata.version("embedding-cluster")),
+        engine_version=_hash(package, engine_args, device, cores, release, *vocabulary),
     )
 
 

@@ -99,13 +99,15 @@ class EmbeddingTask(Table):
     """`[queue.models.NAME.embedding_task]`: what one public name may do.
 
     `dimensions` are the sizes a request may ask for besides the model's own; `prompts` maps a use
-    (`query`, `document`, …) to the text put before each input, over the model's own prompts.
+    (`query`, `document`, …) to the text put before each input, over the model's own prompts; in the prompt
+    `instruction` the client's instruction takes the place of `{instruction}`. `token_input` says whose token
+    ids clients send: the model's own, OpenAI's cl100k, which are turned into text, or none.
     """
 
     supported: bool = False
     dimensions: tuple[Count, ...] = Field(default=(), strict=False)
     prompts: dict[str, str] = Field(default_factory=dict)
-    token_input: Literal["native", "reject"] = "native"
+    token_input: Literal["native", "cl100k", "reject"] = "native"
     truncation: Literal["none", "start", "end"] = "none"
 
 
@@ -259,6 +261,11 @@ class Worker(Table):
                 " parallelism: the placement group of the ranks decides where they go"
             )
         return self
+
+    @property
+    def reads_cl100k(self) -> bool:
+        """Whether any of its models is sent OpenAI's token ids."""
+        return any(model.embedding_task.token_input == "cl100k" for model in self.queue.models.values())
 
     @property
     def name(self) -> str:

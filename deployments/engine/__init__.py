@@ -19,7 +19,8 @@ class ModelCard:
 
     `tokenizer` is the model's tokenizer in the JSON of Hugging Face's `tokenizers`; `dimension` the
     length of a vector; `max_model_len` the most tokens of an input; ids go from 0 to `vocab_size` - 1.
-    `prompts` maps a use to the text put before each input. Replicas of one `version` give the same vectors.
+    `prompts` maps a use to the text put before each input; `cl100k` holds the bytes of each of its tokens
+    where clients send those. Replicas of one `version` give the same vectors.
     """
 
     tokenizer: str
@@ -27,6 +28,7 @@ class ModelCard:
     max_model_len: int
     vocab_size: int
     prompts: dict[str, str] = field(default_factory=dict)
+    cl100k: tuple[bytes, ...] = ()
     version: str = ""
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from deployments.config.model_files import ModelFiles
 from deployments.errors import EngineStartError, InvalidRequestError
@@ -26,6 +26,15 @@ class TextTokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, special tokens included. Threads may share this."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def read(self, text: str) -> tuple[list[int], list[str]]:
+        """Return a text's token ids, special tokens included, and the tokens themselves."""
+        encoding = self._tokenizer.encode(text)
+        return encoding.ids, encoding.tokens
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens left out."""
+        return str(self._tokenizer.decode(list(ids)))
 
     def truncate(self, ids: list[int], longest: int, drop_start: bool, framed: bool) -> list[int]:
         """Return `longest` of the ids, the others dropped at the end, or with `drop_start` there.
@@ -73,4 +82,5 @@ def byte_tokenizer() -> str:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return str(tokenizer.to_str())

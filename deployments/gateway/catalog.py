@@ -1,11 +1,11 @@
 """Public model names → the worker that serves each."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from deployments.config.worker import Model
-from deployments.errors import MissingCapabilityError, ModelNotFoundError
+from deployments.errors import InvalidRequestError, MissingCapabilityError, ModelNotFoundError
 from deployments.gateway.dispatch import Dispatch
 
 
@@ -16,6 +16,10 @@ class Served:
     name: str
     model: Model
     dispatch: Dispatch
+
+    def has(self, tags: frozenset[str]) -> bool:
+        """Whether its worker has all the tags."""
+        return tags <= set(self.dispatch.worker.queue.tags)
 
     def check_embeds(self) -> None:
         """Raise MissingCapabilityError where the worker file doesn't say that the model embeds."""
@@ -38,6 +42,10 @@ class Served:
         }
 
 
+def _names(models: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in models)
+
+
 class Catalog:
     """All the models of the cluster, in the order of their files."""
 
@@ -54,14 +62,30 @@ class Catalog:
             for name, model in dispatch.worker.queue.models.items()
         }
 
-    def find(self, name: str) -> Served:
-        """Return the model of that name. Raises ModelNotFoundError that names those there are."""
+    def find(self, name: str | None, tags: frozenset[str] = frozenset()) -> Served:
+        """Return the model of that name, or the only one where a client names none.
+
+        Raises ModelNotFoundError that names those there are, InvalidRequestError where the name is missing
+        and there are several, MissingCapabilityError where the model's worker lacks one of the tags.
+        """
+        if name is None:
+            return self._only(tags)
         served = self._served.get(name)
         if served is None:
-            names = ", ".join(f"`{known}`" for known in self._served)
-            raise ModelNotFoundError(f"no model of that name; there are {names}", "model")
+            raise ModelNotFoundError(f"no model of that name; there are {_names(self._served)}", "model")
+        if tags and not served.has(tags):
+            raise MissingCapabilityError(f"no worker of `{name}` has all of these tags", "tags")
         return served
 
-    def listing(self) -> list[dict[str, Any]]:
-        """Return every model's entry."""
-        return [served.listing() for served in self._served.values()]
+    def _only(self, tags: frozenset[str]) -> Served:
+        """Return the one model whose worker has the tags."""
+        able = {name: each for name, each in self._served.items() if each.has(tags)}
+        if not able:
+            raise MissingCapabilityError("no worker has all of these tags", "tags")
+        if len(able) > 1:
+            raise InvalidRequestError(f"`model` must name one of {_names(able)}", "model")
+        return next(iter(able.values()))
+
+    def models(self) -> list[Served]:
+        """Return every model."""
+        return list(self._served.values())

@@ -12,25 +12,29 @@ from typing import Any
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.openapi.docs import get_swagger_ui_html
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.api import openai
+from deployments.api.envelope import error_body
 from deployments.config.worker import Worker
 from deployments.errors import (
     EmbeddingError,
     InvalidRequestError,
     MethodNotAllowedError,
+    ModelNotFoundError,
     RouteNotFoundError,
 )
 from deployments.gateway.catalog import Catalog
 from deployments.gateway.dispatch import Dispatch
+from deployments.gateway.documentation import add_documentation, answers, plain
 from deployments.gateway.meter import RetryBudget
 from deployments.gateway.metrics_port import MetricsPort
+from deployments.gateway.pharia import PhariaServing
+from deployments.gateway.routes import BODIES, add_embedding_routes, add_pharia_routes
 from deployments.gateway.serving import Serving
 from deployments.metrics import CONTENT_TYPE, Metrics, merge, states_text
 
@@ -39,6 +43,20 @@ logger = logging.getLogger("ray.serve")
 # The version of the inference API that we speak; clients ask for major 1, 1.19.0 or later.
 API_VERSION = "1.19.0"
 CLIENT_CLOSED_REQUEST = 499  # nginx's name for it: nobody reads this answer
+
+MODEL = {
+    "id": "all-minilm-l6-v2",
+    "object": "model",
+    "created": 0,
+    "owned_by": "all-minilm-l6-v2",
+    "version": 1,
+    "description": "English sentences and short paragraphs",
+    "maximum_completion_tokens": None,
+    "max_model_len": 256,
+    "embedding_task": {"supported": True},
+}
+SAMPLE = 'embedding_tokens_total{worker="all-minilm-l6-v2"} 7.0'
+READY = {"ready": False, "models": [{"ready": False, "reason": "no replica answers", "deployment": "a"}]}
 
 # How long one ingress replica waits for the others' metrics.
 GATHER_SECONDS = 5.0
@@ -146,17 +164,18 @@ def make_app(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort] 
 
     app = FastAPI(
         title="Embedding cluster",
-        description="OpenAI-compatible embeddings.",
+        description="Embeddings as OpenAI, PhariaInference, Cohere and text-embeddings-inference give them.",
         version=API_VERSION,
         openapi_url=None,  # both are among the routes, at either prefix
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would name the host that the client made up
         lifespan=lifespan,
     )
     app.add_middleware(Errors)
     app.add_exception_handler(HTTPException, _http_exception)
     router = _routes(serving, gather, ports)
-    _add_documentation(app, router)
+    add_documentation(app, router, BODIES)
     app.include_router(router, prefix="/v1")
     # The same routes without prefix: some clients are given the host with /v1, some without.
     app.include_router(router, include_in_schema=False)
@@ -167,17 +186,13 @@ def _routes(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort]) 
     router = APIRouter()
     catalog = serving.catalog
 
-    async def embeddings(request: Request) -> Response:
-        """Embed one text or many; the answer keeps their order."""
-        return Response(await serving.embed(request), media_type="application/json")
-
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
         """List the models."""
-        return _json({"object": "list", "data": catalog.listing()})
+        return _json({"object": "list", "data": [each.listing() for each in serving.visible(request)]})
 
-    async def model(name: str) -> Response:
+    async def model(request: Request, name: str) -> Response:
         """Show one model."""
-        return _json(catalog.find(name).listing())
+        return _json(serving.find(request, name).listing())
 
     async def health() -> Response:
         """Say that this process is alive."""
@@ -202,37 +217,17 @@ def _routes(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort]) 
         """Give the version of the API as plain text."""
         return Response(API_VERSION, media_type="text/plain")
 
-    problem = {"model": openai.ErrorResponse}
-    statuses: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 404, 408, 413, 500, 503), problem)
-    schema = openai.EmbeddingRequestBody.model_json_schema()
-    router.add_api_route(
-        "/embeddings",
-        embeddings,
-        methods=["POST"],
-        responses={200: {"model": openai.EmbeddingResponse}, **statuses},
-        openapi_extra={
-            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}
-        },
-    )
-    router.add_api_route("/models", models)
-    router.add_api_route("/models/{name:path}", model, responses={404: problem})
-    router.add_api_route("/health", health)
-    router.add_api_route("/ready", ready, responses={503: {"description": "Not every model is ready"}})
-    router.add_api_route("/version", version)
-    router.add_api_route("/metrics", metrics)
+    add_embedding_routes(router, serving)
+    add_pharia_routes(router, PhariaServing(serving), _json)
+    listed = {"object": "list", "data": [MODEL]}
+    router.add_api_route("/models", models, responses=answers(listed))
+    router.add_api_route("/models/{name:path}", model, responses=answers(MODEL, ModelNotFoundError))
+    router.add_api_route("/health", health, responses=answers({"status": "ok"}))
+    not_ready = {**answers(READY)[200], "description": "Not every model is ready"}
+    router.add_api_route("/ready", ready, responses={**answers(READY | {"ready": True}), 503: not_ready})
+    for path, endpoint, example in (("/version", version, API_VERSION), ("/metrics", metrics, SAMPLE)):
+        router.add_api_route(path, endpoint, response_class=PlainTextResponse, responses=plain(example))
     return router
-
-
-def _add_documentation(app: FastAPI, router: APIRouter) -> None:
-    async def openapi_json() -> Response:
-        return _json(app.openapi())
-
-    async def docs(request: Request) -> Response:
-        prefix = request.url.path.removesuffix("/docs")
-        return get_swagger_ui_html(openapi_url=f"{prefix}/openapi.json", title=app.title)
-
-    router.add_api_route("/openapi.json", openapi_json, include_in_schema=False)
-    router.add_api_route("/docs", docs, include_in_schema=False)
 
 
 def _json(content: Any, status: int = 200) -> Response:
@@ -247,7 +242,7 @@ def error_response(error: EmbeddingError) -> Response:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, round(error.retry_after)))
-    return Response(openai.error_body(error), error.status, headers, "application/json")
+    return Response(error_body(error), error.status, headers, "application/json")
 
 
 class Errors:

@@ -4,8 +4,12 @@ prompt → tokenise → truncate → count
 """
 
 import asyncio
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from deployments.api.openai import EmbeddingRequest
+from deployments.api.request import EmbeddingRequest
 from deployments.config.worker import EmbeddingTask, Limits
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
@@ -19,6 +23,19 @@ from deployments.errors import (
 
 # Below this many characters tokenising takes less than the hop to another thread and back.
 INLINE_CHARACTERS = 20_000
+# The prompt that an instruction is put into, and where in it.
+INSTRUCTION = "instruction"
+PLACE = "{instruction}"
+# How models that take instructions write theirs down: the E5 and Qwen3 families.
+INSTRUCT_PROMPT = re.compile(r"(Instruct: ).*(\nQuery: ?)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Token ids of every input, in order, and the indices of those that were cut."""
+
+    batch: TokenBatch
+    truncated: tuple[int, ...] = ()
 
 
 async def prepare(
@@ -27,79 +44,145 @@ async def prepare(
     limits: Limits,
     card: ModelCard,
     tokenizer: TextTokenizer,
-) -> TokenBatch:
-    """Return the token ids of every input, in order, each no longer than the model takes."""
+) -> Prepared:
+    """Return the token ids of every input, each no longer than the model takes."""
+    field = request.input_field
     if len(request) > limits.max_inputs:
         raise TooManyInputsError(
-            f"{len(request)} inputs are more than the {limits.max_inputs} of one request", "input"
+            f"{len(request)} inputs are more than the {limits.max_inputs} of one request", field
         )
-    _check_dimensions(request.dimensions, task, card)
-    if request.texts:
-        inputs = await _tokenise(request, task, card, tokenizer)
+    _check_dimensions(request, task, card)
+    texts = request.texts or _decode(request, task, card)
+    if texts:
+        inputs = await _tokenise(_with_prompt(texts, request, task, card), tokenizer)
     else:
         inputs = _check_token_ids(request, task, card)
-    longest = card.max_model_len
-    if request.truncate_prompt_tokens is not None or task.truncation != "none":
-        longest = min(longest, request.truncate_prompt_tokens or longest)
-        inputs = [
-            tokenizer.truncate(ids, longest, task.truncation == "start", bool(request.texts))
-            if len(ids) > longest
-            else ids
-            for ids in inputs
-        ]
-    _check_lengths(inputs, longest, limits)
-    return TokenBatch.of(inputs)
+    cut = functools.partial(tokenizer.truncate, framed=bool(texts))
+    inputs, longest, truncated = _truncate(inputs, request, task, card, cut)
+    _check_lengths(inputs, longest, limits, field)
+    return Prepared(TokenBatch.of(inputs), truncated)
 
 
-async def _tokenise(
-    request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard, tokenizer: TextTokenizer
-) -> list[list[int]]:
-    texts = request.texts
-    if request.use is not None:
-        prompts = card.prompts | task.prompts
-        if request.use not in prompts:
-            known = f"it has {', '.join(sorted(prompts))}" if prompts else "it has none"
-            raise MissingCapabilityError(f"the model has no prompt of that name; {known}", request.use_field)
-        texts = [prompts[request.use] + text for text in texts]
+async def _tokenise(texts: Sequence[str], tokenizer: TextTokenizer) -> list[list[int]]:
     if sum(map(len, texts)) < INLINE_CHARACTERS:
         return tokenizer.encode(texts)
     return await asyncio.to_thread(tokenizer.encode, texts)
 
 
+def _with_prompt(
+    texts: Sequence[str], request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard
+) -> Sequence[str]:
+    """Return the texts with what the request and the model want before each."""
+    if request.prompt is None and request.instruction is None:
+        return texts
+    prompts = card.prompts | task.prompts
+    if request.instruction is not None:
+        prompt = _instruct(request.instruction, prompts)
+    else:
+        assert request.prompt is not None
+        name = next((name for name in request.prompt.names if name in prompts), None)
+        if name is None and request.prompt.required:
+            known = f"it has {', '.join(sorted(prompts))}" if prompts else "it has none"
+            raise MissingCapabilityError(
+                f"the model has no prompt of that name; {known}", request.prompt.field
+            )
+        prompt = prompts[name] if name is not None else ""
+    return [prompt + text for text in texts]
+
+
+def takes_instructions(prompts: dict[str, str]) -> bool:
+    """Whether a model with these prompts was trained to follow instructions."""
+    return PLACE in prompts.get(INSTRUCTION, "") or any(map(INSTRUCT_PROMPT.fullmatch, prompts.values()))
+
+
+def _instruct(instruction: str, prompts: dict[str, str]) -> str:
+    """Return the prompt with an instruction of the client's, in the form that the model was trained with."""
+    if PLACE in prompts.get(INSTRUCTION, ""):
+        return prompts[INSTRUCTION].replace(PLACE, instruction)
+    for prompt in prompts.values():
+        if match := INSTRUCT_PROMPT.fullmatch(prompt):
+            return f"{match[1]}{instruction}{match[2]}"
+    raise MissingCapabilityError("the model takes no instructions", INSTRUCTION)
+
+
+def _decode(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> list[str]:
+    """Return the texts behind cl100k's token ids; none where the ids are the model's own."""
+    if task.token_input != "cl100k" or request.own_ids:
+        return []
+    texts = []
+    for index, ids in enumerate(request.token_ids):
+        try:
+            # Bytes that aren't UTF-8 are those of a character cut in two.
+            text = b"".join([card.cl100k[token] for token in ids]).decode("utf-8", "replace")
+        except IndexError:
+            raise InvalidRequestError(
+                f"`{request.input_field}[{index}]` holds a token id beyond cl100k's vocabulary",
+                request.input_field,
+            ) from None
+        if not text:
+            raise InvalidRequestError(
+                f"`{request.input_field}[{index}]` must not be empty", request.input_field
+            )
+        texts.append(text)
+    return texts
+
+
 def _check_token_ids(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> list[list[int]]:
+    field = request.input_field
     if task.token_input == "reject":
-        raise MissingCapabilityError("this model takes texts only, no token ids", "input")
-    if request.use is not None:
-        raise InvalidRequestError("a prompt can't be put before token ids; send text", request.use_field)
+        raise MissingCapabilityError("this model takes texts only, no token ids", field)
+    if request.instruction is not None:
+        raise InvalidRequestError("an instruction can't be put before token ids; send text", field)
+    if request.prompt is not None and request.prompt.required:
+        raise InvalidRequestError("a prompt can't be put before token ids; send text", request.prompt.field)
     for index, ids in enumerate(request.token_ids):
         if max(ids) >= card.vocab_size:
             raise InvalidRequestError(
-                f"`input[{index}]` holds a token id beyond the vocabulary of {card.vocab_size}", "input"
+                f"`{field}[{index}]` holds a token id beyond the vocabulary of {card.vocab_size}", field
             )
     return [list(ids) for ids in request.token_ids]
 
 
-def _check_lengths(inputs: list[list[int]], longest: int, limits: Limits) -> None:
+def _truncate(
+    inputs: list[list[int]],
+    request: EmbeddingRequest,
+    task: EmbeddingTask,
+    card: ModelCard,
+    cut: Callable[[list[int], int, bool], list[int]],
+) -> tuple[list[list[int]], int, tuple[int, ...]]:
+    """Cut what is too long, where that is wanted; return the most tokens of an input, and which were cut."""
+    longest = card.max_model_len
+    side = request.truncation or task.truncation
+    if request.truncate_prompt_tokens is None and side == "none":
+        return inputs, longest, ()
+    longest = min(longest, request.truncate_prompt_tokens or longest)
+    truncated = tuple(index for index, ids in enumerate(inputs) if len(ids) > longest)
+    for index in truncated:
+        inputs[index] = cut(inputs[index], longest, side == "start")
+    return inputs, longest, truncated
+
+
+def _check_lengths(inputs: list[list[int]], longest: int, limits: Limits, field: str) -> None:
     total = 0
     for index, ids in enumerate(inputs):
         total += len(ids)
         if not ids:
-            raise InvalidRequestError(f"`input[{index}]` holds nothing that the model can read", "input")
+            raise InvalidRequestError(f"`{field}[{index}]` holds nothing that the model can read", field)
         if len(ids) > longest:
             raise ContextLengthError(
-                f"`input[{index}]` has {len(ids)} tokens, and the model takes {longest}", "input"
+                f"`{field}[{index}]` has {len(ids)} tokens, and the model takes {longest}", field
             )
     if total > limits.max_request_tokens:
         raise ContextLengthError(
-            f"{total} tokens are more than the {limits.max_request_tokens} of one request", "input"
+            f"{total} tokens are more than the {limits.max_request_tokens} of one request", field
         )
 
 
-def _check_dimensions(dimensions: int | None, task: EmbeddingTask, card: ModelCard) -> None:
+def _check_dimensions(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> None:
     sizes = sorted({*(size for size in task.dimensions if size < card.dimension), card.dimension})
-    if dimensions is None or dimensions in sizes:
+    if request.dimensions is None or request.dimensions in sizes:
         return
+    field = request.dimensions_field
     raise InvalidRequestError(
-        f"`dimensions` can't be {dimensions}; this model gives {', '.join(map(str, sizes))}",
-        "dimensions",
+        f"`{field}` can't be {request.dimensions}; this model gives {', '.join(map(str, sizes))}", field
     )

@@ -3,13 +3,13 @@
 import asyncio
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from starlette.requests import ClientDisconnect, Request
 
-from deployments.api import openai
-from deployments.api.encoding import truncate
+from deployments.api.encoding import normalize, truncate
+from deployments.api.request import EmbeddingRequest, EmbeddingResult
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
 from deployments.engine.tokenizer import TextTokenizer
@@ -19,10 +19,13 @@ from deployments.errors import (
     EmbeddingError,
     InvalidRequestError,
 )
-from deployments.gateway.catalog import Catalog
+from deployments.gateway.catalog import Catalog, Served
 from deployments.gateway.prepare import prepare
 from deployments.gateway.work import Lane
 from deployments.metrics import CANCELLED, NO_MODEL, SUCCESS, Metrics
+
+# Reads a dialect's body.
+Parse = Callable[[bytes], EmbeddingRequest]
 
 # Ray Serve's own header: a client may lower its request's deadline, never raise it.
 TIMEOUT_HEADER = "x-request-timeout-seconds"
@@ -42,36 +45,55 @@ class Serving:
         self.metrics = metrics
         self._max_body_bytes = max_body_bytes
 
-    async def embed(self, request: Request) -> bytes:
-        """Return the JSON answer to a `POST /embeddings`, or raise an EmbeddingError."""
+    def find(self, request: Request, name: str | None, tags: frozenset[str] = frozenset()) -> Served:
+        """Return the model that a request is for. Raises what `Catalog.find` does."""
+        return self.catalog.find(name, tags)
+
+    def visible(self, request: Request) -> list[Served]:
+        """Return the models that the client may use."""
+        return self.catalog.models()
+
+    async def embed(self, request: Request, parse: Parse) -> bytes:
+        """Return the JSON answer in the dialect that `parse` reads, or raise an EmbeddingError."""
         arrival = asyncio.get_running_loop().time()
-        with self._counted(arrival) as counted:
+        with self.counted(arrival) as counted:
             patience = wanted_seconds(request)
-            body = await self._read(request, arrival + min(BODY_SECONDS, patience))
+            body = await self.read(request, arrival + min(BODY_SECONDS, patience))
             with self._timed() as parsing:
-                wanted = openai.parse_request(body)
-            served = self.catalog.find(wanted.model)
+                wanted = parse(body)
+            served = self.find(request, wanted.model, wanted.tags)
             counted.model = served.name
             served.check_embeds()
             worker = served.dispatch.worker
             self.metrics.stage_seconds.labels(worker.name, "parse").observe(parsing.seconds)
             deadline = arrival + min(worker.limits.request_timeout_s, patience)
+            truncated: tuple[int, ...] = ()
 
             async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
+                nonlocal truncated
                 with self._timed(worker.name, "tokenise"):
-                    return await prepare(wanted, served.model.embedding_task, worker.limits, card, tokenizer)
+                    task = served.model.embedding_task
+                    prepared = await prepare(wanted, task, worker.limits, card, tokenizer)
+                truncated = prepared.truncated
+                return prepared.batch
 
-            lane = Lane.BULK if request.query_params.get("nice") == "true" else Lane.INTERACTIVE
+            lane = lane_of(request)
             caller = caller_of(request)
             batch, vectors = await served.dispatch.embed_by(tokens_for, deadline, lane, caller)
             with self._timed(worker.name, "encode"):
                 vectors = truncate(vectors, wanted.dimensions)
-                answer = openai.answer(vectors, wanted.model, wanted.encoding_format, batch.tokens)
+                if wanted.normalize:
+                    vectors = normalize(vectors)
+                version = str(worker.queue.version)
+                answer = wanted.answer(
+                    EmbeddingResult(vectors, served.name, batch.tokens, truncated, version)
+                )
             self.metrics.inputs.labels(worker.name).inc(len(batch))
             self.metrics.tokens.labels(worker.name).inc(batch.tokens)
             return answer
 
-    async def _read(self, request: Request, deadline: float) -> bytes:
+    async def read(self, request: Request, deadline: float) -> bytes:
+        """Return the body. Raises BodyTooLargeError, or DeadlineExceededError at `deadline`."""
         try:
             async with asyncio.timeout_at(deadline):
                 return await read_body(request, self._max_body_bytes)
@@ -79,7 +101,7 @@ class Serving:
             raise DeadlineExceededError("the body took too long to arrive", "body") from None
 
     @contextmanager
-    def _counted(self, arrival: float) -> Iterator["_Counted"]:
+    def counted(self, arrival: float) -> Iterator["_Counted"]:
         """Count the request by model and outcome, however it ends."""
         counted = _Counted()
         outcome = EmbeddingError.code
@@ -132,6 +154,16 @@ def wanted_seconds(request: Request) -> float:
     if not seconds > 0:
         return math.inf
     return seconds - min(max(seconds * TIMEOUT_SHARE, TIMEOUT_SECONDS), seconds / 2)
+
+
+def lane_of(request: Request) -> Lane:
+    """Return the lane that the query asks for: `nice=true` lets others go first."""
+    match request.query_params.get("nice", "false"):
+        case "true":
+            return Lane.BULK
+        case "false":
+            return Lane.INTERACTIVE
+    raise InvalidRequestError("`nice` must be true or false", "nice")
 
 
 def caller_of(request: Request) -> str:

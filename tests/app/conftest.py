@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from deployments.config.load import load_workers
 from deployments.config.plan import Machine, make_plans
+from deployments.engine.batch import TokenBatch
+from deployments.engine.fake import fake_vectors
+from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 from deployments.gateway.catalog import Catalog
 from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.ingress import make_app
@@ -63,8 +67,27 @@ FILES = {
     "texts.toml": workers.fake(
         "texts", task='token_input = "reject"\ntruncation = "end"\ndimensions = [100000]'
     ),
+    "foreign.toml": workers.fake(
+        "foreign", "dimension = 16", task='token_input = "cl100k"\nprompts = {query = "find: "}'
+    ).replace("[queue]", '[queue]\ntags = ["eu", "fast"]'),
+    "wide.toml": workers.fake(
+        "wide",
+        "dimension = 256",
+        task='dimensions = [128]\nprompts = {instruction = "{instruction} -> "}',
+    ),
+    "instruct.toml": workers.fake(
+        "instruct", "dimension = 16", task='prompts = {query = "Instruct: Find it\\nQuery: "}'
+    ),
     "mute.toml": workers.fake("mute").replace("supported = true", "supported = false"),
 }
+
+
+NAMES = sorted(name.removesuffix(".toml") for name in FILES)
+
+
+def expected(texts: list[str], dimension: int = 16) -> np.ndarray:
+    """Return what the fake engine gives: its tokens are the texts' bytes."""
+    return fake_vectors(TokenBatch.of(TextTokenizer(byte_tokenizer()).encode(texts)), dimension)
 
 
 @pytest.fixture

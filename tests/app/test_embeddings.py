@@ -11,16 +11,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from deployments.api.encoding import truncate
 from deployments.engine.batch import TokenBatch
-from deployments.engine.fake import fake_vectors
 from deployments.errors import EngineDeadError, EngineError
-from tests.app.conftest import MAX_BODY_BYTES, LocalHandle
-
-
-def expected(texts: list[str], dimension: int = 16) -> np.ndarray:
-    """Return what the fake engine gives: its tokens are the texts' bytes."""
-    from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
-
-    return fake_vectors(TokenBatch.of(TextTokenizer(byte_tokenizer()).encode(texts)), dimension)
+from tests.app.conftest import MAX_BODY_BYTES, NAMES, LocalHandle, expected
 
 
 async def embed(client: httpx.AsyncClient, **fields: Any) -> np.ndarray:
@@ -58,14 +50,7 @@ async def test_both_prefixes_serve_the_same(client: httpx.AsyncClient) -> None:
     """Clients are configured with and without /v1."""
     for path in ("/v1/models", "/models"):
         response = await client.get(f"http://cluster{path}")
-        assert [model["id"] for model in response.json()["data"]] == [
-            "a",
-            "b",
-            "mute",
-            "patient",
-            "slow",
-            "texts",
-        ]
+        assert [model["id"] for model in response.json()["data"]] == NAMES
     assert (await client.get("/models/b")).json()["id"] == "b"
 
 
@@ -126,7 +111,7 @@ async def test_what_is_refused(
 async def test_an_unknown_model_is_told_which_there_are(client: httpx.AsyncClient) -> None:
     """A typo shows at once."""
     error = await refuse(client, 404, "model_not_found", model="A", input="x")
-    assert "`a`, `b`, `mute`, `patient`, `slow`, `texts`" in error["message"]
+    assert ", ".join(f"`{name}`" for name in NAMES) in error["message"]
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -187,7 +172,7 @@ async def test_ready_tells_each_model(client: httpx.AsyncClient, handles: dict[s
     response = await client.get("/ready")
     assert response.status_code == 503
     states = {state["deployment"]: state["ready"] for state in response.json()["models"]}
-    assert states == {"a": True, "b": False, "mute": True, "patient": True, "slow": True, "texts": True}
+    assert states == dict.fromkeys(NAMES, True) | {"b": False}
 
 
 async def test_an_internal_error_shows_nothing(
@@ -218,6 +203,7 @@ async def test_the_openapi_document_shows_request_and_errors(client: httpx.Async
     document = (await client.get("http://cluster/openapi.json")).json()
     post = document["paths"]["/v1/embeddings"]["post"]
     schema = post["requestBody"]["content"]["application/json"]["schema"]
+    schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
     assert {"model", "input", "encoding_format", "dimensions"} <= set(schema["properties"])
     assert {"200", "400", "404", "408", "413", "500", "503"} <= set(post["responses"])
     assert (await client.get("/docs")).status_code == 200

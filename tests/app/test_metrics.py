@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deployments import errors
 from deployments.metrics import CANCELLED, NO_MODEL, STAGES, SUCCESS, merge
+from tests.app.conftest import NAMES
 from tests.unit.test_house import all_errors
 
 FAMILIES = {
@@ -80,7 +81,7 @@ async def test_labels_come_from_closed_sets(client: httpx.AsyncClient) -> None:
     """Whatever clients send: a name that a client made up never becomes a label."""
     for number in range(20):
         await client.post("/embeddings", json={"model": f"made-up-{number}", "input": "x"})
-    models = {"a", "b", "mute", "patient", "slow", "texts"}
+    models = set(NAMES)
     outcomes = {kind.code for kind in all_errors()} | {SUCCESS, CANCELLED}
     for _, labels in await scrape(client):
         values = dict(labels)

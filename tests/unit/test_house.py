@@ -20,11 +20,13 @@ LAYERS = [
     ["deployments.config.worker", "deployments.config.model_files"],
     ["deployments.config.load", "deployments.config.plan"],
     ["deployments.config.manifest", "deployments.engine.batch", "deployments.engine.cores"],
-    ["deployments.engine.tokenizer"],
+    ["deployments.engine.tokenizer", "deployments.engine.cl100k"],
     ["deployments.engine"],
     ["deployments.engine.fake", "deployments.engine.turns", "deployments.engine.vllm"],
-    ["deployments.api.encoding"],
-    ["deployments.api.openai"],
+    ["deployments.api.encoding", "deployments.api.envelope", "deployments.api.fields"],
+    ["deployments.api.request"],
+    ["deployments.api.openai", "deployments.api.pharia", "deployments.api.cohere", "deployments.api.tei"],
+    ["deployments.api.embed"],
     ["deployments.scaling"],
     [
         "deployments.replica",
@@ -38,7 +40,9 @@ LAYERS = [
     ["deployments.gateway.calls"],
     ["deployments.gateway.dispatch"],
     ["deployments.gateway.catalog"],
-    ["deployments.gateway.serving"],
+    ["deployments.gateway.serving", "deployments.gateway.documentation"],
+    ["deployments.gateway.pharia"],
+    ["deployments.gateway.routes"],
     ["deployments.gateway.ingress"],
     ["deployments.app"],
     ["deployments.launch"],
@@ -65,7 +69,11 @@ HEAVY = {
         "deployments.gateway.dispatch",
         "deployments.gateway.ingress",
     },
-    "fastapi": {"deployments.gateway.ingress"},
+    "fastapi": {
+        "deployments.gateway.ingress",
+        "deployments.gateway.routes",
+        "deployments.gateway.documentation",
+    },
 }
 
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from deployments.api import openai
-from deployments.api.encoding import truncate
+from deployments.api.encoding import EncodingFormat, truncate
+from deployments.api.envelope import error_body
+from deployments.api.request import EmbeddingResult
 from deployments.errors import InvalidRequestError, QueueFullError
 
 
@@ -74,10 +76,12 @@ def test_what_is_refused_names_its_field(raw: bytes, param: str) -> None:
 
 
 @pytest.mark.parametrize("encoding_format", ["float", "base64"])
-def test_an_answer_holds_every_bit(encoding_format: openai.EncodingFormat) -> None:
+def test_an_answer_holds_every_bit(encoding_format: EncodingFormat) -> None:
     """Both formats give back the same float32 numbers, in order, and exact usage."""
     vectors = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
-    answer = json.loads(openai.answer(vectors, 'na"me', encoding_format, 17))
+    request = openai.OpenAIRequest(encoding_format=encoding_format)
+    answer = json.loads(request.answer(EmbeddingResult(vectors, 'na"me', 17)))
+    assert "truncated" not in answer
     assert answer["model"] == 'na"me'
     assert answer["usage"] == {"prompt_tokens": 17, "total_tokens": 17}
     assert [item["index"] for item in answer["data"]] == [0, 1, 2]
@@ -96,7 +100,7 @@ def test_shorter_vectors_have_unit_length() -> None:
 
 def test_the_error_body_is_read_by_both_kinds_of_client() -> None:
     """OpenAI's inner code and Pharia's outer one."""
-    shown = json.loads(openai.error_body(QueueFullError("full", "model", 2.0)))
+    shown = json.loads(error_body(QueueFullError("full", "model", 2.0)))
     assert shown == {
         "error": {"message": "full", "type": "unavailable_error", "param": "model", "code": "queue_full"},
         "code": "queue_full",

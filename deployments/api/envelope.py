@@ -1,0 +1,33 @@
+"""The body of every error, a superset that OpenAI's and Pharia's clients both read."""
+
+import orjson
+from pydantic import BaseModel
+
+from deployments.errors import EmbeddingError
+
+
+def error_body(error: EmbeddingError) -> bytes:
+    """Return the error as JSON."""
+    detail = {
+        "message": error.message,
+        "type": error.type,
+        "param": error.param,
+        "code": error.code,
+    }
+    return orjson.dumps({"error": detail, "code": error.code})
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    """The body of every error. `code` stands twice since Pharia's clients read the outer one."""
+
+    error: ErrorDetail
+    code: str

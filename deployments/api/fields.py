@@ -1,0 +1,141 @@
+"""Fields of a JSON body, checked by hand: errors name the field, and never quote what it holds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from deployments.errors import InvalidRequestError, MissingCapabilityError
+
+Fields = Mapping[str, Any]
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """Return the body's fields; null means absent. Raises InvalidRequestError."""
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        # The decoder's own message quotes nothing of the input; line and column help a person.
+        raise InvalidRequestError(
+            f"the body isn't valid JSON: {error.msg} (line {error.lineno}, column {error.colno})", "body"
+        ) from None
+    if not isinstance(fields, dict):
+        raise InvalidRequestError("the body must be a JSON object", "body")
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def string(fields: Fields, name: str) -> str | None:
+    """Return a text that isn't empty, or None where it is absent."""
+    value = fields.get(name)
+    if value is not None and (not isinstance(value, str) or not value):
+        raise InvalidRequestError(f"`{name}` must be a string that isn't empty", name)
+    return value
+
+
+def required_string(fields: Fields, name: str) -> str:
+    """Return a text that isn't empty."""
+    if (value := string(fields, name)) is None:
+        raise InvalidRequestError(f"`{name}` is missing", name)
+    return value
+
+
+def any_string(fields: Fields, name: str) -> None:
+    """Check a field that is accepted and not used."""
+    if not isinstance(fields.get(name, ""), str):
+        raise InvalidRequestError(f"`{name}` must be a string", name)
+
+
+def positive(fields: Fields, name: str) -> int | None:
+    """Return a number above 0, or None where it is absent."""
+    value = fields.get(name)
+    # bool is a subclass of int, so the exact type is asked for.
+    if value is not None and (type(value) is not int or value < 1):
+        raise InvalidRequestError(f"`{name}` must be a positive integer", name)
+    return value
+
+
+def flag(fields: Fields, name: str) -> bool | None:
+    """Return true or false, or None where it is absent."""
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequestError(f"`{name}` must be true or false", name)
+    return value
+
+
+def choice(fields: Fields, name: str, choices: Sequence[str], default: str) -> str:
+    """Return one of the choices."""
+    value = fields.get(name, default)
+    if value not in choices or not isinstance(value, str):
+        known = ", ".join(f"`{each}`" for each in choices)
+        raise InvalidRequestError(f"`{name}` must be one of {known}", name)
+    return value
+
+
+def strings(fields: Fields, name: str) -> list[str]:
+    """Return a list of texts, none of them empty; an absent field is an empty list."""
+    value = fields.get(name, [])
+    if not isinstance(value, list):
+        raise InvalidRequestError(f"`{name}` must be a list of strings", name)
+    check_texts(value, name)
+    return value
+
+
+def tags(fields: Fields) -> frozenset[str]:
+    """Return the tags that a worker must have to serve the request."""
+    return frozenset(strings(fields, "tags"))
+
+
+def not_empty(value: Any, name: str) -> list[Any]:
+    """Return a list with something in it."""
+    if not isinstance(value, list):
+        raise InvalidRequestError(f"`{name}` must be a list", name)
+    if not value:
+        raise InvalidRequestError(f"`{name}` must not be empty", name)
+    return value
+
+
+def check_texts(texts: list[Any], name: str) -> None:
+    """Raise InvalidRequestError unless each is a text that isn't empty."""
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InvalidRequestError(f"`{name}[{index}]` must be a string", name)
+        if not text:
+            raise InvalidRequestError(f"`{name}[{index}]` must not be empty", name)
+
+
+def token_ids(ids: Any, name: str, param: str) -> list[int]:
+    """Return a list of token ids with something in it; `name` is where it stands, `param` the field."""
+    if not isinstance(ids, list):
+        raise InvalidRequestError(f"`{name}` must be a list of token ids", param)
+    if not ids:
+        raise InvalidRequestError(f"`{name}` must not be empty", param)
+    # bool is a subclass of int, so the exact type is asked for.
+    if any(type(token) is not int for token in ids):
+        raise InvalidRequestError(f"`{name}` must hold token ids, which are integers", param)
+    if min(ids) < 0:
+        raise InvalidRequestError(f"`{name}` holds a negative token id", param)
+    return ids
+
+
+def texts_or_ids(value: Any, name: str) -> tuple[Sequence[str], Sequence[Sequence[int]]]:
+    """Tell the four shapes apart: a text, texts, token ids, lists of token ids."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise InvalidRequestError(
+            f"`{name}` must be a string, a list of strings, a list of token ids, or a list of those", name
+        )
+    not_empty(value, name)
+    if isinstance(value[0], str):
+        check_texts(value, name)
+        return value, ()
+    if isinstance(value[0], list):
+        return (), [token_ids(ids, f"{name}[{index}]", name) for index, ids in enumerate(value)]
+    return (), [token_ids(value, name, name)]
+
+
+def refuse(fields: Fields, *names: str) -> None:
+    """Raise MissingCapabilityError where the request asks for one of what no model here can do."""
+    for name in names:
+        if fields.get(name):
+            raise MissingCapabilityError(f"no model here supports `{name}`", name)

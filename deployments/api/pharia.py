@@ -1,0 +1,403 @@
+"""Pharia's dialect: semantic and instructable embeddings, tokenising, listings.
+
+A prompt is a string, or items of text or token ids that are joined. What asks for a look into the model
+(layers, attention control, images) is refused by name: vLLM can't do it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field
+
+from deployments.api import fields as read
+from deployments.api.encoding import json_rows
+from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt
+from deployments.errors import InvalidRequestError, MissingCapabilityError, TooManyInputsError
+
+MAX_PROMPTS = 100
+COMPRESSED_SIZE = 128
+# Which of a model's prompts a representation means, under the names that models give them.
+REPRESENTATIONS = {
+    "symmetric": ("symmetric", "clustering", "STS"),
+    "document": ("document", "passage", "search_document"),
+    "query": ("query", "search_query"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhariaRequest(EmbeddingRequest):
+    """A body of `/semantic_embed`, `/batch_semantic_embed` or `/instructable_embed`."""
+
+    batch: bool = False
+
+    def answer(self, result: EmbeddingResult) -> bytes:
+        """Return the vector, or for a batch the vectors, with the model's version and exact usage."""
+        rows = json_rows(result.vectors)
+        vectors = b'"embeddings":[%b]' % b",".join(rows) if self.batch else b'"embedding":%b' % rows[0]
+        cut = b',"truncated":%b' % orjson.dumps(list(result.truncated)) if result.truncated else b""
+        version = orjson.dumps(result.version)
+        return b'{"model_version":%b,%b,"num_tokens_prompt_total":%d%b}' % (
+            version,
+            vectors,
+            result.prompt_tokens,
+            cut,
+        )
+
+
+def parse_semantic(body: bytes) -> PhariaRequest:
+    """Parse a body of `POST /semantic_embed`."""
+    fields = read.read_object(body)
+    texts, ids = _read_prompt(fields.get("prompt"), "prompt", "prompt")
+    return PhariaRequest(texts=texts, token_ids=ids, **_semantic(fields, "prompt"))
+
+
+def parse_batch(body: bytes) -> PhariaRequest:
+    """Parse a body of `POST /batch_semantic_embed`."""
+    fields = read.read_object(body)
+    prompts = read.not_empty(fields.get("prompts"), "prompts")
+    if len(prompts) > MAX_PROMPTS:
+        raise TooManyInputsError(
+            f"{len(prompts)} prompts are more than the {MAX_PROMPTS} of one request", "prompts"
+        )
+    found = [_read_prompt(prompt, f"prompts[{index}]", "prompts") for index, prompt in enumerate(prompts)]
+    texts = [text for each, _ in found for text in each]
+    ids = [tokens for _, each in found for tokens in each]
+    if texts and ids:
+        raise MissingCapabilityError("texts and token ids can't be mixed in one request", "prompts")
+    return PhariaRequest(texts=texts, token_ids=ids, batch=True, **_semantic(fields, "prompts"))
+
+
+def parse_instructable(body: bytes) -> PhariaRequest:
+    """Parse a body of `POST /instructable_embed`."""
+    fields = read.read_object(body)
+    texts, ids = _read_prompt(fields.get("input"), "input", "input")
+    instruction = read.required_string(fields, "instruction")
+    return PhariaRequest(texts=texts, token_ids=ids, instruction=instruction, **_common(fields, "input"))
+
+
+def refuse_raw(fields: Mapping[str, Any]) -> None:
+    """Refuse a body of Pharia's `POST /embed`, which asks for the hidden states of layers."""
+    field = "layers" if "layers" in fields else "prompt"
+    raise MissingCapabilityError(
+        "no model here gives the embeddings of its layers; use /semantic_embed", field
+    )
+
+
+def _common(fields: Mapping[str, Any], input_field: str) -> dict[str, Any]:
+    """Return what every request may hold."""
+    read.refuse(fields, "contextual_control_threshold")
+    read.flag(fields, "control_log_additive")
+    read.any_string(fields, "hosting")
+    return {
+        "model": read.string(fields, "model"),
+        "input_field": input_field,
+        "own_ids": True,  # they come from our own /tokenize
+        "normalize": read.flag(fields, "normalize") or False,
+        "tags": read.tags(fields),
+    }
+
+
+def _semantic(fields: Mapping[str, Any], input_field: str) -> dict[str, Any]:
+    if "representation" not in fields:
+        raise InvalidRequestError("`representation` is missing", "representation")
+    representation = read.choice(fields, "representation", tuple(REPRESENTATIONS), "")
+    size = read.positive(fields, "compress_to_size")
+    if size not in (None, COMPRESSED_SIZE):
+        raise InvalidRequestError(f"`compress_to_size` must be {COMPRESSED_SIZE}", "compress_to_size")
+    return {
+        **_common(fields, input_field),
+        "prompt": Prompt(REPRESENTATIONS[representation], "representation", required=False),
+        "dimensions": size,
+        "dimensions_field": "compress_to_size",
+    }
+
+
+def _read_prompt(value: Any, name: str, param: str) -> tuple[Sequence[str], Sequence[Sequence[int]]]:
+    """Return a prompt's one text, or its one list of token ids."""
+    if isinstance(value, str):
+        if not value:
+            raise InvalidRequestError(f"`{name}` must not be empty", param)
+        return [value], []
+    if value is None:
+        raise InvalidRequestError(f"`{name}` is missing", param)
+    if not isinstance(value, list) or not value:
+        raise InvalidRequestError(f"`{name}` must be a string or a list of items", param)
+    items = [_read_item(item, f"{name}[{index}]", param) for index, item in enumerate(value)]
+    texts = [item for item in items if isinstance(item, str)]
+    ids = [token for item in items if isinstance(item, list) for token in item]
+    if texts and ids:
+        raise MissingCapabilityError(f"`{name}` mixes text and token ids", param)
+    if ids:
+        return [], [ids]
+    if not (text := "".join(texts)):
+        raise InvalidRequestError(f"`{name}` must not be empty", param)
+    return [text], []
+
+
+def _read_item(item: Any, name: str, param: str) -> str | list[int]:
+    """Return an item's text or its token ids."""
+    if not isinstance(item, dict):
+        raise InvalidRequestError(f"`{name}` must be an item with `type` and `data`", param)
+    if item.get("controls"):
+        raise MissingCapabilityError(f"`{name}` asks for attention control", param)
+    kind, data = item.get("type"), item.get("data")
+    if kind == "text" and isinstance(data, str):
+        return data
+    if kind == "token_ids":
+        return read.token_ids(data, f"{name}.data", param)
+    if kind == "image":
+        raise MissingCapabilityError("no model here reads images", param)
+    raise InvalidRequestError(f"`{name}` must be of type `text` or `token_ids`, with fitting `data`", param)
+
+
+# --- tokens ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenizeRequest:
+    """A body of `POST /tokenize`: which of the two lists are wanted."""
+
+    model: str | None
+    prompt: str
+    tokens: bool
+    token_ids: bool
+    tags: frozenset[str]
+
+
+def parse_tokenize(body: bytes) -> TokenizeRequest:
+    """Parse a body of `POST /tokenize`."""
+    fields = read.read_object(body)
+    read.any_string(fields, "hosting")
+    prompt = fields.get("prompt")
+    if not isinstance(prompt, str):
+        raise InvalidRequestError("`prompt` must be a string", "prompt")
+    wanted = {name: read.flag(fields, name) for name in ("tokens", "token_ids")}
+    for name, value in wanted.items():
+        if value is None:
+            raise InvalidRequestError(f"`{name}` is missing", name)
+    return TokenizeRequest(
+        read.string(fields, "model"),
+        prompt,
+        bool(wanted["tokens"]),
+        bool(wanted["token_ids"]),
+        read.tags(fields),
+    )
+
+
+def answer_tokenize(request: TokenizeRequest, ids: Sequence[int], tokens: Sequence[str]) -> bytes:
+    """Return the lists that were asked for."""
+    answer: dict[str, Any] = {}
+    if request.tokens:
+        answer["tokens"] = tokens
+    if request.token_ids:
+        answer["token_ids"] = ids
+    return orjson.dumps(answer)
+
+
+@dataclass(frozen=True)
+class DetokenizeRequest:
+    """A body of `POST /detokenize`."""
+
+    model: str | None
+    token_ids: Sequence[int]
+    tags: frozenset[str]
+
+
+def parse_detokenize(body: bytes) -> DetokenizeRequest:
+    """Parse a body of `POST /detokenize`."""
+    fields = read.read_object(body)
+    read.any_string(fields, "hosting")
+    ids = fields.get("token_ids")
+    if ids is None:
+        raise InvalidRequestError("`token_ids` is missing", "token_ids")
+    known = read.token_ids(ids, "token_ids", "token_ids") if ids != [] else []
+    return DetokenizeRequest(read.string(fields, "model"), known, read.tags(fields))
+
+
+def answer_detokenize(text: str) -> bytes:
+    """Return the text."""
+    return orjson.dumps({"result": text})
+
+
+# --- listings --------------------------------------------------------------------------------------
+
+
+def model_settings(listing: Mapping[str, Any], available: bool, instructable: bool) -> dict[str, Any]:
+    """Return a model's entry in `/model-settings` and `/models_available`, out of its entry in ours."""
+    supported = listing["embedding_task"]["supported"]
+    kind = ("instructable" if instructable else "semantic") if supported else "none"
+    return {
+        "name": listing["id"],
+        "status": "available" if available else "unavailable",
+        "worker_type": "vllm",
+        "description": listing["description"],
+        "multimodal": False,
+        "max_context_size": listing["max_model_len"],
+        "maximum_completion_tokens": listing["maximum_completion_tokens"],
+        "semantic_embedding": supported,
+        "completion_type": "none",
+        "embedding_type": kind,
+        "chat": False,
+        "prompt_template": None,
+    }
+
+
+# --- the same formats as models, for the OpenAPI document only -------------------------------------
+
+Text = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0)]
+MODEL = "One of the names that `GET /models` lists; may be left out where there is only one."
+
+
+class TextItem(BaseModel):
+    """Text as a part of a prompt."""
+
+    type: Literal["text"]
+    data: Text
+
+
+class TokenIdsItem(BaseModel):
+    """Token ids as a part of a prompt."""
+
+    type: Literal["token_ids"]
+    data: Annotated[list[TokenId], Field(min_length=1)]
+
+
+PromptBody = (
+    Text | Annotated[list[TextItem], Field(min_length=1)] | Annotated[list[TokenIdsItem], Field(min_length=1)]
+)
+
+
+class Common(BaseModel):
+    """What every body may hold. Fields that are null count as absent."""
+
+    model: Text | None = Field(None, description=MODEL)
+    hosting: str | None = Field(None, description="Accepted and not used.")
+    tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
+
+
+class Semantic(Common):
+    """What both semantic bodies hold beside their prompts."""
+
+    representation: Literal["symmetric", "document", "query"] = Field(
+        description="Which of the model's prompts is put before the text; none where the model has none."
+    )
+    compress_to_size: Literal[128] | None = Field(None, description="Where the model allows 128 dimensions.")
+    normalize: bool | None = Field(False, description="Ask for unit length from a model that gives others.")
+    control_log_additive: bool | None = Field(None, description="Accepted and not used.")
+
+
+class SemanticBody(Semantic):
+    """The body of `POST /semantic_embed`."""
+
+    model_config = ConfigDict(
+        title="SemanticEmbeddingRequest",
+        json_schema_extra={
+            "examples": [{"model": "all-minilm-l6-v2", "prompt": "Hello", "representation": "document"}]
+        },
+    )
+
+    prompt: PromptBody
+
+
+class BatchBody(Semantic):
+    """The body of `POST /batch_semantic_embed`."""
+
+    model_config = ConfigDict(
+        title="BatchSemanticEmbeddingRequest",
+        json_schema_extra={
+            "examples": [{"model": "all-minilm-l6-v2", "prompts": ["a", "b"], "representation": "symmetric"}]
+        },
+    )
+
+    prompts: Annotated[list[PromptBody], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+
+class InstructableBody(Common):
+    """The body of `POST /instructable_embed`."""
+
+    model_config = ConfigDict(
+        title="InstructableEmbeddingRequest",
+        json_schema_extra={
+            "examples": [{"model": "qwen3-embedding-8b", "input": "Hello", "instruction": "Find greetings"}]
+        },
+    )
+
+    input: PromptBody
+    instruction: Text
+    normalize: bool | None = Field(False, description="Ask for unit length from a model that gives others.")
+    control_log_additive: bool | None = Field(None, description="Accepted and not used.")
+
+
+class SemanticResponse(BaseModel):
+    """The answer of `/semantic_embed` and `/instructable_embed`."""
+
+    model_version: str
+    embedding: list[float]
+    num_tokens_prompt_total: int
+
+
+class BatchResponse(BaseModel):
+    """The answer of `/batch_semantic_embed`, in the order of the prompts."""
+
+    model_version: str
+    embeddings: list[list[float]]
+    num_tokens_prompt_total: int
+
+
+class TokenizeBody(Common):
+    """The body of `POST /tokenize`."""
+
+    model_config = ConfigDict(
+        title="TokenizationRequest",
+        json_schema_extra={
+            "examples": [{"model": "all-minilm-l6-v2", "prompt": "Hello", "tokens": True, "token_ids": True}]
+        },
+    )
+
+    prompt: str
+    tokens: bool
+    token_ids: bool
+
+
+class TokenizeResponse(BaseModel):
+    """What the model would read, special tokens included."""
+
+    tokens: list[str] | None = None
+    token_ids: list[int] | None = None
+
+
+class DetokenizeBody(Common):
+    """The body of `POST /detokenize`."""
+
+    model_config = ConfigDict(
+        title="DetokenizationRequest",
+        json_schema_extra={"examples": [{"model": "all-minilm-l6-v2", "token_ids": [101, 7592, 102]}]},
+    )
+
+    token_ids: list[TokenId]
+
+
+class DetokenizeResponse(BaseModel):
+    """The text, without special tokens."""
+
+    result: str
+
+
+class ModelSettings(BaseModel):
+    """A model as Pharia's clients list it."""
+
+    name: str
+    status: Literal["available", "unavailable"]
+    worker_type: str
+    description: str
+    multimodal: bool
+    max_context_size: int | None
+    maximum_completion_tokens: int | None
+    semantic_embedding: bool
+    completion_type: str
+    embedding_type: Literal["none", "semantic", "instructable"]
+    chat: bool
+    prompt_template: str | None

@@ -1,0 +1,70 @@
+"""What every dialect's body becomes, and what its answers are made of: the seam between format and work."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Truncation = Literal["none", "start", "end"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Which of the model's prompts to put before each text: the first of `names` that it has.
+
+    `field` of the request named it. A prompt that isn't `required` is left out where the model has none.
+    """
+
+    names: tuple[str, ...]
+    field: str
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class EmbeddingResult:
+    """Vectors and what is said beside them.
+
+    `vectors` is float32 of shape (inputs, dimension), in order; `model` the name that was asked for,
+    `version` that of its package; `truncated` holds the indices of the inputs that were cut.
+    """
+
+    vectors: np.ndarray
+    model: str
+    prompt_tokens: int
+    truncated: Sequence[int] = ()
+    version: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingRequest(ABC):
+    """A parsed request: either `texts` or `token_ids`, never both. A dialect adds how to answer.
+
+    `model` is absent where the dialect lets a client leave it out. `input_field` and `dimensions_field` are
+    the dialect's names, for errors. `own_ids` says that ids are the model's own, whatever its `token_input`.
+    `truncation` and `truncate_prompt_tokens` go before the model's; `normalize` asks for vectors of unit
+    length from a model that gives others.
+    """
+
+    model: str | None = None
+    texts: Sequence[str] = ()
+    token_ids: Sequence[Sequence[int]] = ()
+    input_field: str = "input"
+    own_ids: bool = False
+    dimensions: int | None = None
+    dimensions_field: str = "dimensions"
+    prompt: Prompt | None = None
+    instruction: str | None = None
+    truncation: Truncation | None = None
+    truncate_prompt_tokens: int | None = None
+    normalize: bool = False
+    tags: frozenset[str] = frozenset()
+
+    def __len__(self) -> int:
+        """Return the number of inputs."""
+        return len(self.texts) or len(self.token_ids)
+
+    @abstractmethod
+    def answer(self, result: EmbeddingResult) -> bytes:
+        """Return the JSON answer in the dialect of the request."""

@@ -1,0 +1,77 @@
+"""text-embeddings-inference's dialect: the body of `POST /embed` → one flat request; vectors, bare."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from deployments.api import fields as read
+from deployments.api.encoding import json_rows
+from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
+
+SIDES: dict[str, Truncation] = {"Left": "start", "Right": "end"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeiRequest(EmbeddingRequest):
+    """The body of `POST /embed`."""
+
+    def answer(self, result: EmbeddingResult) -> bytes:
+        """Return a list of vectors; the format has no place for anything else."""
+        return b"[%b]" % b",".join(json_rows(result.vectors))
+
+
+def is_mine(fields: Mapping[str, Any]) -> bool:
+    """Whether a body of `POST /embed` is this dialect's."""
+    return "inputs" in fields
+
+
+def parse_fields(fields: Mapping[str, Any]) -> TeiRequest:
+    """Parse the fields of a body."""
+    texts, ids = read.texts_or_ids(fields.get("inputs"), "inputs")
+    prompt = read.string(fields, "prompt_name")
+    side = SIDES[read.choice(fields, "truncation_direction", tuple(SIDES), "Right")]
+    cut = read.flag(fields, "truncate")
+    unit = read.flag(fields, "normalize")
+    return TeiRequest(
+        model=read.string(fields, "model"),
+        texts=texts,
+        token_ids=ids,
+        input_field="inputs",
+        own_ids=True,  # each server of this kind has one model, whose ids they are
+        dimensions=read.positive(fields, "dimensions"),
+        prompt=Prompt((prompt,), "prompt_name") if prompt is not None else None,
+        truncation={None: None, True: side, False: "none"}[cut],
+        normalize=unit is not False,
+        tags=read.tags(fields),
+    )
+
+
+# --- the same format as a model, for the OpenAPI document only -------------------------------------
+
+Text = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class TeiBody(BaseModel):
+    """The body of text-embeddings-inference's `POST /embed`. Fields that are null count as absent."""
+
+    model_config = ConfigDict(
+        title="TeiEmbedRequest",
+        json_schema_extra={"examples": [{"model": "all-minilm-l6-v2", "inputs": ["Hello", "world"]}]},
+    )
+
+    inputs: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1)]
+    )
+    model: Text | None = Field(None, description="May be left out where there is only one.")
+    normalize: bool | None = True
+    truncate: bool | None = Field(None, description="Default: as the worker file says.")
+    truncation_direction: Literal["Left", "Right"] | None = "Right"
+    prompt_name: Text | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")

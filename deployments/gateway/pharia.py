@@ -1,0 +1,87 @@
+"""What Pharia's clients ask besides vectors: tokens, tokenizers, and which models can answer now."""
+
+import asyncio
+from typing import Any
+
+from starlette.requests import Request
+
+from deployments.api import pharia
+from deployments.engine import ModelCard
+from deployments.engine.tokenizer import TextTokenizer
+from deployments.errors import InvalidRequestError, ModelUnavailableError
+from deployments.gateway.catalog import Served
+from deployments.gateway.prepare import INLINE_CHARACTERS, takes_instructions
+from deployments.gateway.serving import BODY_SECONDS, Serving, wanted_seconds
+
+# How long a listing waits for a model that says that it is ready.
+CARD_SECONDS = 2.0
+
+
+class PhariaServing:
+    """Tokenises and lists over the same catalog of models."""
+
+    def __init__(self, serving: Serving) -> None:
+        """Share the reading, counting and catalog of `serving`."""
+        self._serving = serving
+
+    async def tokenize(self, request: Request) -> bytes:
+        """Return what the model would read of a text."""
+        arrival = asyncio.get_running_loop().time()
+        with self._serving.counted(arrival) as counted:
+            wanted = pharia.parse_tokenize(await self._read(request, arrival))
+            served = self._serving.find(request, wanted.model, wanted.tags)
+            counted.model = served.name
+            _, tokenizer = await _model(served, request, arrival)
+            if len(wanted.prompt) < INLINE_CHARACTERS:
+                ids, tokens = tokenizer.read(wanted.prompt)
+            else:
+                ids, tokens = await asyncio.to_thread(tokenizer.read, wanted.prompt)
+            return pharia.answer_tokenize(wanted, ids, tokens)
+
+    async def detokenize(self, request: Request) -> bytes:
+        """Return the text of token ids."""
+        arrival = asyncio.get_running_loop().time()
+        with self._serving.counted(arrival) as counted:
+            wanted = pharia.parse_detokenize(await self._read(request, arrival))
+            served = self._serving.find(request, wanted.model, wanted.tags)
+            counted.model = served.name
+            card, tokenizer = await _model(served, request, arrival)
+            if max(wanted.token_ids, default=0) >= card.vocab_size:
+                raise InvalidRequestError(
+                    f"`token_ids` holds an id beyond the vocabulary of {card.vocab_size}", "token_ids"
+                )
+            return pharia.answer_detokenize(await asyncio.to_thread(tokenizer.decode, wanted.token_ids))
+
+    async def tokenizer(self, request: Request, name: str) -> str:
+        """Return a model's tokenizer in the JSON of Hugging Face's `tokenizers`."""
+        arrival = asyncio.get_running_loop().time()
+        card, _ = await _model(self._serving.find(request, name), request, arrival)
+        return card.tokenizer
+
+    async def settings(self, request: Request) -> list[dict[str, Any]]:
+        """Return every model that the client may use, and whether it can answer now."""
+        models = self._serving.visible(request)
+        return list(await asyncio.gather(*map(_settings, models)))
+
+    async def _read(self, request: Request, arrival: float) -> bytes:
+        return await self._serving.read(request, arrival + min(BODY_SECONDS, wanted_seconds(request)))
+
+
+async def _model(served: Served, request: Request, arrival: float) -> tuple[ModelCard, TextTokenizer]:
+    """Return a model's card and tokenizer before the request's deadline."""
+    seconds = min(served.dispatch.worker.limits.request_timeout_s, wanted_seconds(request))
+    return await served.dispatch.model(arrival + seconds)
+
+
+async def _settings(served: Served) -> dict[str, Any]:
+    state = await served.dispatch.state()
+    listing = served.listing()
+    prompts = served.model.embedding_task.prompts
+    if state["ready"] and state.get("replicas"):
+        try:
+            card, _ = await served.dispatch.model(asyncio.get_running_loop().time() + CARD_SECONDS)
+        except ModelUnavailableError:
+            return pharia.model_settings(listing, False, takes_instructions(prompts))
+        prompts = card.prompts | prompts
+        listing["max_model_len"] = card.max_model_len
+    return pharia.model_settings(listing, state["ready"], takes_instructions(prompts))
