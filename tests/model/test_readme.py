@@ -53,11 +53,14 @@ def test_python_blocks_run(two_models: Server, code: str) -> None:
 
 def test_the_worker_file_loads_and_shows_every_key(tmp_path: Path) -> None:
     """What the schema has, the README explains; what it shows, the schema has."""
-    (text,) = blocks("toml")
+    text, scaling = blocks("toml")
     file = tmp_path / "all-minilm-l6-v2.toml"
     file.write_text(text)
     (worker,) = load_workers(file, environ={})
     shown = tomli.loads(text)
+    file.write_text(text.replace("num_replicas = 1", "") + scaling)
+    (scaled,) = load_workers(file, environ={})
+    assert scaled.deployment.autoscaling is not None
     for table in ("generator", "queue", "monitoring", "limits"):
         assert set(type(getattr(worker, table)).model_fields) == set(shown[table])
     for key in type(worker.deployment).model_fields:
