@@ -1,4 +1,4 @@
-"""The command line: `embedding-cluster check|plan|serve`."""
+"""The command line: `embedding-cluster check|plan|serve|keys`."""
 
 import argparse
 import json
@@ -12,6 +12,8 @@ from deployments.config.manifest import WORKERS_FOLDER, ray_service, serve_confi
 from deployments.config.plan import Machine, cores_here, make_plans
 from deployments.config.worker import MAX_PORT
 from deployments.errors import ConfigError, EngineStartError
+from deployments.keys import KEYS_VARIABLE, key_source, require_keys
+from deployments.keys_command import add_keys_command
 
 BUNDLED = Path(__file__).parent / "workers"
 
@@ -48,7 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=_port, default=8000, help="port (default: %(default)s)")
     serve.add_argument("--ingress-replicas", type=_positive, default=1, help="HTTP processes (default: 1)")
+    serve.add_argument("--keys", default="", metavar="FILE", help=f"client keys (default: ${KEYS_VARIABLE})")
+    serve.add_argument("--insecure", action="store_true", help="let other machines in without keys")
     serve.set_defaults(command=_serve)
+    add_keys_command(commands)
     for command in (check, plan, serve):
         command.add_argument(
             "path", nargs="?", default=str(BUNDLED), help="worker file or folder (default: the bundled one)"
@@ -79,10 +84,15 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 
 def _serve(parsed: argparse.Namespace) -> int:
+    require_keys(key_source(parsed.keys), parsed.insecure, parsed.host)
     _check(parsed)
     from deployments.launch import ServeArguments, run
 
-    return run(ServeArguments(parsed.path, parsed.host, parsed.port, parsed.ingress_replicas))
+    return run(
+        ServeArguments(
+            parsed.path, parsed.host, parsed.port, parsed.ingress_replicas, parsed.keys, parsed.insecure
+        )
+    )
 
 
 def _yaml(*documents: Any) -> str:
