@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.config.load import load_files
-from deployments.config.manifest import WORKERS_FOLDER, ray_service, serve_config
+from deployments.config.manifest import WORKERS_FOLDER, Front, ray_service, serve_config
 from deployments.config.plan import Machine, cores_here, make_plans
 from deployments.config.worker import MAX_PORT
 from deployments.errors import ConfigError, EngineStartError
@@ -50,8 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=_port, default=8000, help="port (default: %(default)s)")
     serve.add_argument("--ingress-replicas", type=_positive, default=1, help="HTTP processes (default: 1)")
-    serve.add_argument("--keys", default="", metavar="FILE", help=f"client keys (default: ${KEYS_VARIABLE})")
-    serve.add_argument("--insecure", action="store_true", help="let other machines in without keys")
+    for command in (plan, serve):
+        what = f"client keys (default: ${KEYS_VARIABLE})"
+        command.add_argument("--keys", default="", metavar="FILE", help=what)
+        command.add_argument("--insecure", action="store_true", help="let other machines in without keys")
     serve.set_defaults(command=_serve)
     add_keys_command(commands)
     for command in (check, plan, serve):
@@ -72,11 +74,14 @@ def _plan(parsed: argparse.Namespace) -> int:
     cpus = parsed.cpus or cores_here()
     plans = make_plans(workers.values(), Machine(cpus, parsed.gpus, cpus))
     if parsed.format == "serve":
-        print(_yaml(serve_config(plans, str(Path(parsed.path).resolve()))), end="")
+        keys = str(Path(parsed.keys).resolve()) if parsed.keys else ""
+        front = Front(keys, parsed.insecure)
+        print(_yaml(serve_config(plans, str(Path(parsed.path).resolve()), front)), end="")
         return 0
     if parsed.format == "rayservice":
         files = {file.name: file.read_text(encoding="utf-8-sig") for file in workers}
-        inside = _yaml(serve_config(plans, WORKERS_FOLDER))
+        # The keys come from a secret of their own, by the environment.
+        inside = _yaml(serve_config(plans, WORKERS_FOLDER, Front(insecure=parsed.insecure, public=True)))
         print(_yaml(*ray_service(plans, files, parsed.image, inside)), end="")
         return 0
     print(json.dumps([plan.describe() for plan in plans], indent=2, default=str))
