@@ -1,4 +1,4 @@
-"""The command line: `embedding-cluster check|plan|serve`."""
+"""The command line: `embedding-cluster check|plan|serve|keys`."""
 
 import argparse
 import json
@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from deployments.config.load import load_files
-from deployments.config.manifest import WORKERS_FOLDER, ray_service, serve_config
+from deployments.config.manifest import WORKERS_FOLDER, Front, ray_service, serve_config
 from deployments.config.plan import Machine, cores_here, make_plans
 from deployments.config.worker import MAX_PORT
 from deployments.errors import ConfigError, EngineStartError
+from deployments.keys import KEYS_VARIABLE, key_source, require_keys
+from deployments.keys_command import add_keys_command
 
 BUNDLED = Path(__file__).parent / "workers"
 
@@ -48,7 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=_port, default=8000, help="port (default: %(default)s)")
     serve.add_argument("--ingress-replicas", type=_positive, default=1, help="HTTP processes (default: 1)")
+    for command in (plan, serve):
+        what = f"client keys (default: ${KEYS_VARIABLE})"
+        command.add_argument("--keys", default="", metavar="FILE", help=what)
+        command.add_argument("--insecure", action="store_true", help="let other machines in without keys")
     serve.set_defaults(command=_serve)
+    add_keys_command(commands)
     for command in (check, plan, serve):
         command.add_argument(
             "path", nargs="?", default=str(BUNDLED), help="worker file or folder (default: the bundled one)"
@@ -67,11 +74,14 @@ def _plan(parsed: argparse.Namespace) -> int:
     cpus = parsed.cpus or cores_here()
     plans = make_plans(workers.values(), Machine(cpus, parsed.gpus, cpus))
     if parsed.format == "serve":
-        print(_yaml(serve_config(plans, str(Path(parsed.path).resolve()))), end="")
+        keys = str(Path(parsed.keys).resolve()) if parsed.keys else ""
+        front = Front(keys, parsed.insecure)
+        print(_yaml(serve_config(plans, str(Path(parsed.path).resolve()), front)), end="")
         return 0
     if parsed.format == "rayservice":
         files = {file.name: file.read_text(encoding="utf-8-sig") for file in workers}
-        inside = _yaml(serve_config(plans, WORKERS_FOLDER))
+        # The keys come from a secret of their own, by the environment.
+        inside = _yaml(serve_config(plans, WORKERS_FOLDER, Front(insecure=parsed.insecure, public=True)))
         print(_yaml(*ray_service(plans, files, parsed.image, inside)), end="")
         return 0
     print(json.dumps([plan.describe() for plan in plans], indent=2, default=str))
@@ -79,10 +89,15 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 
 def _serve(parsed: argparse.Namespace) -> int:
+    require_keys(key_source(parsed.keys), parsed.insecure, parsed.host)
     _check(parsed)
     from deployments.launch import ServeArguments, run
 
-    return run(ServeArguments(parsed.path, parsed.host, parsed.port, parsed.ingress_replicas))
+    return run(
+        ServeArguments(
+            parsed.path, parsed.host, parsed.port, parsed.ingress_replicas, parsed.keys, parsed.insecure
+        )
+    )
 
 
 def _yaml(*documents: Any) -> str:

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import re
+import zlib
 from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
@@ -21,9 +22,11 @@ from ray.util import list_named_actors
 
 from deployments.config.load import load_workers
 from deployments.config.plan import Machine, WorkerPlan, cores_here, ingress_config, make_plans
-from deployments.config.worker import INGRESS_NAME
+from deployments.config.worker import INGRESS_NAME, RATES_NAME
 from deployments.errors import ConfigError
-from deployments.gateway.ingress import Ingress
+from deployments.gateway.ingress import Admission, Ingress
+from deployments.gateway.rates import RateServer
+from deployments.keys import key_source
 from deployments.replica import Replica
 
 logger = logging.getLogger("ray.serve")
@@ -46,6 +49,8 @@ class BuildArguments(BaseModel):
     engines: str = Field(default="", description="Changes when `serve deploy` has to build everything anew.")
     ingress_replicas: int = Field(default=1, ge=1, description="How many ingress replicas there are.")
     metrics_host: str = Field(default="127.0.0.1", description="Address of the workers' metrics ports.")
+    keys: str = Field(default="", description="A key file; every node with an ingress must have it.")
+    insecure: bool = Field(default=False, description="Let other machines in without keys.")
     max_body_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body, in bytes.")
 
 
@@ -154,6 +159,23 @@ def bind_ingress(
         logging_config=logging_config(),
         user_config=ingress_config(plans),
     )(serve.ingress()(Ingress))
-    version = f"{metadata.version('embedding-cluster')}-{arguments.max_body_bytes}-{arguments.metrics_host}"
+    keys = key_source(arguments.keys)
+    rates = bind_rates() if keys and arguments.ingress_replicas > 1 else None
+    admission = Admission(keys, arguments.insecure, rates)  # type: ignore[arg-type]  # Serve puts its handle there
+    settings = (arguments.max_body_bytes, arguments.metrics_host, arguments.insecure, keys, rates is None)
+    version = f"{metadata.version('embedding-cluster')}-{zlib.crc32(repr(settings).encode())}"
     ingress = ingress.options(version=version, _internal=True)
-    return ingress.bind(handles, arguments.max_body_bytes, arguments.metrics_host)
+    return ingress.bind(handles, arguments.max_body_bytes, arguments.metrics_host, admission)
+
+
+def bind_rates() -> serve.Application:
+    """Bind what the ingress replicas share of the clients' rate limits."""
+    deployment = serve.deployment(
+        name=RATES_NAME,
+        num_replicas=1,
+        max_ongoing_requests=MAX_INGRESS_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        logging_config=logging_config(),
+    )(RateServer)
+    version = metadata.version("embedding-cluster")
+    return deployment.options(version=version, _internal=True).bind()

@@ -80,6 +80,30 @@ class MethodNotAllowedError(InvalidRequestError):
     code = "method_not_allowed"
 
 
+class InvalidKeyError(InvalidRequestError):
+    """There is no key in the request, or none that is valid."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    code = "invalid_api_key"
+    type = "authentication_error"
+
+
+class ModelNotAllowedError(InvalidRequestError):
+    """The key may not use that model."""
+
+    status = HTTPStatus.FORBIDDEN
+    code = "model_not_allowed"
+    type = "permission_error"
+
+
+class OperatorOnlyError(InvalidRequestError):
+    """The key isn't an operator's."""
+
+    status = HTTPStatus.FORBIDDEN
+    code = "operator_only"
+    type = "permission_error"
+
+
 class BodyTooLargeError(InvalidRequestError):
     """The request body is over the limit."""
 
@@ -88,6 +112,14 @@ class BodyTooLargeError(InvalidRequestError):
 
 
 # --- time and load: the same request may succeed later ------------------------------------------
+
+
+class RateLimitError(EmbeddingError):
+    """The key has used up its requests or tokens of this minute."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    code = "rate_limit_exceeded"
+    type = "rate_limit_error"
 
 
 class DeadlineExceededError(EmbeddingError):

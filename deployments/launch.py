@@ -29,6 +29,7 @@ from deployments.config.worker import INGRESS_NAME, Worker
 from deployments.engine.vllm import require_vllm
 from deployments.errors import ConfigError
 from deployments.front import haproxies, stop_guards, write_program
+from deployments.keys import KEYS_VARIABLE
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -46,6 +47,8 @@ class ServeArguments:
     host: str
     port: int
     ingress_replicas: int
+    keys: str = ""
+    insecure: bool = False
 
 
 def prepare_environment(folder: Path) -> None:
@@ -154,7 +157,7 @@ def _serve(arguments: ServeArguments, stop: threading.Event, reload: threading.E
     if stop.is_set():
         return 0
     failed = {name: _reason(d.message) for name, d in status.deployments.items() if not _is_up(d)}
-    if INGRESS_NAME in failed or len(failed) == len(status.deployments) - 1:
+    if INGRESS_NAME in failed or len(failed) >= len(workers):
         for name, reason in failed.items():
             print(f"{name}: {reason}", file=sys.stderr)
         return 1
@@ -184,6 +187,8 @@ def _build(arguments: ServeArguments, workers: Iterable[Worker]) -> "Application
             config=arguments.config,
             ingress_replicas=arguments.ingress_replicas,
             metrics_host=arguments.host,
+            keys=arguments.keys,
+            insecure=arguments.insecure,
         )
     )
 
@@ -285,11 +290,17 @@ def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str
             "",
             f"OpenAI API  {base}/v1",
             f"Docs        {base}/docs",
-            "Keys        none set: whoever reaches this address may use it",
+            f"Keys        {_keys(arguments)}",
             f"Changes     edit the worker files, then: kill -HUP {os.getpid()}",
             "Stop        Ctrl-C",
         ]
     )
+
+
+def _keys(arguments: ServeArguments) -> str:
+    if arguments.keys or os.environ.get(KEYS_VARIABLE):
+        return arguments.keys or f"from {KEYS_VARIABLE}"
+    return "none set: whoever reaches this address may use it"
 
 
 def _say(started: float, text: str) -> None:

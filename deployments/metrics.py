@@ -80,6 +80,11 @@ class Metrics:
         self.cold_start_seconds = histogram(
             "cold_start_seconds", "From the first request without a replica to its answer", SECONDS, "worker"
         )
+        self.key_requests = counter("key_requests", "Successful requests of a key", "key", "model")
+        self.key_tokens = counter("key_tokens", "Tokens of a key's successful requests", "key", "model")
+        self.denied = counter(
+            "denied", "Requests without a key that may ask this, by the error's code", "code"
+        )
         self.outstanding = gauge("outstanding_tokens", "Tokens let in and not yet answered")
         self.queued = gauge("queued_tokens", "Tokens that wait for a place in flight")
         self.replicas = gauge("replicas", "Replicas that this process can choose from")

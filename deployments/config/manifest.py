@@ -6,10 +6,12 @@ those of Ray Serve's ServeDeploySchema and of the ray.io/v1 RayService resource.
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from deployments.config.plan import Device, WorkerPlan, engines_version, ingress_config
 from deployments.config.worker import INGRESS_NAME
+from deployments.keys import KEYS_VARIABLE
 
 # One goes on while another is replaced.
 INGRESS_REPLICAS = 2
@@ -17,6 +19,8 @@ IMPORT_PATH = "deployments.app:build"
 NAME = "embedding-cluster"
 WORKERS_FOLDER = "/etc/embedding-cluster/workers"
 SECRET_NAME = f"{NAME}-workers"
+# A secret that the operator makes of a key file, out of whose text pods take their environment.
+KEYS_SECRET_NAME, KEYS_SECRET_ENTRY = f"{NAME}-keys", "keys.json"
 RAY_VERSION = "2.60.0"
 REDIS_ADDRESS = "redis:6379"
 # Ray and Serve beside the engines, per pod.
@@ -36,7 +40,26 @@ FAST_DATA_PLANE = {
 }
 
 
-def serve_config(plans: Iterable[WorkerPlan], config: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Front:
+    """Who may reach the cluster, and how: a key file where the builder and each ingress run, or anybody."""
+
+    keys: str = ""
+    insecure: bool = False
+    public: bool = False
+
+    @property
+    def host(self) -> str:
+        """The address to listen on: that of this machine alone where nothing keeps others out."""
+        return "0.0.0.0" if self.public or self.keys or self.insecure else "127.0.0.1"  # noqa: S104
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the builder is told."""
+        return ({"keys": self.keys} if self.keys else {}) | ({"insecure": True} if self.insecure else {})
+
+
+def serve_config(plans: Iterable[WorkerPlan], config: str, front: Front) -> dict[str, Any]:
     """Return a file for `serve deploy`; `config` is a path that exists where the builder runs.
 
     Ray Serve builds the application anew, with new replicas of everything, when `args` differ from the
@@ -45,10 +68,11 @@ def serve_config(plans: Iterable[WorkerPlan], config: str) -> dict[str, Any]:
     """
     plans = tuple(plans)
     arguments = {"config": config, "engines": engines_version(plans), "ingress_replicas": INGRESS_REPLICAS}
+    arguments |= front.arguments
     deployments = [{"name": plan.name, **plan.scaling_options} for plan in plans]
     return {
         "proxy_location": "EveryNode",
-        "http_options": {"host": "0.0.0.0", "port": PORTS["serve"]},  # noqa: S104 - for other machines
+        "http_options": {"host": front.host, "port": PORTS["serve"]},
         "applications": [
             {
                 "name": "default",
@@ -159,6 +183,8 @@ def _pod(image: str, resources: Mapping[str, Any], container: str) -> dict[str, 
     environment: list[dict[str, Any]] = [
         {"name": name, "value": value} for name, value in FAST_DATA_PLANE.items()
     ]
+    keys = {"name": KEYS_SECRET_NAME, "key": KEYS_SECRET_ENTRY, "optional": True}
+    environment.append({"name": KEYS_VARIABLE, "valueFrom": {"secretKeyRef": keys}})
     probe = {"httpGet": {"path": "/-/healthz", "port": PORTS["serve"]}, "periodSeconds": 5}
     described: dict[str, Any] = {
         "name": container,

@@ -33,6 +33,8 @@ RESERVED_ENGINE_ARGS = {
 
 # The deployment in front of all workers.
 INGRESS_NAME = "ingress"
+# What its replicas share of the clients' rate limits.
+RATES_NAME = "rates"
 MAX_PORT = 65535
 
 
@@ -135,8 +137,8 @@ class Queue(Table):
     @field_validator("checkpoint_name")
     @classmethod
     def _not_the_ingress(cls, value: str) -> str:
-        if value == INGRESS_NAME:
-            raise ValueError(f"`{value}` is the name of the deployment in front of all workers")
+        if value in (INGRESS_NAME, RATES_NAME):
+            raise ValueError(f"`{value}` is the name of a deployment in front of all workers")
         return value
 
 

@@ -1,12 +1,20 @@
 """Public model names → the worker that serves each."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from deployments.config.worker import Model
-from deployments.errors import InvalidRequestError, MissingCapabilityError, ModelNotFoundError
+from deployments.errors import (
+    InvalidRequestError,
+    MissingCapabilityError,
+    ModelNotAllowedError,
+    ModelNotFoundError,
+)
 from deployments.gateway.dispatch import Dispatch
+
+# Whether a client may use the model of a public name.
+MayUse = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -62,30 +70,36 @@ class Catalog:
             for name, model in dispatch.worker.queue.models.items()
         }
 
-    def find(self, name: str | None, tags: frozenset[str] = frozenset()) -> Served:
+    def find(
+        self, name: str | None, tags: frozenset[str] = frozenset(), may_use: MayUse = lambda _: True
+    ) -> Served:
         """Return the model of that name, or the only one where a client names none.
 
         Raises ModelNotFoundError that names those there are, InvalidRequestError where the name is missing
-        and there are several, MissingCapabilityError where the model's worker lacks one of the tags.
+        and there are several, MissingCapabilityError where the model's worker lacks one of the tags, and
+        ModelNotAllowedError where the client may not use it.
         """
         if name is None:
-            return self._only(tags)
+            return self._only(tags, may_use)
         served = self._served.get(name)
         if served is None:
-            raise ModelNotFoundError(f"no model of that name; there are {_names(self._served)}", "model")
+            known = _names(filter(may_use, self._served))
+            raise ModelNotFoundError(f"no model of that name; there are {known}", "model")
+        if not may_use(name):
+            raise ModelNotAllowedError(f"this key may not use `{name}`", "model")
         if tags and not served.has(tags):
             raise MissingCapabilityError(f"no worker of `{name}` has all of these tags", "tags")
         return served
 
-    def _only(self, tags: frozenset[str]) -> Served:
+    def _only(self, tags: frozenset[str], may_use: MayUse) -> Served:
         """Return the one model whose worker has the tags."""
-        able = {name: each for name, each in self._served.items() if each.has(tags)}
+        able = {name: each for name, each in self._served.items() if may_use(name) and each.has(tags)}
         if not able:
-            raise MissingCapabilityError("no worker has all of these tags", "tags")
+            raise MissingCapabilityError("no worker that this key may use has all of these tags", "tags")
         if len(able) > 1:
             raise InvalidRequestError(f"`model` must name one of {_names(able)}", "model")
         return next(iter(able.values()))
 
-    def models(self) -> list[Served]:
-        """Return every model."""
-        return list(self._served.values())
+    def models(self, may_use: MayUse = lambda _: True) -> list[Served]:
+        """Return every model that the client may use."""
+        return [served for name, served in self._served.items() if may_use(name)]

@@ -14,17 +14,15 @@ from pydantic import BaseModel
 
 from deployments import errors
 from deployments.api.envelope import ErrorResponse, error_body
+from deployments.gateway.public import ASSETS, PUBLIC
 
 REFERENCE = "#/components/schemas/{model}"
-# The page's parts, and what they are.
-ASSETS = {
-    "swagger-ui-bundle.js": "text/javascript",
-    "swagger-ui.css": "text/css",
-    "favicon-32x32.png": "image/png",
-}
 Kinds = tuple[type[errors.EmbeddingError], ...]
 # What a request with a body may be answered, whatever it asks for.
 BODY: Kinds = (
+    errors.InvalidKeyError,
+    errors.ModelNotAllowedError,
+    errors.RateLimitError,
     errors.InvalidRequestError,
     errors.MissingCapabilityError,
     errors.ModelNotFoundError,
@@ -40,6 +38,12 @@ EMBEDDING: Kinds = (
     errors.QueueFullError,
     errors.NonFiniteEmbeddingError,
 )
+# Any one of them, where the cluster has keys.
+SECURITY = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    "api-key": {"type": "apiKey", "in": "header", "name": "api-key"},
+}
 NICE = {
     "name": "nice",
     "in": "query",
@@ -108,9 +112,13 @@ def document(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
         schema = model.model_json_schema(ref_template=REFERENCE)
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
-    for path in described["paths"].values():
-        for operation in path.values():
+    for path, operations in described["paths"].items():
+        for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI's own, which no route gives
+            if path in PUBLIC:
+                operation["security"] = []
+    described["components"]["securitySchemes"] = SECURITY
+    described["security"] = [{name: []} for name in SECURITY]
     schemas.pop("HTTPValidationError", None)
     schemas.pop("ValidationError", None)
     return described

@@ -8,11 +8,14 @@ import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
+import ray
 from fastapi import APIRouter, FastAPI, Request, Response
 from ray import serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -23,19 +26,26 @@ from deployments.api.envelope import error_body
 from deployments.config.worker import Worker
 from deployments.errors import (
     EmbeddingError,
+    InvalidKeyError,
     InvalidRequestError,
     MethodNotAllowedError,
+    ModelNotAllowedError,
     ModelNotFoundError,
+    OperatorOnlyError,
     RouteNotFoundError,
 )
+from deployments.gateway.auth import Access, Auth, key_of
 from deployments.gateway.catalog import Catalog
 from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.documentation import add_documentation, answers, plain
 from deployments.gateway.meter import RetryBudget
 from deployments.gateway.metrics_port import MetricsPort
 from deployments.gateway.pharia import PhariaServing
-from deployments.gateway.routes import BODIES, add_embedding_routes, add_pharia_routes
+from deployments.gateway.rates import Grant, LeasedRates, LocalRates
+from deployments.gateway.routes import BODIES, add_embedding_routes, add_pharia_routes, add_usage_route
 from deployments.gateway.serving import Serving
+from deployments.gateway.usage import Counts
+from deployments.keys import KeySource, require_keys
 from deployments.metrics import CONTENT_TYPE, Metrics, merge, states_text
 
 logger = logging.getLogger("ray.serve")
@@ -56,12 +66,42 @@ MODEL = {
     "embedding_task": {"supported": True},
 }
 SAMPLE = 'embedding_tokens_total{worker="all-minilm-l6-v2"} 7.0'
+MODEL_ERRORS = (InvalidKeyError, ModelNotAllowedError, ModelNotFoundError)
 READY = {"ready": False, "models": [{"ready": False, "reason": "no replica answers", "deployment": "a"}]}
 
 # How long one ingress replica waits for the others' metrics.
 GATHER_SECONDS = 5.0
 # Returns the metrics of every ingress replica, as text.
 Gather = Callable[[], Awaitable[list[bytes]]]
+# Returns what a key has used, of every ingress replica.
+GatherUsage = Callable[[str], Awaitable[list[dict[str, Counts]]]]
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Who may come in: the keys, or nobody but this machine, or anybody.
+
+    `rates` is the handle of the central buckets where there are several ingress replicas.
+    """
+
+    keys: KeySource = field(default_factory=KeySource)
+    insecure: bool = False
+    rates: DeploymentHandle[Any] | None = None
+
+    def access(self) -> Access | None:
+        """Return the ring of keys and what they may use up; None without keys. Raises ConfigError."""
+        ring = self.keys.ring()
+        if ring is None:
+            return None
+        handle = self.rates
+        if handle is None:
+            return Access(ring, LocalRates())
+
+        async def take(*arguments: Any) -> Grant:
+            grant: Grant = await handle.take.remote(*arguments)
+            return grant
+
+        return Access(ring, LeasedRates(take))
 
 
 class Ingress:
@@ -72,21 +112,30 @@ class Ingress:
         handles: Mapping[str, DeploymentHandle[Any]],
         max_body_bytes: int,
         metrics_host: str,
+        admission: Admission = Admission(),
     ) -> None:
-        """Serve nothing until `reconfigure` names the workers; `handles` are those bound with the ingress."""
+        """Serve nothing until `reconfigure` names the workers; `handles` are those bound with the ingress.
+
+        Raises ConfigError where the keys can't be read.
+        """
+        self._admission = admission
+        self._access = admission.access()
         self._handles = handles
         self._metrics_host = metrics_host
         self._budget = RetryBudget()
         self._workers: dict[str, dict[str, Any]] = {}
         self._ports: dict[str, MetricsPort] = {}
-        self._serving = Serving(Catalog({}), Metrics(), max_body_bytes)
+        rates = self._access.rates if self._access else None
+        self._serving = Serving(Catalog({}), Metrics(), max_body_bytes, rates)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Take over the worker files as they are now. Ray Serve calls it at the start and at each deployment.
 
         `config["workers"]` holds each worker file as plain data, and `config["packages"]` what tells the
         model packages apart, by the worker's name. What didn't change keeps its queue and its measurements.
+        Raises ConfigError where other machines could reach us without a key.
         """
+        require_keys(self._admission.keys, self._admission.insecure, await front_host())
         workers = {name: Worker.model_validate(data) for name, data in config["workers"].items()}
         known = self._serving.catalog.dispatches
         dispatches = {}
@@ -125,7 +174,20 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application; Ray Serve asks for it once the constructor is done."""
-        return make_app(self._serving, self._gather, self._ports)
+        return make_app(self._serving, self._gather, self._ports, self._access, self._gather_usage)
+
+    async def usage(self, key: str) -> dict[str, Counts]:
+        """Return what a key has used of this ingress replica; the others ask for it."""
+        return self._serving.usage.of(key)
+
+    async def _gather_usage(self, key: str) -> list[dict[str, Counts]]:
+        """Return what a key has used of all ingress replicas."""
+        context = serve.get_replica_context()
+        ourselves = serve.get_deployment_handle(context.deployment, context.app_name)
+        parts: list[dict[str, Counts]] = await ourselves.broadcast("usage", key).results_async(
+            timeout_s=GATHER_SECONDS
+        )
+        return parts
 
     async def metrics(self) -> bytes:
         """Return this ingress replica's metrics as text; the others ask for it."""
@@ -145,6 +207,14 @@ class Ingress:
         return [*texts, states_text(known), *itertools.chain.from_iterable(engines)]
 
 
+async def front_host() -> str | None:
+    """Return the address that Ray Serve's front listens on; None where it has no front."""
+    controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    options = await controller.get_http_config.remote()
+    host: str | None = options.host
+    return host
+
+
 def replica_states(application: str) -> dict[str, dict[str, int]]:
     """Return how many replicas of each deployment are in which state, as Ray Serve's controller sees it."""
     status = serve.status().applications.get(application)
@@ -152,8 +222,17 @@ def replica_states(application: str) -> dict[str, dict[str, int]]:
     return {name: {str(s): n for s, n in d.replica_states.items()} for name, d in deployments.items()}
 
 
-def make_app(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort] | None = None) -> FastAPI:
-    """Return the application over a catalog of models, and the workers' own metrics ports."""
+def make_app(
+    serving: Serving,
+    gather: Gather,
+    ports: Mapping[str, MetricsPort] | None = None,
+    access: Access | None = None,
+    gather_usage: GatherUsage | None = None,
+) -> FastAPI:
+    """Return the application over a catalog of models, and the workers' own metrics ports.
+
+    Without `access` there are no keys, and anybody who reaches it may ask.
+    """
     ports = {} if ports is None else ports
 
     @asynccontextmanager
@@ -173,8 +252,18 @@ def make_app(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort] 
         lifespan=lifespan,
     )
     app.add_middleware(Errors)
+    if access is not None:
+
+        def refuse(error: EmbeddingError) -> Response:
+            serving.metrics.denied.labels(error.code).inc()
+            return error_response(error)
+
+        # Outside of the errors: an answer that refuses says what is left of the key's limits too.
+        app.add_middleware(Auth, access=access, refuse=refuse)
     app.add_exception_handler(HTTPException, _http_exception)
     router = _routes(serving, gather, ports)
+    if access is not None:
+        add_usage_route(router, gather_usage or (lambda key: _alone(serving.usage.of(key))), _json)
     add_documentation(app, router, BODIES)
     app.include_router(router, prefix="/v1")
     # The same routes without prefix: some clients are given the host with /v1, some without.
@@ -198,15 +287,19 @@ def _routes(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort]) 
         """Say that this process is alive."""
         return _json({"status": "ok"})
 
-    async def ready() -> Response:
-        """Say for each worker whether a replica answers; 200 when all do, else 503."""
+    async def ready(request: Request) -> Response:
+        """Say for each worker whether a replica answers; 200 when all do, else 503.
+
+        Where there are keys, whoever has none is told no more than that.
+        """
         states = await asyncio.gather(*(d.state() for d in catalog.dispatches.values()))
         for state in states:
             port = ports.get(state["deployment"])
             if port is not None and port.problem:
                 state["metrics"] = port.problem
         everything = all(state["ready"] for state in states)
-        body = {"ready": everything, "models": states}
+        known = serving.rates is None or key_of(request.scope) is not None
+        body = {"ready": everything, "models": states} if known else {"ready": everything}
         return _json(body, 200 if everything else 503)
 
     async def metrics() -> Response:
@@ -220,14 +313,21 @@ def _routes(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort]) 
     add_embedding_routes(router, serving)
     add_pharia_routes(router, PhariaServing(serving), _json)
     listed = {"object": "list", "data": [MODEL]}
-    router.add_api_route("/models", models, responses=answers(listed))
-    router.add_api_route("/models/{name:path}", model, responses=answers(MODEL, ModelNotFoundError))
+    router.add_api_route("/models", models, responses=answers(listed, InvalidKeyError))
+    router.add_api_route("/models/{name:path}", model, responses=answers(MODEL, *MODEL_ERRORS))
     router.add_api_route("/health", health, responses=answers({"status": "ok"}))
     not_ready = {**answers(READY)[200], "description": "Not every model is ready"}
     router.add_api_route("/ready", ready, responses={**answers(READY | {"ready": True}), 503: not_ready})
-    for path, endpoint, example in (("/version", version, API_VERSION), ("/metrics", metrics, SAMPLE)):
-        router.add_api_route(path, endpoint, response_class=PlainTextResponse, responses=plain(example))
+    plain_text: dict[str, Any] = {"response_class": PlainTextResponse}
+    router.add_api_route("/version", version, **plain_text, responses=plain(API_VERSION))
+    denied = answers(None, InvalidKeyError, OperatorOnlyError)
+    router.add_api_route("/metrics", metrics, **plain_text, responses={**denied, **plain(SAMPLE)})
     return router
+
+
+async def _alone(part: dict[str, Counts]) -> list[dict[str, Counts]]:
+    """Return what the only ingress replica has counted."""
+    return [part]
 
 
 def _json(content: Any, status: int = 200) -> Response:
@@ -242,6 +342,8 @@ def error_response(error: EmbeddingError) -> Response:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, round(error.retry_after)))
+    if isinstance(error, InvalidKeyError):
+        headers["www-authenticate"] = "Bearer"
     return Response(error_body(error), error.status, headers, "application/json")
 
 

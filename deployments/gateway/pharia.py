@@ -9,8 +9,10 @@ from deployments.api import pharia
 from deployments.engine import ModelCard
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.errors import InvalidRequestError, ModelUnavailableError
+from deployments.gateway.auth import key_of
 from deployments.gateway.catalog import Served
 from deployments.gateway.prepare import INLINE_CHARACTERS, takes_instructions
+from deployments.gateway.rates import REQUESTS
 from deployments.gateway.serving import BODY_SECONDS, Serving, wanted_seconds
 
 # How long a listing waits for a model that says that it is ready.
@@ -28,6 +30,7 @@ class PhariaServing:
         """Return what the model would read of a text."""
         arrival = asyncio.get_running_loop().time()
         with self._serving.counted(arrival) as counted:
+            await self._serving.charge(key_of(request.scope), REQUESTS)
             wanted = pharia.parse_tokenize(await self._read(request, arrival))
             served = self._serving.find(request, wanted.model, wanted.tags)
             counted.model = served.name
@@ -42,6 +45,7 @@ class PhariaServing:
         """Return the text of token ids."""
         arrival = asyncio.get_running_loop().time()
         with self._serving.counted(arrival) as counted:
+            await self._serving.charge(key_of(request.scope), REQUESTS)
             wanted = pharia.parse_detokenize(await self._read(request, arrival))
             served = self._serving.find(request, wanted.model, wanted.tags)
             counted.model = served.name

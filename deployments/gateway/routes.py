@@ -8,10 +8,18 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from deployments.api import cohere, embed, openai, pharia, tei
-from deployments.errors import ModelNotFoundError, ModelUnavailableError
+from deployments.errors import (
+    DeadlineExceededError,
+    InvalidKeyError,
+    ModelNotAllowedError,
+    ModelNotFoundError,
+    ModelUnavailableError,
+)
+from deployments.gateway.auth import key_of
 from deployments.gateway.documentation import BODY, EMBEDDING, answers, body
 from deployments.gateway.pharia import PhariaServing
 from deployments.gateway.serving import Parse, Serving
+from deployments.gateway.usage import Counts, usage_answer
 
 VECTOR = [0.0330866, 0.05105618, -0.051683143]
 SETTINGS = {
@@ -27,6 +35,12 @@ SETTINGS = {
     "embedding_type": "semantic",
     "chat": False,
     "prompt_template": None,
+}
+USAGE = {
+    "object": "usage",
+    "key": "search",
+    "models": [{"model": "all-minilm-l6-v2", "requests": 2, "inputs": 3, "tokens": 21}],
+    "limits": {"models": ["*"], "requests_per_minute": 600, "tokens_per_minute": None, "expires": None},
 }
 
 
@@ -131,6 +145,26 @@ def _embedding(serving: Serving, parse: Parse) -> Callable[[Request], Awaitable[
     return embeddings
 
 
+def add_usage_route(
+    router: APIRouter,
+    gather: Callable[[str], Awaitable[list[dict[str, Counts]]]],
+    as_json: Callable[[Any], Response],
+) -> None:
+    """Add what tells a client of its own key."""
+
+    async def usage(request: Request) -> Response:
+        key = key_of(request.scope)
+        assert key is not None, "this path isn't public"
+        return as_json(usage_answer(key, await gather(key.name)))
+
+    router.add_api_route(
+        "/usage",
+        usage,
+        summary="Show what this key has used since the cluster's start, and what it may use.",
+        responses=answers(USAGE, InvalidKeyError),
+    )
+
+
 def add_pharia_routes(router: APIRouter, served: PhariaServing, as_json: Callable[[Any], Response]) -> None:
     """Add what else Pharia's clients ask for. Before `/models/{name}`, whose names may hold slashes."""
 
@@ -171,7 +205,12 @@ def add_pharia_routes(router: APIRouter, served: PhariaServing, as_json: Callabl
         tokenizer,
         summary="Give the model's tokenizer, in the JSON of Hugging Face's `tokenizers` (Pharia).",
         responses=answers(
-            {"version": "1.0", "model": {"type": "WordPiece"}}, ModelNotFoundError, ModelUnavailableError
+            {"version": "1.0", "model": {"type": "WordPiece"}},
+            InvalidKeyError,
+            ModelNotAllowedError,
+            ModelNotFoundError,
+            DeadlineExceededError,
+            ModelUnavailableError,
         ),
     )
     for path in ("/models_available", "/model-settings"):
@@ -180,5 +219,5 @@ def add_pharia_routes(router: APIRouter, served: PhariaServing, as_json: Callabl
             settings,
             summary="List the models, and which can answer now (Pharia).",
             name=path.strip("/"),
-            responses=answers([SETTINGS], model=list[pharia.ModelSettings]),
+            responses=answers([SETTINGS], InvalidKeyError, model=list[pharia.ModelSettings]),
         )

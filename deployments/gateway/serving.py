@@ -19,9 +19,13 @@ from deployments.errors import (
     EmbeddingError,
     InvalidRequestError,
 )
+from deployments.gateway.auth import key_of
 from deployments.gateway.catalog import Catalog, Served
 from deployments.gateway.prepare import prepare
+from deployments.gateway.rates import REQUESTS, TOKENS, Rates
+from deployments.gateway.usage import Usage
 from deployments.gateway.work import Lane
+from deployments.keys import Key
 from deployments.metrics import CANCELLED, NO_MODEL, SUCCESS, Metrics
 
 # Reads a dialect's body.
@@ -39,25 +43,38 @@ BODY_SECONDS = 30.0
 class Serving:
     """Embeds over a catalog of models."""
 
-    def __init__(self, catalog: Catalog, metrics: Metrics, max_body_bytes: int) -> None:
-        """Keep what every request needs."""
+    def __init__(
+        self, catalog: Catalog, metrics: Metrics, max_body_bytes: int, rates: Rates | None = None
+    ) -> None:
+        """Keep what every request needs; `rates` where there are keys."""
+        self.rates = rates
+        self.usage = Usage(metrics)
         self.catalog = catalog
         self.metrics = metrics
         self._max_body_bytes = max_body_bytes
 
     def find(self, request: Request, name: str | None, tags: frozenset[str] = frozenset()) -> Served:
         """Return the model that a request is for. Raises what `Catalog.find` does."""
-        return self.catalog.find(name, tags)
+        key = key_of(request.scope)
+        return self.catalog.find(name, tags, key.may_use) if key else self.catalog.find(name, tags)
 
     def visible(self, request: Request) -> list[Served]:
         """Return the models that the client may use."""
-        return self.catalog.models()
+        key = key_of(request.scope)
+        return self.catalog.models(key.may_use) if key else self.catalog.models()
+
+    async def charge(self, key: Key | None, kind: int, amount: float = 1) -> None:
+        """Use up some of what a key may have in a minute. Raises RateLimitError."""
+        if key is not None and self.rates is not None:
+            await self.rates.spend(key, kind, amount)
 
     async def embed(self, request: Request, parse: Parse) -> bytes:
         """Return the JSON answer in the dialect that `parse` reads, or raise an EmbeddingError."""
         arrival = asyncio.get_running_loop().time()
         with self.counted(arrival) as counted:
             patience = wanted_seconds(request)
+            key = key_of(request.scope)
+            await self.charge(key, REQUESTS)
             body = await self.read(request, arrival + min(BODY_SECONDS, patience))
             with self._timed() as parsing:
                 wanted = parse(body)
@@ -68,12 +85,16 @@ class Serving:
             self.metrics.stage_seconds.labels(worker.name, "parse").observe(parsing.seconds)
             deadline = arrival + min(worker.limits.request_timeout_s, patience)
             truncated: tuple[int, ...] = ()
+            charged = False
 
             async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
-                nonlocal truncated
+                nonlocal truncated, charged
                 with self._timed(worker.name, "tokenise"):
                     task = served.model.embedding_task
                     prepared = await prepare(wanted, task, worker.limits, card, tokenizer)
+                if not charged:  # a model that changes meanwhile costs nothing more
+                    charged = True
+                    await self.charge(key, TOKENS, prepared.batch.tokens)
                 truncated = prepared.truncated
                 return prepared.batch
 
@@ -90,6 +111,8 @@ class Serving:
                 )
             self.metrics.inputs.labels(worker.name).inc(len(batch))
             self.metrics.tokens.labels(worker.name).inc(batch.tokens)
+            if key is not None:
+                self.usage.count(key, served.name, len(batch), batch.tokens)
             return answer
 
     async def read(self, request: Request, deadline: float) -> bytes:
@@ -168,6 +191,8 @@ def lane_of(request: Request) -> Lane:
 
 def caller_of(request: Request) -> str:
     """Return what tells callers apart for taking turns: the key, else the address. Never logged."""
+    if (key := key_of(request.scope)) is not None:
+        return key.name
     for header in ("authorization", "x-api-key", "api-key"):
         if value := request.headers.get(header):
             return value

@@ -18,6 +18,7 @@ from deployments.gateway.catalog import Catalog
 from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.ingress import make_app
 from deployments.gateway.meter import RetryBudget
+from deployments.gateway.rates import Rates
 from deployments.gateway.serving import Serving
 from deployments.metrics import Metrics
 from deployments.replica import Replica
@@ -99,15 +100,20 @@ def handles(tmp_path: Path) -> dict[str, LocalHandle]:
     return {plan.name: LocalHandle(plan) for plan in plans}
 
 
+def make_serving(handles: dict[str, LocalHandle], rates: Rates | None = None) -> Serving:
+    """Return what serves the workers behind the handles."""
+    budget, metrics = RetryBudget(), Metrics()
+    catalog = Catalog({name: Dispatch(h._plan.worker, h, budget, metrics) for name, h in handles.items()})  # type: ignore[arg-type]
+    return Serving(catalog, metrics, MAX_BODY_BYTES, rates)
+
+
 @pytest.fixture
 async def client(handles: dict[str, LocalHandle]) -> AsyncIterator[httpx.AsyncClient]:
     """An HTTP client of the application."""
-    budget, metrics = RetryBudget(), Metrics()
-    catalog = Catalog({name: Dispatch(h._plan.worker, h, budget, metrics) for name, h in handles.items()})  # type: ignore[arg-type]
-    serving = Serving(catalog, metrics, MAX_BODY_BYTES)
+    serving = make_serving(handles)
 
     async def gather() -> list[bytes]:
-        return [metrics.text()]
+        return [serving.metrics.text()]
 
     transport = httpx.ASGITransport(make_app(serving, gather), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://cluster/v1") as client:

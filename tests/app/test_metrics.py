@@ -30,6 +30,9 @@ FAMILIES = {
     "embedding_cuts": "counter",
     "embedding_outstanding_tokens": "gauge",
     "embedding_replicas": "gauge",
+    "embedding_key_requests": "counter",
+    "embedding_key_tokens": "counter",
+    "embedding_denied": "counter",
 }
 
 

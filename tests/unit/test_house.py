@@ -17,7 +17,7 @@ ROOT = Path(deployments.__file__).parent
 # A module imports only what stands below it: those of a later line may import those of an earlier one.
 LAYERS = [
     ["deployments.errors", "deployments.metrics", "deployments.front"],
-    ["deployments.config.worker", "deployments.config.model_files"],
+    ["deployments.config.worker", "deployments.config.model_files", "deployments.keys"],
     ["deployments.config.load", "deployments.config.plan"],
     ["deployments.config.manifest", "deployments.engine.batch", "deployments.engine.cores"],
     ["deployments.engine.tokenizer", "deployments.engine.cl100k"],
@@ -40,12 +40,14 @@ LAYERS = [
     ["deployments.gateway.calls"],
     ["deployments.gateway.dispatch"],
     ["deployments.gateway.catalog"],
+    ["deployments.gateway.rates", "deployments.gateway.usage", "deployments.gateway.public"],
+    ["deployments.gateway.auth"],
     ["deployments.gateway.serving", "deployments.gateway.documentation"],
     ["deployments.gateway.pharia"],
     ["deployments.gateway.routes"],
     ["deployments.gateway.ingress"],
     ["deployments.app"],
-    ["deployments.launch"],
+    ["deployments.launch", "deployments.keys_command"],
     ["deployments.__main__"],
 ]
 EMPTY = {"deployments", "deployments.config", "deployments.api", "deployments.gateway"}

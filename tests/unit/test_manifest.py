@@ -11,6 +11,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.__main__ import main
 from deployments.config.manifest import FAST_DATA_PLANE, WORKERS_FOLDER
+from deployments.keys import KEYS_VARIABLE
 from tests import checkpoints, workers
 from tests.unit.test_worker_files import write, write_config
 
@@ -88,6 +89,25 @@ def test_the_ray_service_carries_the_worker_files_as_a_secret(
         assert volume["secret"]["secretName"] == secret["metadata"]["name"]
         plain = {each["name"]: each.get("value") for each in container["env"]}
         assert plain.items() >= FAST_DATA_PLANE.items()
+
+
+def test_only_this_machine_is_let_in_without_keys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Others, where the file names keys, or says that none are meant."""
+    wanted = {(): ("127.0.0.1", {}), ("--insecure",): ("0.0.0.0", {"insecure": True})}
+    wanted["--keys", str(folder / "keys.json")] = ("0.0.0.0", {"keys": str(folder / "keys.json")})
+    for options, (host, arguments) in wanted.items():
+        (document,) = documents(capsys, str(folder), "--format", "serve", *options)
+        assert document["http_options"]["host"] == host
+        got = document["applications"][0]["args"]
+        assert {name: got[name] for name in ("keys", "insecure") if name in got} == arguments
+
+
+def test_pods_take_the_keys_from_a_secret(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the environment variable that the builder reads."""
+    _, service = documents(capsys, str(folder), "--format", "rayservice")
+    (container,) = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
+    (reference,) = (each["valueFrom"] for each in container["env"] if each["name"] == KEYS_VARIABLE)
+    assert reference["secretKeyRef"]["name"] == "embedding-cluster-keys"
 
 
 def test_the_ray_service_has_room_for_every_replica(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
