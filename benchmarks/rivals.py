@@ -1,0 +1,312 @@
+"""Starts each contestant at its best settings on this machine, and ends it.
+
+The engine's settings are the same for all that have one: what differs is how texts get to it and vectors
+back. Processes are found by a mark in their environment, which is how `tests.server` does it too.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+import deployments
+from benchmarks.sender import Result, Task, send
+from benchmarks.workloads import MAX_MODEL_LEN, MODEL, Workload, model_folder
+from deployments.config.load import load_workers
+from deployments.config.plan import Machine, cores_here, intel_openmp, make_plans
+from deployments.engine.vllm import cpu_dtype
+from deployments.launch import prepare_environment
+from tests.server import MARK, STOP_SECONDS, Server, free_port, serve, wait_for
+
+ROOT = Path(__file__).parent.parent
+BUNDLED = Path(deployments.__file__).parent / "workers" / f"{MODEL}.toml"
+# Environments of the rivals' own, made once.
+ENVIRONMENTS = Path(__file__).parent / ".environments"
+START_SECONDS = 240
+POLL_SECONDS = 0.05
+CACHE_MIB = 64
+# ray.serve.llm imports these; ray[llm] itself would bring another vLLM.
+RAY_LLM_PACKAGES = ("pyarrow==26.0.1", "pandas==3.1.1", "jsonref==1.1.0")
+
+Send = Callable[[Workload, float, float, str], Result]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A contestant that answers: the seconds to its first embedding, its processes, and a way to ask it."""
+
+    seconds: float
+    server: Server
+    send: Send
+
+    def processes(self) -> list[psutil.Process]:
+        """Return its processes. One that sets its title writes over its mark; its parent still has one."""
+        found = {process.pid: process for process in self.server.processes()}
+        for process in list(found.values()):
+            with contextlib.suppress(psutil.Error):
+                found |= {child.pid: child for child in process.children(recursive=True)}
+        return list(found.values())
+
+    def pss(self) -> int:
+        """Return the memory of all its processes in bytes, what is shared divided up."""
+        total = 0
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+        return total
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that its processes have had."""
+        total = 0.0
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A name for the table, what it is, and how it is started; `folder` is its own and is removed later."""
+
+    name: str
+    what: str
+    start: Callable[[Path], "contextlib.AbstractContextManager[Running]"]
+    cached: bool = False
+
+
+def engine_settings() -> dict[str, Any]:
+    """Return the engine's settings, which are those of our plan for this machine."""
+    plan = bundled_plan()
+    return {**plan.engine_args, "dtype": cpu_dtype(), "max_model_len": MAX_MODEL_LEN}
+
+
+def bundled_plan() -> Any:
+    """Return our plan of the bundled model on this machine."""
+    return make_plans(load_workers(BUNDLED), Machine(cores_here(), 0, cores_here()))[0]
+
+
+def engine_environment() -> dict[str, str]:
+    """Return what makes vLLM's engine fast on CPUs."""
+    environment = {
+        "KMP_BLOCKTIME": "1",
+        "OMP_NUM_THREADS": str(cores_here()),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    if library := intel_openmp():
+        environment["LD_PRELOAD"] = library
+    return environment
+
+
+# --- processes -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def process(
+    command: list[str], folder: Path, environ: Mapping[str, str], url: str = "", **options: Any
+) -> Iterator[Server]:
+    """Run a command until the block ends; all that it starts carries its mark."""
+    mark, log = uuid.uuid4().hex, folder / "log"
+    # A short path: Ray adds 56 characters to it, and a socket's path may have 97.
+    own = Path(tempfile.mkdtemp(prefix="bench-", dir="/tmp"))
+    variables = {**os.environ, MARK: mark, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": str(own), **environ}
+    with log.open("wb") as output:
+        options = {"stdout": output, **options}
+        started = subprocess.Popen(
+            command, stderr=output, env=variables, cwd=ROOT, start_new_session=True, **options
+        )
+    server = Server(url, started, log, mark)
+    try:
+        yield server
+    finally:
+        try:
+            started.terminate()
+            started.wait(STOP_SECONDS)
+            wait_for(lambda: not server.processes(), STOP_SECONDS, "processes are left")
+        finally:
+            for each in server.processes():
+                with contextlib.suppress(psutil.Error):
+                    each.kill()
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def first_embedding(server: Server) -> None:
+    """Wait until it embeds."""
+    body = {"model": MODEL, "input": "the first text"}
+
+    def embeds() -> bool:
+        if server.process.poll() is not None:
+            raise RuntimeError(server.log.read_text()[-4000:])
+        try:
+            answer = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60)
+        except httpx.HTTPError:
+            return False
+        return answer.status_code == 200
+
+    wait_for(embeds, START_SECONDS, server.log)
+
+
+def asking(server: Server) -> Send:
+    """Return how a server is sent a workload."""
+
+    def ask(workload: Workload, seconds: float, warm_up: float, reference: str) -> Result:
+        return send(Task(server.url, asdict(workload), seconds, warm_up, reference))
+
+    return ask
+
+
+@contextlib.contextmanager
+def http(command: list[str], folder: Path, environ: Mapping[str, str], port: int) -> Iterator[Running]:
+    """Run an HTTP server."""
+    begun = time.monotonic()
+    with process(command, folder, environ, f"http://127.0.0.1:{port}") as server:
+        first_embedding(server)
+        yield Running(time.monotonic() - begun, server, asking(server))
+
+
+# --- the contestants ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ours(folder: Path, tuned: bool = True, cache: bool = False) -> Iterator[Running]:
+    """Start our server: `embedding-cluster serve`, or plain `serve run`."""
+    config = folder / f"{MODEL}.toml"
+    more = f"\n[limits]\ncache_mib = {CACHE_MIB}\n" if cache else ""
+    config.write_text(BUNDLED.read_text() + more)
+    begun = time.monotonic()
+    with serve(config, folder, tuned=tuned) as server:
+        first_embedding(server)
+        yield Running(time.monotonic() - begun, server, asking(server))
+
+
+def vllm_server(folder: Path) -> "contextlib.AbstractContextManager[Running]":
+    """Start vLLM's own server with the same engine settings."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_folder()]
+    command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--disable-uvicorn-access-log", "--no-enable-log-requests", "--disable-log-stats"]
+    # The worker in the engine's process: one hop less than its default, and faster here.
+    command += ["--distributed-executor-backend", "uni"]
+    skipped = {"tensor_parallel_size", "pipeline_parallel_size"}
+    for name, value in engine_settings().items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        elif name not in skipped:
+            command += [f"--{flag}", str(value)]
+    environ = {**engine_environment(), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return http(command, folder, environ, port)
+
+
+def ray_serve_llm(folder: Path, tuned: bool) -> "contextlib.AbstractContextManager[Running]":
+    """Start ray.serve.llm's OpenAI application, on Ray Serve's defaults or on the fast data plane."""
+    packages = ENVIRONMENTS / "ray-llm"
+    if not packages.exists():
+        uv(
+            "pip",
+            "install",
+            "--python",
+            sys.executable,
+            "--no-deps",
+            "--target",
+            str(packages),
+            *RAY_LLM_PACKAGES,
+        )
+    port = free_port()
+    settings = {**engine_settings(), "disable_log_stats": True}
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        settings.pop(name)
+    arguments = {"port": port, "settings": settings, "environment": engine_environment()}
+    command = [sys.executable, "-m", "benchmarks.ray_llm", json.dumps(arguments)]
+    environ = {"PYTHONPATH": f"{ROOT}:{packages}", "RAY_USAGE_STATS_ENABLED": "0"}
+    if tuned:
+        before = dict(os.environ)
+        prepare_environment(folder)  # sets what our own tuned start sets
+        environ |= {name: value for name, value in os.environ.items() if before.get(name) != value}
+        os.environ.clear()
+        os.environ.update(before)
+    return http(command, folder, environ, port)
+
+
+def infinity(folder: Path) -> "contextlib.AbstractContextManager[Running]":
+    """Start Infinity with its torch engine, in an environment of its own."""
+    environment = ENVIRONMENTS / "infinity"
+    if not environment.exists():
+        uv("venv", "--python", sys.executable, str(environment))
+        requirements = str(ROOT / "requirements" / "infinity.txt")
+        uv("pip", "install", "--python", str(environment / "bin" / "python"), "--no-deps", "-r", requirements)
+    port = free_port()
+    command = [str(environment / "bin" / "infinity_emb"), "v2", "--model-id", model_folder()]
+    command += ["--served-model-name", MODEL, "--engine", "torch", "--device", "cpu", "--dtype", cpu_dtype()]
+    command += ["--no-bettertransformer", "--batch-size", "64", "--no-model-warmup"]
+    command += ["--url-prefix", "/v1", "--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
+    environ = {**engine_environment(), "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    return http(command, folder, environ, port)
+
+
+@contextlib.contextmanager
+def in_process(folder: Path, which: str) -> Iterator[Running]:
+    """Start `benchmarks.inprocess`, which is told what to do by lines of JSON."""
+    command = [sys.executable, "-m", "benchmarks.inprocess", which]
+    begun = time.monotonic()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with process(command, folder, engine_environment(), **pipes) as server:
+        lines, said = server.process.stdin, server.process.stdout
+        assert lines is not None and said is not None
+
+        def answer() -> Any:
+            while line := str(said.readline()):
+                if line.startswith("{"):
+                    return json.loads(line)
+            raise RuntimeError(server.log.read_text()[-4000:])
+
+        def ask(workload: Workload, seconds: float, warm_up: float, reference: str) -> Result:
+            task = json.dumps(asdict(Task("", asdict(workload), seconds, warm_up, reference)))
+            lines.write(f"{task}\n")  # type: ignore[arg-type]
+            lines.flush()
+            return Result(**answer())
+
+        answer()
+        yield Running(time.monotonic() - begun, server, ask)
+
+
+def uv(*arguments: str) -> None:
+    """Run uv, which `make` has installed."""
+    subprocess.run([str(Path(sys.executable).with_name("uv")), *arguments], check=True)
+
+
+US = "us, `embedding-cluster serve`"
+US_PLAIN = "us, `serve run`"
+US_CACHED = f"us, with a cache of {CACHE_MIB} MiB"
+ENGINE = "engine alone, in process"
+VLLM = "vLLM's server"
+RAY_LLM = "ray.serve.llm, defaults"
+RAY_LLM_TUNED = "ray.serve.llm, tuned"
+INFINITY = "Infinity"
+TRANSFORMERS = "sentence-transformers, in process"
+
+CONTESTANTS = (
+    Contestant(US, "HAProxy, gRPC between replicas", ours),
+    Contestant(VLLM, "api_server, tuned, orjson", vllm_server),
+    Contestant(ENGINE, "token ids in, vectors out", lambda folder: in_process(folder, "engine")),
+    Contestant(US_PLAIN, "Ray Serve's defaults", lambda folder: ours(folder, tuned=False)),
+    Contestant(RAY_LLM, "build_openai_app", lambda folder: ray_serve_llm(folder, tuned=False)),
+    Contestant(RAY_LLM_TUNED, "with HAProxy and throughput flags", lambda f: ray_serve_llm(f, tuned=True)),
+    Contestant(INFINITY, "0.0.78, torch engine", infinity),
+    Contestant(TRANSFORMERS, "a library", lambda folder: in_process(folder, "sentence-transformers")),
+    Contestant(US_CACHED, "as the first, with the exact cache", lambda f: ours(f, cache=True), cached=True),
+)
