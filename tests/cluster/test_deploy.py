@@ -1,8 +1,11 @@
 """`serve deploy` of the files that `plan --format serve` writes, on a cluster that `ray start` began."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +70,13 @@ class Site:
 
 def environ(mark: str) -> dict[str, str]:
     """Return the environment of everything that belongs to the cluster."""
-    return {**os.environ, MARK: mark, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    return {
+        **os.environ,
+        MARK: mark,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nobody takes over what runs on the last node
+    }
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +85,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder, mark, dashboard = tmp_path_factory.mktemp("deploy"), uuid.uuid4().hex, free_port()
     command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    # A short path: Ray adds 56 characters to it, and a socket's path may have 97.
+    own = Path(tempfile.mkdtemp(prefix="deploy-", dir="/tmp"))
     log = folder / "ray.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environ(mark), start_new_session=True
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**environ(mark), "RAY_TMPDIR": str(own)},
+            start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{free_port()}", process, log, mark)
     site = Site(server, f"http://127.0.0.1:{dashboard}", folder)
@@ -91,7 +106,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         wait_for(lambda: is_ready(server.url), 90, lambda: str(site.application()))
         yield site
     finally:
-        server.stop()
+        try:
+            server.stop(signal.SIGTERM)
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def is_up(dashboard: str) -> bool:
