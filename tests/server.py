@@ -93,8 +93,9 @@ def serve(
     environ: Mapping[str, str] | None = None,
     tuned: bool = True,
     ingress_replicas: int = 1,
+    keys: Path | None = None,
 ) -> Iterator[Server]:
-    """Serve a worker file or folder until the block ends; `folder` gets the log.
+    """Serve a worker file or folder until the block ends; `folder` gets the log, `keys` is a key file.
 
     `tuned` means `embedding-cluster serve`; otherwise Ray's own `serve run` builds the application from
     a YAML file, which is where a port can be given to it, inside the cluster as under `serve deploy`.
@@ -108,6 +109,7 @@ def serve(
         str(port),
         "--ingress-replicas",
         str(ingress_replicas),
+        *(["--keys", str(keys)] if keys else []),
         str(config),
     ]
     if not tuned:

@@ -125,6 +125,8 @@ def _read_content(item: Any, index: int) -> str:
         raise InvalidRequestError(f"`inputs[{index}]` must hold a list `content`", "inputs")
     if any(part.get("type") in ("image", "image_url") for part in content):
         raise MissingCapabilityError("no model here reads images", "inputs")
+    if any(part.get("type") != "text" for part in content):
+        raise InvalidRequestError(f"`inputs[{index}]` must hold parts of type `text`", "inputs")
     texts = [part.get("text") for part in content]
     if not all(isinstance(text, str) for text in texts):
         raise InvalidRequestError(f"`inputs[{index}]` must hold texts", "inputs")
@@ -163,7 +165,7 @@ class CohereBody(BaseModel):
                     "embedding_types": ["float"],
                 }
             ],
-            "oneOf": [{"required": ["texts"]}, {"required": ["inputs"]}],
+            "anyOf": [{"required": ["texts"]}, {"required": ["inputs"]}],
         },
     )
 
@@ -171,8 +173,8 @@ class CohereBody(BaseModel):
     input_type: Text = Field(
         description="search_document, search_query, classification, clustering, or one of the model's prompts"
     )
-    texts: list[Text] = Field([], min_length=1)
-    inputs: list[Input] = Field([], min_length=1)
+    texts: Annotated[list[Text], Field(min_length=1)] | None = None
+    inputs: Annotated[list[Input], Field(min_length=1)] | None = None
     embedding_types: (
         Annotated[list[Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]], Field(min_length=1)]
         | None

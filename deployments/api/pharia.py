@@ -321,7 +321,7 @@ class InstructableBody(Common):
     model_config = ConfigDict(
         title="InstructableEmbeddingRequest",
         json_schema_extra={
-            "examples": [{"model": "qwen3-embedding-8b", "input": "Hello", "instruction": "Find greetings"}]
+            "examples": [{"model": "all-minilm-l6-v2", "input": "Hello", "instruction": "Find greetings"}]
         },
     )
 

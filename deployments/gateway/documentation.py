@@ -115,6 +115,8 @@ def document(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
     for path, operations in described["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI's own, which no route gives
+            for response in operation["responses"].values():
+                _errors_are_json(response["content"])
             if path in PUBLIC:
                 operation["security"] = []
     described["components"]["securitySchemes"] = SECURITY
@@ -122,6 +124,13 @@ def document(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
     schemas.pop("HTTPValidationError", None)
     schemas.pop("ValidationError", None)
     return described
+
+
+def _errors_are_json(content: dict[str, Any]) -> None:
+    """FastAPI puts an error's schema under the type of the route's answer; ours are JSON on every route."""
+    if len(content) > 1:
+        json, other = content["application/json"], content.pop("text/plain")
+        json["schema"] = other["schema"]
 
 
 def add_documentation(app: FastAPI, router: APIRouter, bodies: Sequence[type[BaseModel]]) -> None:
