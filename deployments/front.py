@@ -10,6 +10,7 @@ Runs as a program of its own, in the place of HAProxy's: it imports nothing but 
 
 import contextlib
 import os
+import re
 import select
 import shutil
 import signal
@@ -19,6 +20,8 @@ from pathlib import Path
 
 # While this file lies beside the configuration HAProxy isn't started again.
 STOPPED = "stopped"
+# What a client may take for its headers; the body's time is bounded behind us.
+HEADER_SECONDS = 10
 
 
 def haproxies(config: str) -> list[int]:
@@ -64,8 +67,23 @@ def command(arguments: list[str]) -> list[str]:
         if answers(admin):
             shutil.copy(kept, config)
             arguments = [*arguments, "-sf", *map(str, survivors), "-x", admin]
+    bound_headers(config)
     shutil.copy(config, kept)
     return arguments
+
+
+def bound_headers(config: Path) -> None:
+    """Let HAProxy give up on a request whose headers don't come; Ray Serve has no switch for that.
+
+    The time between two requests of a connection would be bounded by it too, where nothing else is said.
+    """
+    text = config.read_text()
+    if "timeout http-request" not in text and (place := re.search(r"^( *)timeout client (.*)\n", text, re.M)):
+        indent, idle = place.groups()
+        lines = f"{indent}timeout http-request {HEADER_SECONDS}s\n"
+        if "timeout http-keep-alive" not in text:
+            lines += f"{indent}timeout http-keep-alive {idle}\n"
+        config.write_text(text[: place.end()] + lines + text[place.end() :])
 
 
 def stop_guards(folder: Path) -> None:

@@ -1,0 +1,122 @@
+"""What is meant to hurt: huge, false, compressed and slow requests are refused; others do not notice."""
+
+import gzip
+import socket
+import time
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+
+from tests import workers
+from tests.server import Server, serve, wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
+BODY = {"model": "m", "input": "x"}
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One fake model on the tuned start."""
+    folder = tmp_path_factory.mktemp("abuse")
+    (folder / "workers").mkdir()
+    (folder / "workers" / "m.toml").write_text(workers.fake("m"))
+    with serve(folder / "workers", folder) as server:
+        yield server
+
+
+def ingress_bytes(server: Server) -> int:
+    """Return the resident memory of the ingress replica and HAProxy."""
+    return sum(
+        each.memory_info().rss for title in ("ingress", "haproxy.cfg") for each in server.titled(title)
+    )
+
+
+def p99(client: httpx.Client, count: int = 300) -> float:
+    """Return the 99th percentile of requests one after the other, in seconds."""
+    times = []
+    for _ in range(count):
+        begun = time.perf_counter()
+        assert client.post("/v1/embeddings", json=BODY).status_code == 200
+        times.append(time.perf_counter() - begun)
+    return float(np.percentile(times, 99))
+
+
+def connect(server: Server, text: bytes) -> socket.socket:
+    """Open a connection and send the beginning of a request."""
+    _, _, port = server.url.rpartition(":")
+    connection = socket.create_connection(("127.0.0.1", int(port)), timeout=60)
+    connection.sendall(text)
+    return connection
+
+
+def head(length: int, more: str = "") -> bytes:
+    """Return the head of a request whose body has that length, as it says."""
+    return (
+        f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{more}"
+        f"Content-Length: {length}\r\n\r\n"
+    ).encode()
+
+
+def test_a_body_of_200_mb_is_refused_without_being_kept(server: Server) -> None:
+    """Declared or in chunks; memory stays as it was."""
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(200):
+            yield b" " * MIB
+
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        p99(client)
+        before = ingress_bytes(server)
+        for _ in range(3):
+            try:
+                response = client.post("/v1/embeddings", content=chunks())
+                assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
+            except (httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadError):
+                pass  # the connection was cut while we were still sending
+        with connect(server, head(200 * MIB) + b" " * 1024) as connection:
+            assert b" 413 " in connection.recv(4096)
+        assert client.post("/v1/embeddings", json=BODY).status_code == 200
+        assert ingress_bytes(server) - before < 50 * MIB
+
+
+def test_a_false_length_and_a_gzip_bomb_are_refused(server: Server) -> None:
+    """What is longer than it says isn't read further; what is compressed isn't read at all."""
+    bomb = gzip.compress(b" " * 100 * MIB)
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        response = client.post("/v1/embeddings", content=bomb, headers={"content-encoding": "gzip"})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "content-encoding")
+        with connect(server, head(5) + b'{"model": "m", "input": "x"}') as connection:
+            assert b" 400 " in connection.recv(4096)
+        with connect(server, head(5, "Content-Length: 6\r\n") + b"{}") as connection:
+            assert b" 400 " in connection.recv(4096)
+        assert client.post("/v1/embeddings", json=BODY).status_code == 200
+
+
+def test_200_slow_connections_are_cut_and_nobody_notices(server: Server) -> None:
+    """Half of them never end their headers, half their bodies; others' p99 stays within twice of idle."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        p99(client)
+        idle, before = p99(client), ingress_bytes(server)
+        headers = [connect(server, b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n") for _ in range(100)]
+        bodies = [connect(server, head(100) + b'{"model"') for _ in range(100)]
+        during = min(p99(client) for _ in range(3))
+        assert during < max(2 * idle, 0.02)
+        assert ingress_bytes(server) - before < 50 * MIB
+    open_ = {connection.fileno(): connection for connection in headers + bodies}
+    for connection in open_.values():
+        connection.setblocking(False)
+
+    def all_answered() -> bool:
+        for number, connection in list(open_.items()):
+            try:
+                answer = connection.recv(4096)
+            except BlockingIOError:
+                continue
+            assert answer == b"" or b" 408 " in answer
+            open_.pop(number).close()
+        return not open_
+
+    wait_for(all_answered, 45, lambda: f"{len(open_)} are still open")
