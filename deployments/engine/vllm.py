@@ -143,6 +143,10 @@ class VllmEngine:
         ranks = [cores[start : start + each] for start in range(0, len(cores), each)]
         # vLLM's own choice would put every replica of a host on the same cores.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, rank)) for rank in ranks)
+        if len(ranks) == 1:
+            # vLLM binds the threads of the processes that it starts, and here it starts none. Unbound, the
+            # kernel may wake two threads on one core and leave them there. Read when torch is imported.
+            os.environ["KMP_AFFINITY"] = f"granularity=fine,explicit,proclist=[{','.join(map(str, cores))}]"
 
     def _load(self) -> tuple[Any, ModelCard]:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when the configuration is made

@@ -41,6 +41,7 @@ CALLS_PER_REPLICA = 2
 # long enough that the hop there and back doesn't count.
 PART_SECONDS = 0.1
 FIRST_PART_TOKENS = 4096
+MIN_ENGINE_SECONDS = 1e-6
 MIN_PART_TOKENS = 512
 MAX_PART_TOKENS = 16_384
 # A call that takes this many times as long as the slowest of the last ones has met a replica that hangs.
@@ -78,6 +79,7 @@ class Calls:
         self._meter = DrainMeter()
         self._flying = dict.fromkeys(Lane, 0)
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_CALLS)
+        self._speeds: deque[float] = deque(maxlen=RECENT_CALLS)  # the fastest calls met nobody in the engine
         self._sender = uuid.uuid4().hex
         self._numbers = itertools.count()
 
@@ -111,9 +113,10 @@ class Calls:
     @property
     def part_tokens(self) -> int:
         """How many tokens one call should hold."""
-        if self.rate is None:
+        if not self._speeds:
             return FIRST_PART_TOKENS
-        tokens = int(self.rate / self.replicas * PART_SECONDS)
+        # Not the drain rate: that is low where requests are small, and parts cut by it would keep it low.
+        tokens = int(max(self._speeds) * PART_SECONDS)
         return min(max(tokens, MIN_PART_TOKENS), MAX_PART_TOKENS)
 
     @property
@@ -219,6 +222,7 @@ class Calls:
                     embedded = answer.result()
                     seconds = time.perf_counter() - begun
                     self._recent.append((seconds, part.tokens))
+                    self._speeds.append(part.tokens / max(embedded.engine_seconds, MIN_ENGINE_SECONDS))
                     self._observe("call", seconds)
                     self._observe("engine", embedded.engine_seconds)
                     return embedded.vectors
