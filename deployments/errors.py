@@ -144,6 +144,14 @@ class QueueFullError(ModelUnavailableError):
     code = "queue_full"
 
 
+class IncompleteError(EmbeddingError):
+    """A part of the cluster doesn't tell what it has counted."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "incomplete"
+    type = "unavailable_error"
+
+
 # --- ours to mend ------------------------------------------------------------------------------
 
 

@@ -70,6 +70,14 @@ class Server:
                     found.append(process)
         return found
 
+    def _left(self) -> str:
+        """Say what is still running."""
+        lines = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                lines.append(f"{process.pid}: {' '.join(process.cmdline())}")
+        return "\n".join(["no process left", *lines])
+
     def stop(self, number: signal.Signals = signal.SIGINT) -> None:
         """Ask it to end, and wait until nothing of it is left."""
         if self.process.poll() is None:
@@ -79,7 +87,8 @@ class Server:
             for node in reversed(self.nodes):
                 node.terminate()
                 node.wait(STOP_SECONDS)
-            wait_for(lambda: not self.processes(), STOP_SECONDS, f"no process left: {self.processes()}")
+            # What Ray starts beside a raylet asks once a minute at worst whether the head is still there.
+            wait_for(lambda: not self.processes(), 2 * STOP_SECONDS, self._left)
         finally:
             for process in self.processes():
                 with contextlib.suppress(psutil.Error):

@@ -26,6 +26,7 @@ from deployments.config.worker import Worker
 from deployments.engine.batch import CallContext, Embedded, TokenBatch
 from deployments.errors import EmbeddingError, EngineDeadError, EngineError, ModelUnavailableError
 from deployments.gateway.admission import RETRY_AFTER_SECONDS
+from deployments.gateway.broadcast import broadcast
 from deployments.gateway.lanes import Lanes
 from deployments.gateway.meter import DrainMeter, RetryBudget
 from deployments.gateway.router import CallId, TokenRouter
@@ -146,11 +147,11 @@ class Calls:
         raise self.unavailable("its replicas are gone")
 
     async def ask_all(self, method: str, seconds: float) -> list[Any]:
-        """Call a method of every replica that there is; return nothing where one of them doesn't answer."""
+        """Call a method of every live replica; return nothing where one of them is silent."""
         if not self.known_replicas:
             return []
         try:
-            return await self._handle.broadcast(method).results_async(timeout_s=seconds)
+            return await broadcast(self._handle, method, seconds=seconds)
         except (TimeoutError, RayError):
             return []
 

@@ -26,6 +26,7 @@ from deployments.api.envelope import error_body
 from deployments.config.worker import Worker
 from deployments.errors import (
     EmbeddingError,
+    IncompleteError,
     InvalidKeyError,
     InvalidRequestError,
     MethodNotAllowedError,
@@ -35,6 +36,7 @@ from deployments.errors import (
     RouteNotFoundError,
 )
 from deployments.gateway.auth import Access, Auth, key_of
+from deployments.gateway.broadcast import broadcast
 from deployments.gateway.catalog import Catalog
 from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.documentation import add_documentation, answers, plain
@@ -182,12 +184,7 @@ class Ingress:
 
     async def _gather_usage(self, key: str) -> list[dict[str, Counts]]:
         """Return what a key has used of all ingress replicas."""
-        context = serve.get_replica_context()
-        ourselves = serve.get_deployment_handle(context.deployment, context.app_name)
-        parts: list[dict[str, Counts]] = await ourselves.broadcast("usage", key).results_async(
-            timeout_s=GATHER_SECONDS
-        )
-        return parts
+        return await ask_ingresses("usage", key)
 
     async def metrics(self) -> bytes:
         """Return this ingress replica's metrics as text; the others ask for it."""
@@ -195,16 +192,26 @@ class Ingress:
 
     async def _gather(self) -> list[bytes]:
         """Return the metrics of all ingress replicas and engines, and Ray Serve's view: any may be asked."""
-        context = serve.get_replica_context()
-        ourselves = serve.get_deployment_handle(context.deployment, context.app_name)
+        application = serve.get_replica_context().app_name
         catalog = self._serving.catalog
         texts, states, *engines = await asyncio.gather(
-            ourselves.broadcast("metrics").results_async(timeout_s=GATHER_SECONDS),
-            asyncio.to_thread(replica_states, context.app_name),
+            ask_ingresses("metrics"),
+            asyncio.to_thread(replica_states, application),
             *(dispatch.engine_metrics(GATHER_SECONDS) for dispatch in catalog.dispatches.values()),
         )
         known = {name: states.get(name, {}) for name in catalog.dispatches}
         return [*texts, states_text(known), *itertools.chain.from_iterable(engines)]
+
+
+async def ask_ingresses(method: str, *arguments: Any) -> list[Any]:
+    """Call a method of all ingress replicas. Raises IncompleteError where one doesn't answer."""
+    context = serve.get_replica_context()
+    ourselves = serve.get_deployment_handle(context.deployment, context.app_name)
+    try:
+        return await broadcast(ourselves, method, *arguments, seconds=GATHER_SECONDS)
+    except TimeoutError:
+        # A sum without it would look to Prometheus like counters that begin anew.
+        raise IncompleteError("an ingress replica doesn't answer", None, GATHER_SECONDS) from None
 
 
 async def front_host() -> str | None:
@@ -320,7 +327,7 @@ def _routes(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort]) 
     router.add_api_route("/ready", ready, responses={**answers(READY | {"ready": True}), 503: not_ready})
     plain_text: dict[str, Any] = {"response_class": PlainTextResponse}
     router.add_api_route("/version", version, **plain_text, responses=plain(API_VERSION))
-    denied = answers(None, InvalidKeyError, OperatorOnlyError)
+    denied = answers(None, InvalidKeyError, OperatorOnlyError, IncompleteError)
     router.add_api_route("/metrics", metrics, **plain_text, responses={**denied, **plain(SAMPLE)})
     return router
 

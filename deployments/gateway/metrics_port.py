@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments.config.worker import Worker
+from deployments.errors import IncompleteError
 from deployments.metrics import CONTENT_TYPE, merge
 
 logger = logging.getLogger("ray.serve")
@@ -74,7 +75,10 @@ class MetricsPort:
                     each.close()
 
     async def _show(self, _: Request) -> Response:
-        text = merge(await self._gather(), self._names)
+        try:
+            text = merge(await self._gather(), self._names)
+        except IncompleteError as error:
+            return Response(error.message, error.status, media_type="text/plain")
         return Response(text, media_type=CONTENT_TYPE)
 
     async def _own(self, _: Request) -> Response:

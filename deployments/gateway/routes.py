@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from deployments.api import cohere, embed, openai, pharia, tei
 from deployments.errors import (
     DeadlineExceededError,
+    IncompleteError,
     InvalidKeyError,
     ModelNotAllowedError,
     ModelNotFoundError,
@@ -161,7 +162,7 @@ def add_usage_route(
         "/usage",
         usage,
         summary="Show what this key has used since the cluster's start, and what it may use.",
-        responses=answers(USAGE, InvalidKeyError),
+        responses=answers(USAGE, InvalidKeyError, IncompleteError),
     )
 
 
@@ -210,6 +211,7 @@ def add_pharia_routes(router: APIRouter, served: PhariaServing, as_json: Callabl
             ModelNotAllowedError,
             ModelNotFoundError,
             DeadlineExceededError,
+            IncompleteError,
             ModelUnavailableError,
         ),
     )

@@ -78,7 +78,7 @@ def test_two_models_answer_by_name(server: Server) -> None:
 
 def counts(url: str) -> dict[str, float]:
     """Return what is counted, by name and worker or model."""
-    families = text_string_to_metric_families(httpx.get(url, timeout=30).text)
+    families = text_string_to_metric_families(httpx.get(url, timeout=30).raise_for_status().text)
     samples = [sample for family in families for sample in family.samples]
     found: dict[str, float] = {}
     for sample in samples:

@@ -28,7 +28,7 @@ TEXTS = ["What is the capital of China?", "Explain gravity", "a", "The quick bro
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A local Ray with Serve on a free port."""
-    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2)
+    ray.init("local", include_dashboard=False, log_to_driver=False, num_cpus=2)
     serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
     yield
     serve.shutdown()
