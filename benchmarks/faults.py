@@ -64,7 +64,8 @@ FAULTS = (
     Fault("replica stopped", REPLICA, signal.SIGSTOP),
     Fault("ingress killed", "ServeReplica:default:ingress", signal.SIGKILL, SDK_RETRIES),
     Fault("controller killed", "ServeController", signal.SIGKILL),
-    Fault("proxy killed", "ProxyActor", signal.SIGKILL, SDK_RETRIES),
+    # Long enough for Ray Serve to put another one in its place.
+    Fault("proxy killed", "ProxyActor", signal.SIGKILL, SDK_RETRIES, seconds_after=60.0),
     Fault("HAProxy killed", "haproxy.cfg", signal.SIGKILL, SDK_RETRIES),
     Fault("HAProxy manager killed", "HAProxyManager", signal.SIGKILL),
     # Raylets alone spell this option with underscores; their workers end with them.

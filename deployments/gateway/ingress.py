@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
-import ray
 from fastapi import APIRouter, FastAPI, Request, Response
 from ray import serve
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -46,6 +44,7 @@ from deployments.gateway.pharia import PhariaServing
 from deployments.gateway.rates import Grant, LeasedRates, LocalRates
 from deployments.gateway.routes import BODIES, add_embedding_routes, add_pharia_routes, add_usage_route
 from deployments.gateway.serving import Serving
+from deployments.gateway.spare import add_spare, http_options
 from deployments.gateway.usage import Counts
 from deployments.keys import KeySource, require_keys
 from deployments.metrics import CONTENT_TYPE, Metrics, merge, states_text
@@ -137,7 +136,7 @@ class Ingress:
         model packages apart, by the worker's name. What didn't change keeps its queue and its measurements.
         Raises ConfigError where other machines could reach us without a key.
         """
-        require_keys(self._admission.keys, self._admission.insecure, await front_host())
+        require_keys(self._admission.keys, self._admission.insecure, (await http_options()).host)
         workers = {name: Worker.model_validate(data) for name, data in config["workers"].items()}
         known = self._serving.catalog.dispatches
         dispatches = {}
@@ -176,7 +175,9 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application; Ray Serve asks for it once the constructor is done."""
-        return make_app(self._serving, self._gather, self._ports, self._access, self._gather_usage)
+        app = make_app(self._serving, self._gather, self._ports, self._access, self._gather_usage)
+        add_spare(app)
+        return app
 
     async def usage(self, key: str) -> dict[str, Counts]:
         """Return what a key has used of this ingress replica; the others ask for it."""
@@ -212,14 +213,6 @@ async def ask_ingresses(method: str, *arguments: Any) -> list[Any]:
     except TimeoutError:
         # A sum without it would look to Prometheus like counters that begin anew.
         raise IncompleteError("an ingress replica doesn't answer", None, GATHER_SECONDS) from None
-
-
-async def front_host() -> str | None:
-    """Return the address that Ray Serve's front listens on; None where it has no front."""
-    controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    options = await controller.get_http_config.remote()
-    host: str | None = options.host
-    return host
 
 
 def replica_states(application: str) -> dict[str, dict[str, int]]:

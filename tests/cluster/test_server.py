@@ -118,9 +118,7 @@ def test_a_large_answer_crosses_every_message_limit(server: Server) -> None:
     assert np.array_equal(got, expected(texts))
 
 
-SURVIVED = [
-    fault for fault in FAULTS if fault.name != "proxy killed" and not fault.two_nodes and not fault.ranks
-]
+SURVIVED = [fault for fault in FAULTS if not fault.two_nodes and not fault.ranks]
 
 
 @pytest.mark.parametrize("fault", SURVIVED, ids=lambda fault: fault.name.replace(" ", "-"))
