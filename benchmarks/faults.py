@@ -161,7 +161,11 @@ def client(traffic: Traffic, load: Load, stop: threading.Event) -> None:
 
 
 def run(
-    server: Server, fault: Fault, model: str = "m", after: float | None = None
+    server: Server,
+    fault: Fault,
+    model: str = "m",
+    before: float = SECONDS_BEFORE,
+    after: float | None = None,
 ) -> tuple[Load, list[str]] | None:
     """Put the server under load, do the fault, and return what the clients saw and the table's row."""
     title = fault.title.format(model=model)
@@ -176,7 +180,7 @@ def run(
     for each in clients:
         each.start()
     try:
-        wait_for(lambda: time.monotonic() > began + SECONDS_BEFORE, 60, "load before the fault")
+        wait_for(lambda: time.monotonic() > began + before, 60, "load before the fault")
         process = server.titled(title)[0]  # HAProxy is another one after each change of what it serves
         at = time.monotonic()
         os.kill(process.pid, fault.number)

@@ -127,7 +127,7 @@ def test_nothing_is_lost_when_a_process_dies(server: Server, fault: Fault) -> No
     wait_for(lambda: len(replicas(server, "a")) == 2, 90, "two replicas")
     before = {process.pid for process in replicas(server, "a")}
     counted = counts(f"{server.url}/metrics")
-    result = run(server, fault, "a", after=6.0)
+    result = run(server, fault, "a", before=2.0, after=5.0)
     if result is None:
         pytest.skip("this data plane has no such process")
     load, row = result
