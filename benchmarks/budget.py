@@ -1,0 +1,209 @@
+"""What each request costs, in CPU-microseconds by process and stage: `make profile`.
+
+Two runs of each workload on the tuned start. In the first nothing watches: processes and threads tell how
+much CPU they took, and the server's own metrics how long its stages were. In the second py-spy samples the
+ingress and the model's replica; a process's cost is divided up by what its samples stand in.
+"""
+
+import argparse
+import contextlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.rivals import Running, ours
+from benchmarks.workloads import WORKLOADS, Workload
+from tests.server import program
+
+SECONDS, WARM_UP_SECONDS = 5.0, 1.0
+SAMPLES_PER_SECOND = 200
+TICKS_PER_SECOND = 100
+INGRESS, REPLICA, FRONT, RAY = "ingress", "replica", "HAProxy", "Ray and Serve"
+ENGINE_THREADS = "replica: engine's threads"
+
+# A sample belongs to the first of these that its innermost frame stands in: `function (file:line)`.
+STAGES = (
+    ("metrics", r"prometheus_client"),
+    ("parse", r"deployments/api/(openai|fields|embed)\.py.*"),
+    ("encode", r"deployments/api/(encoding|envelope)\.py|\banswer \(deployments"),
+    ("tokenise", r"deployments/(gateway/prepare|engine/tokenizer)\.py"),
+    ("auth and limits", r"deployments/gateway/(auth|rates|usage|admission)\.py"),
+    ("transport: pickling", r"pickle"),
+    (
+        "transport: Serve's handle, gRPC",
+        r"ray/serve/(handle|_private/(router|replica_result|request_router|grpc|default_impl|serialization))"
+        r"|grpc/|deployments/gateway/router\.py",
+    ),
+    ("dispatch", r"deployments/gateway/(dispatch|calls|lanes|work|meter|cache)\.py"),
+    ("read and route", r"deployments/gateway/(serving|ingress|routes|catalog|documentation)\.py"),
+    ("engine: model", r"torch/|vllm/(model_executor|v1/(worker|attention|executor|sample|pool))"),
+    ("engine: scheduling and output", r"vllm/"),
+    ("engine: ours", r"deployments/engine/"),
+    ("replica", r"deployments/replica\.py"),
+    ("HTTP: starlette, fastapi", r"starlette/|fastapi/"),
+    ("HTTP: Serve and uvicorn", r"uvicorn/|ray/serve/"),
+    ("event loop", r"asyncio/"),
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """CPU seconds by role and thread group, and by the server's own stages their seconds and counts."""
+
+    cpu: Counter[str]
+    stages: Counter[tuple[str, str]]
+
+    def since(self, before: "Usage") -> "Usage":
+        """Return what has come since then."""
+        return Usage(
+            Counter({k: v - before.cpu[k] for k, v in self.cpu.items()}),
+            Counter({k: v - before.stages[k] for k, v in self.stages.items()}),
+        )
+
+
+def role(process: psutil.Process) -> str:
+    """Return what a process is."""
+    title = " ".join(process.cmdline())
+    if "ServeReplica" in title:
+        return INGRESS if ":ingress" in title else REPLICA
+    return FRONT if "haproxy -db" in title or title.startswith("haproxy") else RAY
+
+
+def roles(running: Running) -> Iterator[tuple[str, psutil.Process]]:
+    """Yield all processes with what they are."""
+    for process in running.processes():
+        with contextlib.suppress(psutil.Error):
+            yield role(process), process
+
+
+def usage(running: Running) -> Usage:
+    """Return what has been used since the start."""
+    cpu: Counter[str] = Counter()
+    for kind, process in roles(running):
+        for thread in Path(f"/proc/{process.pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                name, _, rest = (thread / "stat").read_text().partition("(")[2].rpartition(")")
+                ticks = sum(map(int, rest.split()[11:13]))
+                cpu[kind] += ticks / TICKS_PER_SECOND
+                # torch's own threads have the name of the one that made them.
+                if kind == REPLICA and name == "engine":
+                    cpu[ENGINE_THREADS] += ticks / TICKS_PER_SECOND
+    stages: Counter[tuple[str, str]] = Counter()
+    text = httpx.get(f"{running.server.url}/metrics", timeout=30).text
+    for family in text_string_to_metric_families(text):
+        if family.name == "embedding_stage_seconds":
+            for sample in family.samples:
+                kind = sample.name.rpartition("_")[2]
+                if kind in {"sum", "count"}:
+                    stages[sample.labels["stage"], kind] += sample.value
+    return Usage(cpu, stages)
+
+
+def stage_of(stack: list[str]) -> str:
+    """Return what a sample's stack, the innermost frame last, is doing."""
+    for frame in reversed(stack):
+        for name, pattern in STAGES:
+            if re.search(pattern, frame):
+                return name
+    return "other"
+
+
+def shares(folded: str) -> Counter[str]:
+    """Return each stage's share of py-spy's folded stacks."""
+    counts: Counter[str] = Counter()
+    for line in folded.splitlines():
+        stack, _, number = line.rpartition(" ")
+        counts[stage_of(stack.split(";"))] += int(number)
+    total = counts.total() or 1
+    return Counter({name: count / total for name, count in counts.items()})
+
+
+@contextlib.contextmanager
+def sampled(running: Running, seconds: float, folder: Path) -> Iterator[dict[str, Counter[str]]]:
+    """Sample the ingress and the replica while the block runs; the shares are there afterwards."""
+    found: dict[str, Counter[str]] = {}
+    spies = {}
+    for kind, process in roles(running):
+        if kind in {INGRESS, REPLICA}:
+            output = folder / f"{kind}.folded"
+            command = [program("py-spy"), "record", "--pid", str(process.pid), "--format", "raw"]
+            command += ["--rate", str(SAMPLES_PER_SECOND), "--duration", str(round(seconds)), "--nonblocking"]
+            command += ["--output", str(output), "--full-filenames"]
+            spies[kind] = (
+                output,
+                subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT),
+            )
+    yield found
+    for kind, (output, spy) in spies.items():
+        if spy.wait():
+            raise RuntimeError(f"py-spy failed for the {kind}")
+        found[kind] = shares(output.read_text())
+
+
+def budget(running: Running, workload: Workload, seconds: float, folder: Path) -> Iterator[str]:
+    """Yield the lines of one workload's table."""
+    send = running.send
+    send(workload, WARM_UP_SECONDS, 0.0, "")
+    before, begun = usage(running), time.monotonic()
+    result = send(workload, seconds, 0.0, "")
+    took = time.monotonic() - begun
+    spent = usage(running).since(before)
+    requests = len(result.latencies)
+    with sampled(running, seconds, folder) as found:
+        send(workload, seconds + WARM_UP_SECONDS, 0.0, "")
+    each = {name: 1e6 * value / requests for name, value in spent.cpu.items()}
+    total = sum(value for name, value in each.items() if name != ENGINE_THREADS)
+    yield (
+        f"**{workload.name}**: {result.value(workload):.4g} {workload.measure};"
+        f" {total:,.0f} CPU-µs a request, the load generator {1e6 * result.cpu * seconds / requests:,.0f};"
+        f" the server had {100 * sum(spent.cpu[k] for k in (INGRESS, REPLICA, FRONT, RAY)) / took:.0f}%"
+        f" of a core."
+    )
+    yield ""
+    yield "| where | stage | CPU-µs a request |"
+    yield "|---|---|---|"
+    for kind in (FRONT, INGRESS, REPLICA, RAY):
+        yield f"| {kind} | all | {each.get(kind, 0):,.0f} |"
+        for name, share in found.get(kind, Counter()).most_common():
+            if share >= 0.01:
+                yield f"| | {name} | {share * each[kind]:,.0f} |"
+        if kind == REPLICA:
+            yield f"| | *its engine's threads* | {each.get(ENGINE_THREADS, 0):,.0f} |"
+    yield ""
+    yield "| the server's own timings | each, µs | a request, µs |"
+    yield "|---|---|---|"
+    for stage in dict.fromkeys(name for name, _ in spent.stages):
+        seconds_in, count = spent.stages[stage, "sum"], spent.stages[stage, "count"]
+        if count:
+            yield f"| {stage} | {1e6 * seconds_in / count:,.0f} | {1e6 * seconds_in / requests:,.0f} |"
+    yield ""
+
+
+def main() -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workloads", default="0,1,2", help="numbers of those in WORKLOADS, by comma")
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--samples", type=Path, help="a folder that keeps py-spy's folded stacks")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name, ours(Path(name)) as running:
+        for number in given.workloads.split(","):
+            folder = (given.samples or Path(name)) / number
+            folder.mkdir(parents=True, exist_ok=True)
+            for line in budget(running, WORKLOADS[int(number)], given.seconds, folder):
+                print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
