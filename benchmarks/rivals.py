@@ -79,12 +79,22 @@ class Running:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A name for the table, what it is, and how it is started; `folder` is its own and is removed later."""
+    """A name for the table, what it is, and how it is started; `folder` is its own and is removed later.
+
+    A library gives arrays: it isn't asked for base64. A `cached` contestant is asked only what a cache is for.
+    """
 
     name: str
     what: str
     start: Callable[[Path], "contextlib.AbstractContextManager[Running]"]
     cached: bool = False
+    library: bool = False
+
+    def takes(self, workload: Workload) -> bool:
+        """Whether it is asked for a workload."""
+        if self.library and workload.encoding_format == "base64":
+            return False
+        return workload.cached or not self.cached
 
 
 def engine_settings() -> dict[str, Any]:
@@ -307,11 +317,13 @@ TRANSFORMERS = "sentence-transformers, in process"
 CONTESTANTS = (
     Contestant(US, "HAProxy, gRPC between replicas", ours),
     Contestant(VLLM, "api_server, tuned, orjson", vllm_server),
-    Contestant(ENGINE, "token ids in, vectors out", lambda folder: in_process(folder, "engine")),
+    Contestant(
+        ENGINE, "token ids in, vectors out", lambda folder: in_process(folder, "engine"), library=True
+    ),
     Contestant(US_PLAIN, "Ray Serve's defaults", lambda folder: ours(folder, tuned=False)),
     Contestant(RAY_LLM, "build_openai_app", lambda folder: ray_serve_llm(folder, tuned=False)),
     Contestant(RAY_LLM_TUNED, "with HAProxy and throughput flags", lambda f: ray_serve_llm(f, tuned=True)),
     Contestant(INFINITY, "0.0.78, torch engine", infinity),
-    Contestant(TRANSFORMERS, "a library", lambda folder: in_process(folder, "sentence-transformers")),
+    Contestant(TRANSFORMERS, "a library", lambda f: in_process(f, "sentence-transformers"), library=True),
     Contestant(US_CACHED, "as the first, with the exact cache", lambda f: ours(f, cache=True), cached=True),
 )
