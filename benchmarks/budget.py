@@ -11,10 +11,8 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -27,9 +25,7 @@ from tests.server import program
 
 SECONDS, WARM_UP_SECONDS = 5.0, 1.0
 SAMPLES_PER_SECOND = 200
-TICKS_PER_SECOND = 100
 INGRESS, REPLICA, FRONT, RAY = "ingress", "replica", "HAProxy", "Ray and Serve"
-ENGINE_THREADS = "replica: engine's threads"
 
 # A sample belongs to the first of these that its innermost frame stands in: `function (file:line)`.
 STAGES = (
@@ -52,23 +48,10 @@ STAGES = (
     ("replica", r"deployments/replica\.py"),
     ("HTTP: starlette, fastapi", r"starlette/|fastapi/"),
     ("HTTP: Serve and uvicorn", r"uvicorn/|ray/serve/"),
-    ("event loop", r"asyncio/"),
+    ("event loop", r"asyncio/|threading.py"),
 )
-
-
-@dataclass(frozen=True)
-class Usage:
-    """CPU seconds by role and thread group, and by the server's own stages their seconds and counts."""
-
-    cpu: Counter[str]
-    stages: Counter[tuple[str, str]]
-
-    def since(self, before: "Usage") -> "Usage":
-        """Return what has come since then."""
-        return Usage(
-            Counter({k: v - before.cpu[k] for k, v in self.cpu.items()}),
-            Counter({k: v - before.stages[k] for k, v in self.stages.items()}),
-        )
+# Ray's main thread waits there all the time.
+WAITING = "Worker.main_loop"
 
 
 def role(process: psutil.Process) -> str:
@@ -86,18 +69,18 @@ def roles(running: Running) -> Iterator[tuple[str, psutil.Process]]:
             yield role(process), process
 
 
-def usage(running: Running) -> Usage:
-    """Return what has been used since the start."""
+def usage_of(running: Running) -> Counter[str]:
+    """Return the CPU seconds of its processes since their start, by what they are."""
     cpu: Counter[str] = Counter()
     for kind, process in roles(running):
-        for thread in Path(f"/proc/{process.pid}/task").iterdir():
-            with contextlib.suppress(OSError):
-                name, _, rest = (thread / "stat").read_text().partition("(")[2].rpartition(")")
-                ticks = sum(map(int, rest.split()[11:13]))
-                cpu[kind] += ticks / TICKS_PER_SECOND
-                # torch's own threads have the name of the one that made them.
-                if kind == REPLICA and name == "engine":
-                    cpu[ENGINE_THREADS] += ticks / TICKS_PER_SECOND
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            cpu[kind] += times.user + times.system
+    return cpu
+
+
+def stages_of(running: Running) -> Counter[tuple[str, str]]:
+    """Return the sum and the count of each stage's seconds, as the server has measured them."""
     stages: Counter[tuple[str, str]] = Counter()
     text = httpx.get(f"{running.server.url}/metrics", timeout=30).text
     for family in text_string_to_metric_families(text):
@@ -106,7 +89,7 @@ def usage(running: Running) -> Usage:
                 kind = sample.name.rpartition("_")[2]
                 if kind in {"sum", "count"}:
                     stages[sample.labels["stage"], kind] += sample.value
-    return Usage(cpu, stages)
+    return stages
 
 
 def stage_of(stack: list[str]) -> str:
@@ -123,7 +106,9 @@ def shares(folded: str) -> Counter[str]:
     counts: Counter[str] = Counter()
     for line in folded.splitlines():
         stack, _, number = line.rpartition(" ")
-        counts[stage_of(stack.split(";"))] += int(number)
+        frames = stack.split(";")
+        if not frames[-1].startswith(WAITING):
+            counts[stage_of(frames)] += int(number)
     total = counts.total() or 1
     return Counter({name: count / total for name, count in counts.items()})
 
@@ -154,20 +139,19 @@ def budget(running: Running, workload: Workload, seconds: float, folder: Path) -
     """Yield the lines of one workload's table."""
     send = running.send
     send(workload, WARM_UP_SECONDS, 0.0, "")
-    before, begun = usage(running), time.monotonic()
+    before, stages_before = usage_of(running), stages_of(running)
     result = send(workload, seconds, 0.0, "")
-    took = time.monotonic() - begun
-    spent = usage(running).since(before)
+    spent, stages = usage_of(running), stages_of(running)
+    spent.subtract(before)
+    stages.subtract(stages_before)
     requests = len(result.latencies)
     with sampled(running, seconds, folder) as found:
         send(workload, seconds + WARM_UP_SECONDS, 0.0, "")
-    each = {name: 1e6 * value / requests for name, value in spent.cpu.items()}
-    total = sum(value for name, value in each.items() if name != ENGINE_THREADS)
+    each = {name: 1e6 * value / requests for name, value in spent.items()}
     yield (
         f"**{workload.name}**: {result.value(workload):.4g} {workload.measure};"
-        f" {total:,.0f} CPU-µs a request, the load generator {1e6 * result.cpu * seconds / requests:,.0f};"
-        f" the server had {100 * sum(spent.cpu[k] for k in (INGRESS, REPLICA, FRONT, RAY)) / took:.0f}%"
-        f" of a core."
+        f" {sum(each.values()):,.0f} CPU-µs a request, the load generator"
+        f" {1e6 * result.cpu * seconds / requests:,.0f}; {sum(spent.values()) / seconds:.2f} cores busy."
     )
     yield ""
     yield "| where | stage | CPU-µs a request |"
@@ -177,13 +161,11 @@ def budget(running: Running, workload: Workload, seconds: float, folder: Path) -
         for name, share in found.get(kind, Counter()).most_common():
             if share >= 0.01:
                 yield f"| | {name} | {share * each[kind]:,.0f} |"
-        if kind == REPLICA:
-            yield f"| | *its engine's threads* | {each.get(ENGINE_THREADS, 0):,.0f} |"
     yield ""
     yield "| the server's own timings | each, µs | a request, µs |"
     yield "|---|---|---|"
-    for stage in dict.fromkeys(name for name, _ in spent.stages):
-        seconds_in, count = spent.stages[stage, "sum"], spent.stages[stage, "count"]
+    for stage in dict.fromkeys(name for name, _ in stages):
+        seconds_in, count = stages[stage, "sum"], stages[stage, "count"]
         if count:
             yield f"| {stage} | {1e6 * seconds_in / count:,.0f} | {1e6 * seconds_in / requests:,.0f} |"
     yield ""

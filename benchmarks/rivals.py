@@ -81,7 +81,7 @@ class Running:
 class Contestant:
     """A name for the table, what it is, and how it is started; `folder` is its own and is removed later.
 
-    A library gives arrays: it isn't asked for base64. A `cached` contestant is asked only what a cache is for.
+    A library gives arrays: it isn't asked for base64. A `cached` contestant is asked what a cache is for.
     """
 
     name: str

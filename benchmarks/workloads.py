@@ -50,6 +50,7 @@ class Workload:
     measure: Measure
     encoding_format: Literal["float", "base64"] = "float"
     cached: bool = False
+    models: tuple[str, ...] = (MODEL,)
 
     @property
     def is_time(self) -> bool:
@@ -60,11 +61,12 @@ class Workload:
         """Yield the texts of one request after the other, without end."""
         return batches(pool(self.kind), self.inputs)
 
-    def body(self, texts: list[str]) -> bytes:
-        """Return the body of a request."""
+    def body(self, texts: list[str], number: int = 0) -> bytes:
+        """Return the body of a request; the models take turns by its number."""
         content = texts[0] if len(texts) == 1 else texts
+        model = self.models[number % len(self.models)]
         return json.dumps(
-            {"model": MODEL, "input": content, "encoding_format": self.encoding_format}
+            {"model": model, "input": content, "encoding_format": self.encoding_format}
         ).encode()
 
 
