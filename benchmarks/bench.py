@@ -12,15 +12,16 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks import report, rivals
+from benchmarks import report
 from benchmarks.results import FOLDER, MEMORY, START, Results, Value, machine, shown
 from benchmarks.rivals import CONTESTANTS, Contestant, Running
+from benchmarks.subjects import SHAPES, Subject, bundled, gpu_names
 from benchmarks.workloads import WORKLOADS, Workload, write_reference
 
 README = Path(__file__).parent.parent / "README.md"
@@ -54,7 +55,8 @@ class Round:
     number: int
     workloads: list[Workload]
     seconds: float
-    reference: Path
+    reference: Path | None
+    subject: Subject
 
     def measure(self, name: str, running: Running, workload: Workload) -> Value:
         """Ask a contestant for a workload, again where others disturbed it; return the quietest run."""
@@ -62,7 +64,7 @@ class Round:
         while not tries or (tries[-1].others > QUIET and len(tries) < TRIES):
             wall, busy = time.monotonic(), busy_seconds()
             own = own_seconds() + running.cpu_seconds()
-            result = running.send(workload, self.seconds, WARM_UP_SECONDS, str(self.reference))
+            result = running.send(workload, self.seconds, WARM_UP_SECONDS, str(self.reference or ""))
             if result.errors or not result.latencies:
                 raise RuntimeError(f"{name}, {workload.name}: {result.errors or 'no answer'}")
             own = own_seconds() + running.cpu_seconds() - own
@@ -86,10 +88,11 @@ class Round:
         name = contestant.name
         with (
             tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder,
-            contestant.start(Path(folder)) as running,
+            contestant.start(Path(folder), self.subject) as running,
         ):
             values = [Value(name, START, self.number, round(running.seconds, 2))]
-            for workload in self.workloads:
+            for each in self.workloads:
+                workload = replace(each, models=(self.subject.name,))
                 if contestant.takes(workload):
                     value = self.measure(name, running, workload)
                     values.append(value)
@@ -118,16 +121,21 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the results go")
     parser.add_argument("--resume", action="store_true", help="go on with the file that is there")
     parser.add_argument("--show", action="store_true", help="tables and plot of the file that is there")
+    parser.add_argument("--gpu", action="store_true", help="Qwen3-Embedding's shapes on a GPU instead")
     given = parser.parse_args()
     file: Path = given.folder / f"{given.name}.json"
     # An orderly end, so that no contestant is left behind; a background job ignores SIGINT.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    if given.gpu:
+        return run_on_gpus(given)
     if not given.show:
         contestants = chosen(CONTESTANTS, given.contestants)
         workloads = chosen(WORKLOADS, given.workloads)
-        settings = {"engine": rivals.engine_settings(), "seconds": given.seconds, "rounds": given.rounds}
-        results = Results.load(file) if given.resume and file.exists() else Results(machine(), settings)
-        run(results, file, contestants, workloads)
+        turn = Round(0, workloads, given.seconds, None, bundled())
+        with tempfile.TemporaryDirectory() as folder:
+            turn = replace(turn, reference=Path(folder, "reference.npy"))
+            write_reference(Path(folder, "reference.npy"))
+            run(turn, given.rounds, file, contestants, given.resume)
     results = Results.load(file)
     text = report.tables(results)
     print(text)
@@ -138,18 +146,35 @@ def main() -> int:
     return 0
 
 
-def run(results: Results, file: Path, contestants: list[Contestant], workloads: list[Workload]) -> None:
-    """Play all rounds that aren't there yet; keep what is there after each contestant."""
-    seconds, rounds = results.settings["seconds"], results.settings["rounds"]
-    with tempfile.TemporaryDirectory() as folder:
-        reference = Path(folder, "reference.npy")
-        write_reference(reference)
-        for number in range(rounds):
-            turn = Round(number, workloads, seconds, reference)
-            for contestant in contestants if number % 2 == 0 else reversed(contestants):
-                if number not in results.rounds(contestant.name):
-                    results.values += turn.play(contestant)
-                    results.save(file)
+def run(turn: Round, rounds: int, file: Path, contestants: list[Contestant], resume: bool) -> None:
+    """Play all rounds, or with `resume` those that aren't there yet; keep them after each contestant."""
+    settings = {"engine": turn.subject.engine_settings(), "seconds": turn.seconds, "rounds": rounds}
+    results = Results.load(file) if resume and file.exists() else Results(machine(), settings)
+    for number in range(rounds):
+        for contestant in contestants if number % 2 == 0 else reversed(contestants):
+            if number not in results.rounds(contestant.name):
+                results.values += replace(turn, number=number).play(contestant)
+                results.save(file)
+
+
+def run_on_gpus(given: argparse.Namespace) -> int:
+    """Measure shapes without weights on the GPU here; their vectors have no reference."""
+    gpus = gpu_names()
+    if not gpus:
+        print("no GPU here: nvidia-smi names none", file=sys.stderr)
+        return 1
+    contestants = [c for c in chosen(CONTESTANTS, given.contestants) if c.on_gpus]
+    workloads = chosen(WORKLOADS, given.workloads)
+    for shape in SHAPES:
+        file = given.folder / f"gpu-{shape.name}.json"
+        with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
+            subject = shape.write(Path(folder), len(gpus))
+            turn = Round(0, workloads, given.seconds, None, subject)
+            run(turn, given.rounds, file, contestants, given.resume)
+        text = report.gpu_tables(Results.load(file), gpus[0], shape.parameters)
+        print(f"{shape.name} on one {gpus[0]}\n\n{text}\n")
+        file.with_suffix(".md").write_text(f"{text}\n")
+    return 0
 
 
 def chosen(everything: tuple[Any, ...], numbers: str) -> list[Any]:

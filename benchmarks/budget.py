@@ -20,6 +20,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.rivals import Running, ours
+from benchmarks.subjects import bundled
 from benchmarks.workloads import WORKLOADS, Workload
 from tests.server import program
 
@@ -178,7 +179,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--samples", type=Path, help="a folder that keeps py-spy's folded stacks")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name, ours(Path(name)) as running:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name,
+        ours(Path(name), bundled()) as running,
+    ):
         for number in given.workloads.split(","):
             folder = (given.samples or Path(name)) / number
             folder.mkdir(parents=True, exist_ok=True)

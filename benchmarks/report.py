@@ -6,7 +6,8 @@ from pathlib import Path
 
 from benchmarks import rivals
 from benchmarks.results import MEMORY, START, Results, shown
-from benchmarks.workloads import WORKLOADS
+from benchmarks.subjects import peak_of
+from benchmarks.workloads import WORKLOADS, Workload, mean_tokens
 
 UNITS = {w.name: w.measure for w in WORKLOADS} | {START: "seconds", MEMORY: "MiB (PSS)"}
 BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
@@ -110,6 +111,35 @@ def tables(results: Results) -> str:
     lines += ["", "| workload | ours, as a multiple of | wanted | reached | met |", "|---|---|---|---|---|"]
     lines += [row for row in rows if row is not None]
     return "\n".join([*lines, "", checks(results)])
+
+
+def gpu_tables(results: Results, gpu: str, parameters: float) -> str:
+    """Return the medians, and as tokens per second and as a share of the GPU's bf16 peak."""
+    names = contestants(results)
+    lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    peak = peak_of(gpu)
+    for workload in WORKLOADS:
+        cells = []
+        for contestant in names:
+            value = results.median(contestant, workload.name)
+            if value is None:
+                cells.append("")
+                continue
+            tokens = tokens_per_second(workload, value)
+            share = f", {2 * parameters * tokens / peak:.1%} of the peak" if peak else ""
+            cells.append(f"{shown(value)} {workload.measure}: {tokens:,.0f} tokens/s{share}")
+        lines.append(f"| {workload.name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", checks(results)])
+
+
+def tokens_per_second(workload: Workload, value: float) -> float:
+    """Return how many tokens a measured value stands for, by the mean length of the workload's texts."""
+    tokens = mean_tokens(workload.kind)
+    if workload.measure == "p50 ms":
+        return 1000 * workload.clients * workload.inputs * tokens / value
+    if workload.measure == "seconds":
+        return workload.clients * workload.inputs * tokens / value
+    return value * tokens * (workload.inputs if workload.measure == "requests/s" else 1)
 
 
 def checks(results: Results) -> str:

@@ -21,6 +21,7 @@ from benchmarks import rivals
 from benchmarks.budget import FRONT, INGRESS, RAY, REPLICA, usage_of
 from benchmarks.results import FOLDER, machine, shown
 from benchmarks.rivals import Running, asking, first_embedding
+from benchmarks.subjects import bundled
 from benchmarks.workloads import DIMENSION, MODEL, WORKLOADS, Workload
 from tests import workers
 from tests.nodes import HEAD, nodes, serve_on
@@ -125,7 +126,7 @@ def ray_llm(tuned: bool) -> Iterator[Running]:
     try:
         with (
             tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name,
-            rivals.ray_serve_llm(Path(name), tuned) as running,
+            rivals.ray_serve_llm(Path(name), bundled(), tuned) as running,
         ):
             yield running
     finally:

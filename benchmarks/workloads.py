@@ -151,6 +151,12 @@ def cut(text: str, tokens: int) -> str:
 
 
 @functools.cache
+def mean_tokens(kind: Kind) -> float:
+    """Return how many tokens a text of a kind has on average, special tokens included."""
+    return float(np.mean([len(each.ids) for each in tokenizer().encode_batch_fast(pool(kind))]))
+
+
+@functools.cache
 def tokenizer() -> "Tokenizer":  # noqa: F821 - imported at use
     """Return the model's tokenizer, without truncation and padding."""
     from tokenizers import Tokenizer
