@@ -24,7 +24,6 @@ from benchmarks.rivals import CONTESTANTS, Contestant, Running
 from benchmarks.subjects import SHAPES, Subject, bundled, gpu_names
 from benchmarks.workloads import WORKLOADS, Workload, write_reference
 
-README = Path(__file__).parent.parent / "README.md"
 NAME = "bench"
 ROUNDS = 3
 SECONDS, WARM_UP_SECONDS = 2.0, 0.5
@@ -142,7 +141,7 @@ def main() -> int:
     file.with_suffix(".md").write_text(f"{text}\n")
     report.plot(results, file.with_suffix(".png"))
     if file == FOLDER / f"{NAME}.json":
-        report.insert(README, NAME, text)
+        report.insert(report.README, NAME, text)
     return 0
 
 

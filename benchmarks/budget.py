@@ -19,6 +19,7 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks import report
 from benchmarks.rivals import Running, ours
 from benchmarks.subjects import bundled
 from benchmarks.workloads import WORKLOADS, Workload
@@ -178,7 +179,9 @@ def main() -> int:
     parser.add_argument("--workloads", default="0,1,2", help="numbers of those in WORKLOADS, by comma")
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--samples", type=Path, help="a folder that keeps py-spy's folded stacks")
+    parser.add_argument("--keep", action="store_true", help="put the tables into benchmarks/README.md")
     given = parser.parse_args()
+    lines: list[str] = []
     with (
         tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name,
         ours(Path(name), bundled()) as running,
@@ -188,6 +191,9 @@ def main() -> int:
             folder.mkdir(parents=True, exist_ok=True)
             for line in budget(running, WORKLOADS[int(number)], given.seconds, folder):
                 print(line, flush=True)
+                lines.append(line)
+    if given.keep:
+        report.insert(report.NOTES, "profile", "\n".join(lines).strip())
     return 0
 
 

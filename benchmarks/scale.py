@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import rivals
+from benchmarks import report, rivals
 from benchmarks.budget import FRONT, INGRESS, RAY, REPLICA, usage_of
 from benchmarks.results import FOLDER, machine, shown
 from benchmarks.rivals import Running, asking, first_embedding
@@ -220,7 +220,8 @@ def main() -> int:
         file.write_text(json.dumps(content, indent=1) + "\n")
     text = table([Point(**point) for name in STUDIES for point in kept.get(name, [])])
     print(text)
-    file.with_suffix(".md").write_text(f"{text}\n")
+    if given.folder == FOLDER:
+        report.insert(report.NOTES, "scale", text)
     return 0
 
 

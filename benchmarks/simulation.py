@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import report
 from benchmarks.results import FOLDER
 from benchmarks.scale import NONE
 from benchmarks.workloads import DIMENSION, pool, tokenizer
@@ -396,7 +397,8 @@ def main() -> int:
     print(text)
     file = given.folder / "simulation.json"
     file.write_text(json.dumps({"costs": asdict(costs), **shown}, indent=1) + "\n")
-    file.with_suffix(".md").write_text(f"{text}\n")
+    if given.folder == FOLDER:
+        report.insert(report.NOTES, "simulation", text)
     return 0
 
 
