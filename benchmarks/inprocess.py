@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.sender import READY_TEXTS, Result, Task
-from benchmarks.workloads import DIMENSION, MAX_MODEL_LEN, Checker, Workload, model_folder
+from benchmarks.subjects import Subject
+from benchmarks.workloads import Checker, Workload
 
 # Runs a workload for so many seconds of warm-up and so many that count; returns each request's texts, when
 # it began and ended, and its vectors; and when the clock stopped.
@@ -22,14 +23,13 @@ Answered = list[tuple[list[str], float, float, np.ndarray]]
 Embed = Callable[[Workload, float, float], tuple[Answered, float]]
 
 
-def engine() -> Embed:
+def engine(subject: Subject) -> Embed:
     """Start our engine: token ids in, vectors out. It is the ceiling of any server of it."""
-    from benchmarks.rivals import bundled_plan
     from deployments.engine.batch import TokenBatch
     from deployments.engine.tokenizer import TextTokenizer
     from deployments.engine.vllm import VllmEngine
 
-    started = VllmEngine(bundled_plan())
+    started = VllmEngine(subject.plan())
     tokenizer = TextTokenizer(started.start().tokenizer)
 
     async def embed(workload: Workload, warm_up: float, seconds: float) -> tuple[Answered, float]:
@@ -56,7 +56,7 @@ def engine() -> Embed:
     return lambda workload, warm_up, seconds: asyncio.run(embed(workload, warm_up, seconds))
 
 
-def sentence_transformers() -> Embed:
+def sentence_transformers(subject: Subject) -> Embed:
     """Load the model into sentence-transformers. It has no queue: what waits is embedded in one call."""
     import torch
     from sentence_transformers import SentenceTransformer
@@ -64,8 +64,8 @@ def sentence_transformers() -> Embed:
     from deployments.engine.vllm import cpu_dtype
 
     dtype = getattr(torch, cpu_dtype())
-    model = SentenceTransformer(model_folder(), device="cpu", model_kwargs={"dtype": dtype})
-    model.max_seq_length = MAX_MODEL_LEN
+    model = SentenceTransformer(subject.folder, device="cpu", model_kwargs={"dtype": dtype})
+    model.max_seq_length = subject.max_model_len
 
     def encode(texts: list[str]) -> np.ndarray:
         return np.asarray(model.encode(texts, batch_size=64, show_progress_bar=False), np.float32)
@@ -94,14 +94,16 @@ def run(embed: Embed, task: Task) -> Result:
     answered, until = embed(workload, task.warm_up, task.seconds)
     checker = Checker(Path(task.reference) if task.reference else None)
     for texts, _, _, vectors in answered:
-        checker.check(texts, vectors, DIMENSION)
+        checker.check(texts, vectors, task.dimension)
     times = [(begun, end) for _, begun, end, _ in answered]
     return Result.of(task, times, until, checker)
 
 
 def main() -> None:
     """Answer every line."""
-    embed = {"engine": engine, "sentence-transformers": sentence_transformers}[sys.argv[1]]()
+    told = json.loads(sys.argv[2])
+    subject = Subject(**{**told, "worker_file": Path(told["worker_file"])})
+    embed = {"engine": engine, "sentence-transformers": sentence_transformers}[sys.argv[1]](subject)
     print("{}", flush=True)
     for line in sys.stdin:
         print(json.dumps(asdict(run(embed, Task(**json.loads(line))))), flush=True)

@@ -4,13 +4,13 @@ import json
 import signal
 import sys
 import time
+from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.llm import LLMConfig, build_openai_app
 from ray.serve.schema import LoggingConfig
 
-from benchmarks.workloads import MODEL, model_folder
 from deployments.config.plan import cores_here
 
 
@@ -27,11 +27,16 @@ def main() -> None:
     )
     # While it starts too; Ray has put a handler of its own there.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    hardware: dict[str, Any] = {"placement_group_config": {"bundles": [{"CPU": 1, "GPU": 1}]}}
+    if not arguments["gpu"]:
+        hardware = {
+            "accelerator_config": {"kind": "cpu"},
+            "placement_group_config": {"bundles": [{"CPU": cores_here()}]},
+        }
     config = LLMConfig(
-        model_loading_config={"model_id": MODEL, "model_source": model_folder()},
+        model_loading_config={"model_id": arguments["model"], "model_source": arguments["folder"]},
         engine_kwargs=arguments["settings"],
-        accelerator_config={"kind": "cpu"},
-        placement_group_config={"bundles": [{"CPU": cores_here()}]},
+        **hardware,
         runtime_env={"env_vars": arguments["environment"]},
         # Requests wait in the engine's queue, where they are batched; its default lets 64 of them in.
         deployment_config={"num_replicas": 1, "max_ongoing_requests": 1024},

@@ -15,23 +15,20 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
-import deployments
 from benchmarks.sender import Result, Task, send
-from benchmarks.workloads import MAX_MODEL_LEN, MODEL, Workload, model_folder
-from deployments.config.load import load_workers
-from deployments.config.plan import Machine, cores_here, intel_openmp, make_plans
-from deployments.engine.vllm import cpu_dtype
+from benchmarks.subjects import Subject, engine_environment
+from benchmarks.workloads import DIMENSION, MODEL, Workload
 from deployments.launch import prepare_environment
 from tests.server import MARK, STOP_SECONDS, Server, free_port, serve, wait_for
 
 ROOT = Path(__file__).parent.parent
-BUNDLED = Path(deployments.__file__).parent / "workers" / f"{MODEL}.toml"
 # Environments of the rivals' own, made once.
 ENVIRONMENTS = Path(__file__).parent / ".environments"
 START_SECONDS = 240
@@ -79,40 +76,23 @@ class Running:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A name for the table, what it is, and how it is started; `folder` is its own and is removed later."""
+    """A name for the table, what it is, and how it is started; `folder` is its own and is removed later.
+
+    A `library` gives arrays: it isn't asked for base64. A `cached` contestant is asked what a cache is for.
+    """
 
     name: str
     what: str
-    start: Callable[[Path], "contextlib.AbstractContextManager[Running]"]
+    start: Callable[[Path, Subject], "contextlib.AbstractContextManager[Running]"]
     cached: bool = False
+    library: bool = False
+    on_gpus: bool = False
 
-
-def engine_settings() -> dict[str, Any]:
-    """Return the engine's settings, which are those of our plan for this machine."""
-    plan = bundled_plan()
-    return {**plan.engine_args, "dtype": cpu_dtype(), "max_model_len": MAX_MODEL_LEN}
-
-
-def bundled_plan() -> Any:
-    """Return our plan of the bundled model on this machine."""
-    return make_plans(load_workers(BUNDLED), Machine(cores_here(), 0, cores_here()))[0]
-
-
-def engine_environment() -> dict[str, str]:
-    """Return what makes vLLM's engine fast on CPUs."""
-    environment = {
-        "KMP_BLOCKTIME": "1",
-        "OMP_NUM_THREADS": str(cores_here()),
-        # Measured against `nobind`, with and without the worker in the engine's process: 1.4 times the single
-        # texts per second of the next best.
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    if library := intel_openmp():
-        environment["LD_PRELOAD"] = library
-    return environment
+    def takes(self, workload: Workload) -> bool:
+        """Whether it is asked for a workload."""
+        if self.library and workload.encoding_format == "base64":
+            return False
+        return workload.cached or not self.cached
 
 
 # --- processes -------------------------------------------------------------------------------------------
@@ -147,9 +127,9 @@ def process(
             shutil.rmtree(own, ignore_errors=True)
 
 
-def first_embedding(server: Server) -> None:
+def first_embedding(server: Server, model: str = MODEL) -> None:
     """Wait until it embeds."""
-    body = {"model": MODEL, "input": "the first text"}
+    body = {"model": model, "input": "the first text"}
 
     def embeds() -> bool:
         if server.process.poll() is not None:
@@ -163,56 +143,60 @@ def first_embedding(server: Server) -> None:
     wait_for(embeds, START_SECONDS, server.log)
 
 
-def asking(server: Server) -> Send:
+def asking(server: Server, dimension: int = DIMENSION) -> Send:
     """Return how a server is sent a workload."""
 
     def ask(workload: Workload, seconds: float, warm_up: float, reference: str) -> Result:
-        return send(Task(server.url, asdict(workload), seconds, warm_up, reference))
+        return send(Task(server.url, asdict(workload), seconds, warm_up, reference, dimension))
 
     return ask
 
 
 @contextlib.contextmanager
-def http(command: list[str], folder: Path, environ: Mapping[str, str], port: int) -> Iterator[Running]:
+def http(
+    command: list[str], folder: Path, environ: Mapping[str, str], port: int, subject: Subject
+) -> Iterator[Running]:
     """Run an HTTP server."""
     begun = time.monotonic()
     with process(command, folder, environ, f"http://127.0.0.1:{port}") as server:
-        first_embedding(server)
-        yield Running(time.monotonic() - begun, server, asking(server))
+        first_embedding(server, subject.name)
+        yield Running(time.monotonic() - begun, server, asking(server, subject.dimension))
 
 
 # --- the contestants ---------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def ours(folder: Path, tuned: bool = True, cache: bool = False) -> Iterator[Running]:
+def ours(folder: Path, subject: Subject, tuned: bool = True, cache: bool = False) -> Iterator[Running]:
     """Start our server: `embedding-cluster serve`, or plain `serve run`."""
-    config = folder / f"{MODEL}.toml"
+    config = folder / f"{subject.name}.toml"
     more = f"\n[limits]\ncache_mib = {CACHE_MIB}\n" if cache else ""
-    config.write_text(BUNDLED.read_text() + more)
+    config.write_text(subject.worker_file.read_text() + more)
     begun = time.monotonic()
     with serve(config, folder, tuned=tuned) as server:
-        first_embedding(server)
-        yield Running(time.monotonic() - begun, server, asking(server))
+        first_embedding(server, subject.name)
+        yield Running(time.monotonic() - begun, server, asking(server, subject.dimension))
 
 
-def vllm_server(folder: Path) -> "contextlib.AbstractContextManager[Running]":
+def vllm_server(folder: Path, subject: Subject) -> "contextlib.AbstractContextManager[Running]":
     """Start vLLM's own server with the same engine settings."""
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_folder()]
-    command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", subject.folder]
+    command += ["--served-model-name", subject.name, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--disable-uvicorn-access-log", "--no-enable-log-requests", "--disable-log-stats"]
     skipped = {"tensor_parallel_size", "pipeline_parallel_size"}
-    for name, value in engine_settings().items():
+    for name, value in subject.engine_settings().items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             command.append(f"--{flag}" if value else f"--no-{flag}")
         elif name not in skipped:
             command += [f"--{flag}", str(value)]
-    return http(command, folder, engine_environment(), port)
+    return http(command, folder, engine_environment(subject), port, subject)
 
 
-def ray_serve_llm(folder: Path, tuned: bool) -> "contextlib.AbstractContextManager[Running]":
+def ray_serve_llm(
+    folder: Path, subject: Subject, tuned: bool
+) -> "contextlib.AbstractContextManager[Running]":
     """Start ray.serve.llm's OpenAI application, on Ray Serve's defaults or on the fast data plane."""
     packages = ENVIRONMENTS / "ray-llm"
     if not packages.exists():
@@ -227,13 +211,16 @@ def ray_serve_llm(folder: Path, tuned: bool) -> "contextlib.AbstractContextManag
             *RAY_LLM_PACKAGES,
         )
     port = free_port()
-    settings = {**engine_settings(), "disable_log_stats": True}
+    settings = {**subject.engine_settings(), "disable_log_stats": True}
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         settings.pop(name)
     arguments = {
         "port": port,
+        "model": subject.name,
+        "folder": subject.folder,
+        "gpu": bool(subject.gpus),
         "settings": settings,
-        "environment": engine_environment(),
+        "environment": engine_environment(subject),
         "tuned": tuned,
     }
     command = [sys.executable, "-m", "benchmarks.ray_llm", json.dumps(arguments)]
@@ -244,10 +231,10 @@ def ray_serve_llm(folder: Path, tuned: bool) -> "contextlib.AbstractContextManag
         environ |= {name: value for name, value in os.environ.items() if before.get(name) != value}
         os.environ.clear()
         os.environ.update(before)
-    return http(command, folder, environ, port)
+    return http(command, folder, environ, port, subject)
 
 
-def infinity(folder: Path) -> "contextlib.AbstractContextManager[Running]":
+def infinity(folder: Path, subject: Subject) -> "contextlib.AbstractContextManager[Running]":
     """Start Infinity with its torch engine, in an environment of its own."""
     environment = ENVIRONMENTS / "infinity"
     if not environment.exists():
@@ -255,21 +242,23 @@ def infinity(folder: Path) -> "contextlib.AbstractContextManager[Running]":
         requirements = str(ROOT / "requirements" / "infinity.txt")
         uv("pip", "install", "--python", str(environment / "bin" / "python"), "--no-deps", "-r", requirements)
     port = free_port()
-    command = [str(environment / "bin" / "infinity_emb"), "v2", "--model-id", model_folder()]
-    command += ["--served-model-name", MODEL, "--engine", "torch", "--device", "cpu", "--dtype", cpu_dtype()]
+    command = [str(environment / "bin" / "infinity_emb"), "v2", "--model-id", subject.folder]
+    command += ["--served-model-name", subject.name, "--engine", "torch", "--device", "cpu"]
+    command += ["--dtype", str(subject.engine_settings()["dtype"])]
     command += ["--no-bettertransformer", "--batch-size", "64", "--no-model-warmup"]
     command += ["--url-prefix", "/v1", "--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
-    environ = {**engine_environment(), "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-    return http(command, folder, environ, port)
+    environ = {**engine_environment(subject), "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    return http(command, folder, environ, port, subject)
 
 
 @contextlib.contextmanager
-def in_process(folder: Path, which: str) -> Iterator[Running]:
+def in_process(folder: Path, subject: Subject, which: str) -> Iterator[Running]:
     """Start `benchmarks.inprocess`, which is told what to do by lines of JSON."""
-    command = [sys.executable, "-m", "benchmarks.inprocess", which]
+    told = json.dumps({**asdict(subject), "worker_file": str(subject.worker_file)})
+    command = [sys.executable, "-m", "benchmarks.inprocess", which, told]
     begun = time.monotonic()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with process(command, folder, engine_environment(), **pipes) as server:
+    with process(command, folder, engine_environment(subject), **pipes) as server:
         lines, said = server.process.stdin, server.process.stdout
         assert lines is not None and said is not None
 
@@ -280,7 +269,9 @@ def in_process(folder: Path, which: str) -> Iterator[Running]:
             raise RuntimeError(server.log.read_text()[-4000:])
 
         def ask(workload: Workload, seconds: float, warm_up: float, reference: str) -> Result:
-            task = json.dumps(asdict(Task("", asdict(workload), seconds, warm_up, reference)))
+            task = json.dumps(
+                asdict(Task("", asdict(workload), seconds, warm_up, reference, subject.dimension))
+            )
             lines.write(f"{task}\n")  # type: ignore[arg-type]
             lines.flush()
             return Result(**answer())
@@ -305,13 +296,21 @@ INFINITY = "Infinity"
 TRANSFORMERS = "sentence-transformers, in process"
 
 CONTESTANTS = (
-    Contestant(US, "HAProxy, gRPC between replicas", ours),
-    Contestant(VLLM, "api_server, tuned, orjson", vllm_server),
-    Contestant(ENGINE, "token ids in, vectors out", lambda folder: in_process(folder, "engine")),
-    Contestant(US_PLAIN, "Ray Serve's defaults", lambda folder: ours(folder, tuned=False)),
-    Contestant(RAY_LLM, "build_openai_app", lambda folder: ray_serve_llm(folder, tuned=False)),
-    Contestant(RAY_LLM_TUNED, "with HAProxy and throughput flags", lambda f: ray_serve_llm(f, tuned=True)),
+    Contestant(US, "HAProxy, gRPC between replicas", ours, on_gpus=True),
+    Contestant(VLLM, "api_server, tuned, orjson", vllm_server, on_gpus=True),
+    Contestant(
+        ENGINE,
+        "token ids in, vectors out",
+        partial(in_process, which="engine"),
+        library=True,
+        on_gpus=True,
+    ),
+    Contestant(US_PLAIN, "Ray Serve's defaults", partial(ours, tuned=False), on_gpus=True),
+    Contestant(RAY_LLM, "build_openai_app", partial(ray_serve_llm, tuned=False), on_gpus=True),
+    Contestant(
+        RAY_LLM_TUNED, "with HAProxy and throughput flags", partial(ray_serve_llm, tuned=True), on_gpus=True
+    ),
     Contestant(INFINITY, "0.0.78, torch engine", infinity),
-    Contestant(TRANSFORMERS, "a library", lambda folder: in_process(folder, "sentence-transformers")),
-    Contestant(US_CACHED, "as the first, with the exact cache", lambda f: ours(f, cache=True), cached=True),
+    Contestant(TRANSFORMERS, "a library", partial(in_process, which="sentence-transformers"), library=True),
+    Contestant(US_CACHED, "as the first, with the exact cache", partial(ours, cache=True), cached=True),
 )

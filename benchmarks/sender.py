@@ -140,7 +140,8 @@ class _Run:
         count = -(-READY_TEXTS // self.workload.inputs)
         generator = self.workload.requests()
         self._texts = [next(generator) for _ in range(count)]
-        self._contents = [self._request(self.workload.body(texts)) for texts in self._texts]
+        bodies = [self.workload.body(texts, number) for number, texts in enumerate(self._texts)]
+        self._contents = [self._request(body) for body in bodies]
         self._number = 0
         self._since = self._until = 0.0
         self.answers: list[tuple[int, float, float, bytes]] = []

@@ -6,6 +6,7 @@ Every contestant gets the same requests in the same order. Texts are stretches o
 
 import base64
 import functools
+import importlib.util
 import itertools
 import json
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ class Workload:
     measure: Measure
     encoding_format: Literal["float", "base64"] = "float"
     cached: bool = False
+    models: tuple[str, ...] = (MODEL,)
 
     @property
     def is_time(self) -> bool:
@@ -59,11 +61,12 @@ class Workload:
         """Yield the texts of one request after the other, without end."""
         return batches(pool(self.kind), self.inputs)
 
-    def body(self, texts: list[str]) -> bytes:
-        """Return the body of a request."""
+    def body(self, texts: list[str], number: int = 0) -> bytes:
+        """Return the body of a request; the models take turns by its number."""
         content = texts[0] if len(texts) == 1 else texts
+        model = self.models[number % len(self.models)]
         return json.dumps(
-            {"model": MODEL, "input": content, "encoding_format": self.encoding_format}
+            {"model": model, "input": content, "encoding_format": self.encoding_format}
         ).encode()
 
 
@@ -92,16 +95,11 @@ def batches(texts: list[str], size: int) -> Iterator[list[str]]:
 
 @functools.cache
 def articles() -> list[str]:
-    """Return the news articles."""
-    import gensim
-
-    return (
-        Path(gensim.__file__)
-        .with_name("test")
-        .joinpath("test_data/lee_background.cor")
-        .read_text()
-        .splitlines()
-    )
+    """Return the news articles. gensim isn't imported for them, which takes a second."""
+    spec = importlib.util.find_spec("gensim")
+    assert spec is not None and spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0], "test", "test_data")
+    return (folder / "lee_background.cor").read_text().splitlines()
 
 
 @functools.cache
@@ -150,6 +148,12 @@ def cut(text: str, tokens: int) -> str:
         return text
     end = encoding.offsets[tokens - 2][1]  # the last token but [SEP], which stands at the end
     return text[:end]
+
+
+@functools.cache
+def mean_tokens(kind: Kind) -> float:
+    """Return how many tokens a text of a kind has on average, special tokens included."""
+    return float(np.mean([len(each.ids) for each in tokenizer().encode_batch_fast(pool(kind))]))
 
 
 @functools.cache

@@ -81,6 +81,7 @@ class Calls:
         self._flying = dict.fromkeys(Lane, 0)
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_CALLS)
         self._speeds: deque[float] = deque(maxlen=RECENT_CALLS)  # the fastest calls met nobody in the engine
+        self._part_tokens = FIRST_PART_TOKENS
         self._sender = uuid.uuid4().hex
         self._numbers = itertools.count()
 
@@ -114,11 +115,7 @@ class Calls:
     @property
     def part_tokens(self) -> int:
         """How many tokens one call should hold."""
-        if not self._speeds:
-            return FIRST_PART_TOKENS
-        # Not the drain rate: that is low where requests are small, and parts cut by it would keep it low.
-        tokens = int(max(self._speeds) * PART_SECONDS)
-        return min(max(tokens, MIN_PART_TOKENS), MAX_PART_TOKENS)
+        return self._part_tokens
 
     @property
     def flying_tokens(self) -> int:
@@ -223,7 +220,7 @@ class Calls:
                     embedded = answer.result()
                     seconds = time.perf_counter() - begun
                     self._recent.append((seconds, part.tokens))
-                    self._speeds.append(part.tokens / max(embedded.engine_seconds, MIN_ENGINE_SECONDS))
+                    self._learn(part.tokens / max(embedded.engine_seconds, MIN_ENGINE_SECONDS))
                     self._observe("call", seconds)
                     self._observe("engine", embedded.engine_seconds)
                     return embedded.vectors
@@ -236,6 +233,13 @@ class Calls:
             answer.cancel()
             if (router := TokenRouter.of(self.worker.name)) is not None:
                 router.forget(call_id, answered)
+
+    def _learn(self, speed: float) -> None:
+        """Size parts by the engine's speed in tokens per second, as the last calls have shown it."""
+        self._speeds.append(speed)
+        # Not the drain rate: that is low where requests are small, and parts cut by it would keep it low.
+        tokens = int(max(self._speeds) * PART_SECONDS)
+        self._part_tokens = min(max(tokens, MIN_PART_TOKENS), MAX_PART_TOKENS)
 
     def _share(self, part: Part) -> float:
         """Seconds after which a call is taken to hang: many times what the slowest of the last ones took."""
