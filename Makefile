@@ -43,10 +43,10 @@ dispatch: $(VENV)/test.stamp  ## What joining, splitting, routing, refusing and 
 
 lock: $(VENV)/uv.stamp  ## Renew requirements/*.txt from pyproject.toml
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --upgrade --no-annotate --custom-compile-command "make lock" \
-		--extra cpu --extra test --extra bench --override requirements/overrides.txt \
+		--extra cpu --extra data --extra test --extra bench --override requirements/overrides.txt \
 		pyproject.toml -o requirements/test.txt
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --no-annotate --custom-compile-command "make lock" \
-		--extra cpu --override requirements/overrides.txt --override requirements/overrides-cpu.txt \
+		--extra cpu --extra data --override requirements/overrides.txt --override requirements/overrides-cpu.txt \
 		--constraint requirements/test.txt pyproject.toml -o requirements/cpu.txt
 
 clean:  ## Remove what the other targets made

@@ -291,10 +291,18 @@ def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str
             f"OpenAI API  {base}/v1",
             f"Docs        {base}/docs",
             f"Keys        {_keys(arguments)}",
+            f"Ray jobs    RAY_ADDRESS={_ray_address()}",
             f"Changes     edit the worker files, then: kill -HUP {os.getpid()}",
             "Stop        Ctrl-C",
         ]
     )
+
+
+def _ray_address() -> str:
+    """Return the address by which drivers join; Ray chooses its port anew at each start."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def _keys(arguments: ServeArguments) -> str:
