@@ -6,6 +6,7 @@ A job's work waits for room instead of being refused, and for a model that is aw
 """
 
 import asyncio
+import logging
 import random
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
@@ -258,6 +259,8 @@ class Connection:
 
 def mistake(text: Any) -> InvalidRequestError | None:
     """Return why something can't be embedded, whatever the model; None where it can."""
+    if isinstance(text, InvalidRequestError):
+        return text  # whoever read it found out already
     if text is None:
         return InvalidRequestError("the text is missing", FIELD)
     if not isinstance(text, str):
@@ -362,6 +365,16 @@ def _cluster() -> str:
     return f"{context.gcs_address} {context.get_job_id()}"
 
 
+def join(address: str | None = None) -> None:
+    """Join the cluster of that address, of RAY_ADDRESS, or on this machine, unless this process is in one.
+
+    Raises ConnectionError where there is none.
+    """
+    if not ray.is_initialized():
+        # Never a cluster of its own: there would be nobody to ask.
+        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+
+
 _starting = threading.Lock()
 _connections: Connections | None = None
 
@@ -370,9 +383,7 @@ def connections() -> Connections:
     """Return this process's connections; joins the running cluster if the process is in none."""
     global _connections  # noqa: PLW0603 - one loop for the process, which threads may ask for at once
     with _starting:
-        if not ray.is_initialized():
-            # Never a cluster of its own: there would be nobody to ask.
-            ray.init(address="auto", log_to_driver=False)
+        join()
         if _connections is None:
             _connections = Connections()
         return _connections

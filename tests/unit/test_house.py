@@ -51,10 +51,13 @@ LAYERS = [
     ["deployments.gateway.routes"],
     ["deployments.gateway.ingress"],
     ["deployments.app"],
-    ["deployments.launch", "deployments.keys_command"],
+    ["deployments.job.source", "deployments.job.ledger", "deployments.job.progress"],
+    ["deployments.job.sink"],
+    ["deployments.job.run"],
+    ["deployments.launch", "deployments.keys_command", "deployments.embed_command"],
     ["deployments.__main__"],
 ]
-EMPTY = {"deployments", "deployments.config", "deployments.api", "deployments.gateway"}
+EMPTY = {"deployments", "deployments.config", "deployments.api", "deployments.gateway", "deployments.job"}
 # The engines are made by name, at use.
 UPWARD = {
     ("deployments.engine", "deployments.engine.fake"),
