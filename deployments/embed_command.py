@@ -39,7 +39,7 @@ def add_embed_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     )
     embed.add_argument(
         "--address",
-        help="the cluster's, which `embedding-cluster serve` prints (default: $RAY_ADDRESS, or what runs here)",
+        help="the cluster's, as `embedding-cluster serve` prints it (default: $RAY_ADDRESS, or what is here)",
     )
     embed.set_defaults(command=_embed)
 
