@@ -9,19 +9,21 @@ its own and one queue for each model, so that threads and coroutines may use the
 """
 
 import asyncio
+import functools
 import itertools
 import uuid
 from collections import deque
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deployments.api.request import Truncation
-from deployments.config.worker import Worker
-from deployments.connection import Attempt, How, connections
+from deployments.connection import Attempt, Connection, Connections, How, connections
+from deployments.engine import ModelCard
+from deployments.gateway.catalog import Served
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -32,6 +34,16 @@ BATCH_TEXTS = 1024
 AHEAD = 8
 
 COLUMN, OUTPUT = "text", "embedding"
+
+
+@dataclass(frozen=True)
+class _Link:
+    """What a client has found."""
+
+    connections: Connections
+    connection: Connection
+    served: Served
+    card: ModelCard
 
 
 class EmbeddingClient:
@@ -74,18 +86,35 @@ class EmbeddingClient:
         )
         # Several clients of a process take turns, as callers over HTTP do.
         self._caller = uuid.uuid4().hex
-        self._submit = connections().submit
-        self._connection, self._served = self._submit(connections().find(model, timeout_s)).result()
-        card = self._submit(self._connection.describe(self._served, self._how)).result()
-        self.engine_version = card.version
-        self.dimension = dimensions or card.dimension
-        self.max_model_len = card.max_model_len
+        assert self._link  # what is wrong is told now
+
+    @functools.cached_property
+    def _link(self) -> "_Link":
+        """The way to the model, from this process. One that travelled finds it at its first use."""
+        found = connections()
+        connection, served = found.submit(found.find(self.model, self._how.timeout_s)).result()
+        card = found.submit(connection.describe(served, self._how)).result()
+        return _Link(found, connection, served, card)
 
     @property
     def version(self) -> str:
-        """The model package's version, as `/models` shows it; `engine_version` tells all else apart, too."""
-        worker: Worker = self._connection.dispatch.worker
-        return str(worker.queue.version)
+        """The model package's version, as `/models` shows it."""
+        return str(self._link.connection.dispatch.worker.queue.version)
+
+    @property
+    def engine_version(self) -> str:
+        """What tells engines apart that give other vectors: the package, and how it is run."""
+        return self._link.card.version
+
+    @property
+    def dimension(self) -> int:
+        """The length of a vector."""
+        return self._how.dimensions or self._link.card.dimension
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens of a text."""
+        return self._link.card.max_model_len
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return float32 vectors of shape (len(texts), dimension), in order.
@@ -93,15 +122,17 @@ class EmbeddingClient:
         Raises the first error that a text of them met; ModelUnavailableError or DeadlineExceededError where
         no answer came for `timeout_s`.
         """
-        return self._vectors(_wait(self._submit(self._embed(texts))))
+        return self._vectors(_wait(self._embed(texts)))
 
     async def aembed(self, texts: Sequence[str]) -> np.ndarray:
         """As `embed`, for coroutines; cancelling it drops the work."""
-        return self._vectors(await asyncio.wrap_future(self._submit(self._embed(texts))))
+        if "_link" not in self.__dict__:
+            await asyncio.to_thread(lambda: self._link)
+        return self._vectors(await asyncio.wrap_future(self._embed(texts)))
 
     def attempt(self, texts: Sequence[Any]) -> Attempt:
         """As `embed`, but texts at fault don't spoil the others: the errors come beside the vectors."""
-        return self._shaped(_wait(self._submit(self._embed(texts))))
+        return self._shaped(_wait(self._embed(texts)))
 
     def stream(self, texts: Iterable[str], batch_texts: int = BATCH_TEXTS) -> Iterator[np.ndarray]:
         """Yield the vectors of `batch_texts` texts after the other, in order.
@@ -117,7 +148,7 @@ class EmbeddingClient:
             for batch in batches:
                 if len(waiting) >= ahead:
                     yield self._shaped(waiting.popleft().result())
-                waiting.append(self._submit(self._embed(batch)))
+                waiting.append(self._embed(batch))
             while waiting:
                 yield self._shaped(waiting.popleft().result())
         finally:
@@ -129,13 +160,13 @@ class EmbeddingClient:
         column, output = self._columns
         return {**batch, output: self.embed(list(batch[column]))}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travel as what it was made of: the connection is this process's own."""
-        column, output = self._columns
-        return _rebuild, (self.model, {**asdict(self._how), "column": column, "output": output})
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the way to the model behind: it is this process's own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_link"}
 
-    def _embed(self, texts: Sequence[Any]) -> Coroutine[Any, Any, Attempt]:
-        return self._connection.embed(texts, self._served, self._how, self._caller)
+    def _embed(self, texts: Sequence[Any]) -> "Future[Attempt]":
+        link = self._link
+        return link.connections.submit(link.connection.embed(texts, link.served, self._how, self._caller))
 
     def _shaped(self, attempt: Attempt) -> Attempt:
         """Give vectors of no text their second dimension."""
@@ -165,18 +196,16 @@ def embed_dataset(  # noqa: PLR0913 - as above
     `concurrency` is how many processes read ahead and tokenise; they take no CPU of Ray's, since the replicas
     have them. `how` is what `EmbeddingClient` takes.
     """
+    from ray.data import ActorPoolStrategy
+
     return dataset.map_batches(
         EmbeddingClient,
         fn_constructor_args=(model,),
         fn_constructor_kwargs={**how, "column": column, "output": output},
         batch_size=batch_texts,
-        concurrency=concurrency,
+        compute=ActorPoolStrategy(size=concurrency),
         num_cpus=0,
     )
-
-
-def _rebuild(model: str, settings: dict[str, Any]) -> EmbeddingClient:
-    return EmbeddingClient(model, **settings)
 
 
 def _wait(future: "Future[Attempt]") -> Attempt:

@@ -4,7 +4,6 @@ import asyncio
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,7 +126,8 @@ def test_ray_data_gets_a_tensor_column(where: Site) -> None:
     """From the class itself, and from the helper."""
     dataset = ray.data.from_items([{"text": text} for text in TEXTS[:500]])
     helped = embed_dataset(dataset, "text", "m", batch_texts=100)
-    direct = dataset.map_batches(EmbeddingClient, fn_constructor_args=("m",), concurrency=1, num_cpus=0)
+    one = ray.data.ActorPoolStrategy(size=1)
+    direct = dataset.map_batches(EmbeddingClient, fn_constructor_args=("m",), compute=one, num_cpus=0)
     for result in (helped, direct):
         rows = result.take_batch(500)
         assert rows["embedding"].dtype == np.float32
