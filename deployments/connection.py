@@ -133,7 +133,10 @@ class Connection:
 
         Raises ModelUnavailableError or DeadlineExceededError after `timeout_s` without an answer.
         """
-        errors = {row: error for row, text in enumerate(texts) if (error := mistake(text)) is not None}
+        errors: dict[int, EmbeddingError] = {}
+        for row, text in enumerate(texts):
+            if (error := mistake(text)) is not None:
+                errors[row] = error
         good = np.fromiter((row for row in range(len(texts)) if row not in errors), np.int64)
         tasks = [
             asyncio.create_task(self._embed_chunk([texts[row] for row in rows], served, how, caller))

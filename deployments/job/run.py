@@ -27,9 +27,18 @@ class Client(Protocol):
     """What a job needs of `EmbeddingClient`."""
 
     model: str
-    version: str
-    engine_version: str
-    dimension: int
+
+    @property
+    def version(self) -> str:
+        """The model package's."""
+
+    @property
+    def engine_version(self) -> str:
+        """What tells engines apart that give other vectors."""
+
+    @property
+    def dimension(self) -> int:
+        """The length of a vector."""
 
     def attempts(self, batches: Iterator[list[Any]], ahead: int) -> Iterator[Attempt]:
         """Yield what became of each batch, in order."""

@@ -26,7 +26,7 @@ def vectors_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
 
 def to_numpy(column: pa.ChunkedArray, dimension: int) -> np.ndarray:
     """Return such a column as float32 (n, dim)."""
-    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    values: np.ndarray = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return values.reshape(-1, dimension)
 
 
@@ -136,7 +136,7 @@ def _write_npy(ledger: Ledger, file: Path, schema: pa.Schema, output_column: str
     shape = (ledger.identity["rows"], dimension)
     with file.open("wb") as target:
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(target, header)
+        np.lib.format.write_array_header_1_0(target, header)  # type: ignore[no-untyped-call]
         for each in ledger.slices():
             rows = each.table.column(ROW).to_numpy()
             errors = [error.row for error in each.errors]
