@@ -49,7 +49,7 @@ MIB = 2**20
 FAKE = "call_seconds = 0.003, token_seconds = 0.000036, dimension = 64"
 FAKE_DIMENSION = 64
 # What health checks embed, and the calls that a killed replica took along.
-SPARE_TOKENS = 60_000
+SPARE_TOKENS = 20_000
 # Ray's, of the processes that it starts: the engine alone gets no more of a busy machine than a replica.
 REPLICA_NICENESS = 15
 TOKENIZER = TextTokenizer(byte_tokenizer())

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from deployments.errors import JobError
 
-ERRORS, TOKENS = b"errors", b"tokens"
+ERRORS, TOKENS, ROWS = b"errors", b"tokens", b"rows"
 # What stands in the way of another run, and what it says of itself.
 RESUME, OVERWRITE = "--resume", "--overwrite"
 
@@ -34,11 +34,17 @@ class Error:
 
 @dataclass(frozen=True)
 class Written:
-    """A slice as it was written."""
+    """A slice as it was written; `rows` are those with vectors."""
 
-    table: pa.Table
+    file: Path
+    rows: int
     errors: list[Error]
     tokens: int
+
+    def table(self) -> pa.Table:
+        """Read the rows."""
+        with pa.OSFile(str(self.file)) as content, pa.ipc.open_file(content) as reader:
+            return reader.read_all().replace_schema_metadata()
 
 
 class Ledger:
@@ -111,7 +117,8 @@ class Ledger:
     def write(self, number: int, table: pa.Table, errors: list[Error], tokens: int) -> None:
         """Keep a slice for good."""
         content = json.dumps([[each.row, each.code, each.reason] for each in errors])
-        table = table.replace_schema_metadata({ERRORS: content, TOKENS: str(tokens)})
+        counts = {TOKENS: str(tokens), ROWS: str(table.num_rows)}
+        table = table.replace_schema_metadata({ERRORS: content, **counts})
         file = self.folder / f"slice-{number:09d}.arrow"
         draft = file.with_suffix(".draft")
         with draft.open("wb") as target:
@@ -127,8 +134,8 @@ class Ledger:
         for _, file in self._files():
             with pa.OSFile(str(file)) as content, pa.ipc.open_file(content) as reader:
                 metadata = reader.schema.metadata
-                errors = [Error(*each) for each in json.loads(metadata[ERRORS])]
-                yield Written(reader.read_all(), errors, int(metadata[TOKENS]))
+            errors = [Error(*each) for each in json.loads(metadata[ERRORS])]
+            yield Written(file, int(metadata[ROWS]), errors, int(metadata[TOKENS]))
 
     def close(self) -> None:
         """Let another process have the folder."""

@@ -122,7 +122,7 @@ def _record(job: Job, identity: dict[str, Any]) -> dict[str, Any] | None:
 def _done(ledger: Ledger) -> tuple[int, int]:
     rows = tokens = 0
     for each in ledger.slices():
-        rows += each.table.num_rows + len(each.errors)
+        rows += each.rows + len(each.errors)
         tokens += each.tokens
     return rows, tokens
 

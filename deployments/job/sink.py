@@ -107,7 +107,7 @@ def _write_errors(ledger: Ledger) -> dict[str, int]:
     draft = ledger.folder / "errors"
     with draft.open("w") as target:
         for each in ledger.slices():
-            counts["embedded"] += each.table.num_rows
+            counts["embedded"] += each.rows
             counts["errors"] += len(each.errors)
             counts["tokens"] += each.tokens
             for error in each.errors:
@@ -126,7 +126,7 @@ def _write_parquet(ledger: Ledger, file: Path, schema: pa.Schema, _: str) -> Non
         # Vectors hardly compress, and no value of theirs comes twice.
         with pa.parquet.ParquetWriter(target, schema, compression="zstd", use_dictionary=False) as writer:
             for each in ledger.slices():
-                writer.write_table(each.table.replace_schema_metadata())
+                writer.write_table(each.table())
         settle(target)
 
 
@@ -138,11 +138,12 @@ def _write_npy(ledger: Ledger, file: Path, schema: pa.Schema, output_column: str
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(target, header)  # type: ignore[no-untyped-call]
         for each in ledger.slices():
-            rows = each.table.column(ROW).to_numpy()
+            table = each.table()
+            rows = table.column(ROW).to_numpy()
             errors = [error.row for error in each.errors]
             first = min([*rows[:1].tolist(), *errors])
             block = np.full((len(rows) + len(errors), dimension), np.nan, "<f4")
-            block[rows - first] = to_numpy(each.table.column(output_column), dimension)
+            block[rows - first] = to_numpy(table.column(output_column), dimension)
             target.write(block.tobytes())
         settle(target)
 
@@ -152,7 +153,7 @@ def _write_lance(ledger: Ledger, folder: Path, schema: pa.Schema, _: str) -> Non
 
     def batches() -> Iterator[pa.RecordBatch]:
         for each in ledger.slices():
-            yield from each.table.replace_schema_metadata().to_batches()
+            yield from each.table().to_batches()
 
     lance.write_dataset(pa.RecordBatchReader.from_batches(schema, batches()), str(folder))
 

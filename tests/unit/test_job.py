@@ -313,3 +313,16 @@ def test_keeping_no_column_leaves_row_and_vector(tmp_path: Path) -> None:
     job = Job(source=source, output=tmp_path / "out.parquet", column="text", how=How())
     run(replace(job, part_rows=16), open_source(source, "text", []), Client(), Silent())
     assert pa.parquet.read_schema(tmp_path / "out.parquet").names == ["input_row", "embedding"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".npy", ".lance"])
+@pytest.mark.parametrize("rows", [0, 9])
+def test_an_output_without_a_vector(tmp_path: Path, suffix: str, rows: int) -> None:
+    """Of no rows, or of none that can be embedded."""
+    table = pa.table({"text": pa.array([""] * rows, pa.string())})
+    pa.parquet.write_table(table, tmp_path / "in.parquet")
+    record = do(tmp_path / "in.parquet", tmp_path / f"out{suffix}")
+    assert (record["embedded"], record["errors"]) == (0, rows)
+    assert (tmp_path / f"out{suffix}").exists()
+    if suffix == ".npy":
+        assert np.load(tmp_path / "out.npy").shape == (rows, DIMENSION)
