@@ -11,7 +11,7 @@ UV_VERSION := 0.13.9
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode
 
-.PHONY: help setup setup-gpu serve check test lock clean bench bench-gpu bench-memory profile scale simulate faults dispatch
+.PHONY: help setup setup-gpu serve check test lock clean bench bench-gpu bench-memory profile scale simulate faults dispatch batch
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
@@ -57,12 +57,15 @@ faults: $(VENV)/test.stamp  ## What is lost when processes die, on both data pla
 dispatch: $(VENV)/test.stamp  ## What joining, splitting, routing, refusing and taking turns are worth
 	$(BIN)/python -m benchmarks.dispatch $(PARTS)
 
+batch: $(VENV)/test.stamp  ## What jobs of many rows reach, survive, and cost people who wait
+	$(BIN)/python -m benchmarks.batch $(PARTS)
+
 lock: $(VENV)/uv.stamp  ## Renew requirements/*.txt from pyproject.toml
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --upgrade --no-annotate --custom-compile-command "make lock" \
-		--extra cpu --extra test --extra bench --override requirements/overrides.txt \
+		--extra cpu --extra data --extra test --extra bench --override requirements/overrides.txt \
 		pyproject.toml -o requirements/test.txt
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --no-annotate --custom-compile-command "make lock" \
-		--extra cpu --override requirements/overrides.txt --override requirements/overrides-cpu.txt \
+		--extra cpu --extra data --override requirements/overrides.txt --override requirements/overrides-cpu.txt \
 		--constraint requirements/test.txt pyproject.toml -o requirements/cpu.txt
 
 clean:  ## Remove what the other targets made

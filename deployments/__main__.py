@@ -1,4 +1,4 @@
-"""The command line: `embedding-cluster check|plan|serve|keys`."""
+"""The command line: `embedding-cluster check|plan|serve|embed|keys`."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from deployments.config.load import load_files
 from deployments.config.manifest import WORKERS_FOLDER, Front, ray_service, serve_config
 from deployments.config.plan import Machine, cores_here, make_plans
 from deployments.config.worker import MAX_PORT
+from deployments.embed_command import add_embed_command
 from deployments.errors import ConfigError, EngineStartError
 from deployments.keys import KEYS_VARIABLE, key_source, require_keys
 from deployments.keys_command import add_keys_command
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--keys", default="", metavar="FILE", help=what)
         command.add_argument("--insecure", action="store_true", help="let other machines in without keys")
     serve.set_defaults(command=_serve)
+    add_embed_command(commands)
     add_keys_command(commands)
     for command in (check, plan, serve):
         command.add_argument(

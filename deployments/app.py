@@ -7,7 +7,6 @@
 import asyncio
 import logging
 import os
-import re
 import zlib
 from collections.abc import Iterable
 from importlib import metadata
@@ -18,12 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.schema import LoggingConfig
-from ray.util import list_named_actors
 
 from deployments.config.load import load_workers
 from deployments.config.plan import Machine, WorkerPlan, cores_here, ingress_config, make_plans
 from deployments.config.worker import INGRESS_NAME, RATES_NAME
 from deployments.errors import ConfigError
+from deployments.gateway.applications import applications
 from deployments.gateway.ingress import Admission, Ingress
 from deployments.gateway.rates import RateServer
 from deployments.keys import key_source
@@ -95,16 +94,14 @@ def refuse_changed_packages(plans: Iterable[WorkerPlan]) -> None:
 
 def deployed_packages() -> dict[str, tuple[int | str, str]]:
     """Return version and package of each worker that this cluster serves already."""
-    # Serve's status doesn't show what runs while it builds; replicas are actors that carry their names.
-    for actor in list_named_actors(all_namespaces=True):
-        if match := re.fullmatch(rf"SERVE_REPLICA::(.+)#{INGRESS_NAME}#\w+", actor["name"]):
-            try:
-                packages: dict[str, tuple[int | str, str]] = ray.get(ask_packages.remote(match[1]))
-            except RayError:
-                # A deployment may be just what mends an ingress that doesn't answer.
-                logger.warning("the deployed ingress doesn't say which models it serves")
-                continue
-            return packages
+    for application in applications():
+        try:
+            packages: dict[str, tuple[int | str, str]] = ray.get(ask_packages.remote(application))
+        except RayError:
+            # A deployment may be just what mends an ingress that doesn't answer.
+            logger.warning("the deployed ingress doesn't say which models it serves")
+            continue
+        return packages
     return {}
 
 

@@ -181,3 +181,9 @@ class ConfigError(EmbeddingError):
     """Worker files hold mistakes. ``message`` has one line for each, with file and key."""
 
     code = "invalid_config"
+
+
+class JobError(EmbeddingError):
+    """A batch job can't be done as it was asked for; the message is one line that says why."""
+
+    code = "invalid_job"

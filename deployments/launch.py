@@ -291,10 +291,19 @@ def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str
             f"OpenAI API  {base}/v1",
             f"Docs        {base}/docs",
             f"Keys        {_keys(arguments)}",
+            f"Ray jobs    {_ray_variables()}",
             f"Changes     edit the worker files, then: kill -HUP {os.getpid()}",
             "Stop        Ctrl-C",
         ]
     )
+
+
+def _ray_variables() -> str:
+    """Return what joins this cluster: Ray chooses its port anew at each start, and may ask for its token."""
+    import ray
+
+    mode = os.environ.get("RAY_AUTH_MODE", "disabled")
+    return f"RAY_ADDRESS={ray.get_runtime_context().gcs_address} RAY_AUTH_MODE={mode}"
 
 
 def _keys(arguments: ServeArguments) -> str:

@@ -18,7 +18,7 @@ from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ObjectLostError, RayActorError, RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -51,7 +51,8 @@ MIN_CUT_SECONDS = 2.0
 RECENT_CALLS = 128
 UNKNOWN_CUT_SECONDS = 15.0
 
-RETRYABLE = (RayActorError, EngineDeadError, DeploymentUnavailableError)
+# A large answer lies on the node that made it, and is lost with it before it is fetched.
+RETRYABLE = (RayActorError, ObjectLostError, EngineDeadError, DeploymentUnavailableError)
 
 # Called with an input and its vector of shape (dimension,), or the error that it met.
 Settle = Callable[[Input, "np.ndarray | EmbeddingError"], None]

@@ -73,6 +73,11 @@ class Dispatch:
         self._calls.worker = worker
         self._cache = _cache_for(worker, self._cache)
 
+    @property
+    def flying_tokens(self) -> int:
+        """How many tokens are with the replicas at a time, where there is work enough."""
+        return self._calls.flying_tokens
+
     async def embed_by(
         self, prepare: Prepare, deadline: float, lane: Lane = Lane.INTERACTIVE, caller: str = ""
     ) -> tuple[TokenBatch, np.ndarray]:

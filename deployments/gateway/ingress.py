@@ -138,6 +138,7 @@ class Ingress:
         """
         require_keys(self._admission.keys, self._admission.insecure, (await http_options()).host)
         workers = {name: Worker.model_validate(data) for name, data in config["workers"].items()}
+        self._workers = config["workers"]
         known = self._serving.catalog.dispatches
         dispatches = {}
         for name, worker in workers.items():
@@ -155,6 +156,10 @@ class Ingress:
     async def packages(self) -> dict[str, tuple[int | str, str]]:
         """Return each worker's version and package; the next deployment compares with them."""
         return self._packages
+
+    async def workers(self) -> dict[str, dict[str, Any]]:
+        """Return each worker file as plain data, without secrets; jobs ask for it."""
+        return self._workers
 
     def _handle(self, name: str) -> DeploymentHandle[Any]:
         """Return a worker's handle; one that came after the ingress isn't bound with it."""

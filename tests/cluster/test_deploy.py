@@ -152,6 +152,19 @@ def test_prompts_and_scaling_change_in_place(site: Site) -> None:
     assert ingress == site.replicas("ingress")
 
 
+def test_a_submitted_job_embeds(site: Site) -> None:
+    """`ray job submit` runs the command on the cluster; nothing has to be told where that is."""
+    source, output = site.folder / "in.csv", site.folder / "out.npy"
+    source.write_text("text\nhello\nworld\n")
+    command = [BIN / "ray", "job", "submit", "--address", site.dashboard, "--"]
+    command += [BIN / "embedding-cluster", "embed", source, output, "--model", "m"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environ(site.server.mark), timeout=120
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert np.array_equal(np.load(output), [expected("hello"), expected("world")])
+
+
 def test_what_cant_be_built_leaves_the_old_configuration_serving(site: Site) -> None:
     """The reason stands in the application's state: another model in the same version."""
     replicas, ingress = site.replicas("m"), site.replicas("ingress")

@@ -11,6 +11,8 @@ import pytest
 import tomli
 import yaml
 
+from benchmarks.batch import address_of, environ
+from deployments.__main__ import _parser
 from deployments.config.load import load_workers
 from tests.model.conftest import MINILM
 from tests.server import Server
@@ -44,10 +46,19 @@ def test_the_curl_command_answers_as_shown(two_models: Server) -> None:
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_blocks_run(two_models: Server, code: str) -> None:
-    """Each on its own, against the running server."""
+def test_python_blocks_run(two_models: Server, code: str, tmp_path: Path) -> None:
+    """Each on its own, against the running server and on its cluster."""
     code = code.replace(ADDRESS, two_models.url)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    environment = environ(address_of(two_models))
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -79,6 +90,8 @@ def test_commands_of_the_console_blocks_exist(tmp_path: Path) -> None:
         program, *arguments = shlex.split(line, comments=True)
         if program == "make":
             assert arguments[0] in targets
+        elif program == "embedding-cluster" and arguments[0] == "embed":
+            assert _parser().parse_args(arguments)
         elif program == "embedding-cluster" and arguments[0] != "serve":
             command = [sys.executable, "-m", "deployments", *arguments]
             subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True)

@@ -35,6 +35,8 @@ LAYERS = [
         "deployments.gateway.meter",
         "deployments.gateway.broadcast",
         "deployments.gateway.spare",
+        "deployments.gateway.applications",
+        "deployments.gateway.window",
     ],
     ["deployments.gateway.admission"],
     ["deployments.gateway.lanes", "deployments.gateway.prepare", "deployments.gateway.serve_router"],
@@ -42,6 +44,8 @@ LAYERS = [
     ["deployments.gateway.calls"],
     ["deployments.gateway.dispatch"],
     ["deployments.gateway.catalog"],
+    ["deployments.connection"],
+    ["deployments.client"],
     ["deployments.gateway.rates", "deployments.gateway.usage", "deployments.gateway.public"],
     ["deployments.gateway.auth"],
     ["deployments.gateway.serving", "deployments.gateway.documentation"],
@@ -49,10 +53,13 @@ LAYERS = [
     ["deployments.gateway.routes"],
     ["deployments.gateway.ingress"],
     ["deployments.app"],
-    ["deployments.launch", "deployments.keys_command"],
+    ["deployments.job.source", "deployments.job.ledger", "deployments.job.progress"],
+    ["deployments.job.sink"],
+    ["deployments.job.run"],
+    ["deployments.launch", "deployments.keys_command", "deployments.embed_command"],
     ["deployments.__main__"],
 ]
-EMPTY = {"deployments", "deployments.config", "deployments.api", "deployments.gateway"}
+EMPTY = {"deployments", "deployments.config", "deployments.api", "deployments.gateway", "deployments.job"}
 # The engines are made by name, at use.
 UPWARD = {
     ("deployments.engine", "deployments.engine.fake"),
@@ -65,8 +72,11 @@ HEAVY = {
     "transformers": {"deployments.engine.tokenizer"},
     "ray": {
         "deployments.app",
+        "deployments.client",
+        "deployments.connection",
         "deployments.launch",
         "deployments.replica",
+        "deployments.gateway.applications",
         "deployments.gateway.router",
         "deployments.scaling",
         "deployments.gateway.broadcast",
