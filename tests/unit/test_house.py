@@ -26,7 +26,11 @@ LAYERS = [
     ["deployments.api.encoding", "deployments.api.envelope", "deployments.api.fields"],
     ["deployments.api.request"],
     ["deployments.api.openai", "deployments.api.pharia", "deployments.api.cohere", "deployments.api.tei"],
-    ["deployments.api.embed"],
+    ["deployments.api.embed", "deployments.api.batches"],
+    ["deployments.batches.storage", "deployments.batches.records"],
+    ["deployments.batches.store", "deployments.batches.plan"],
+    ["deployments.batches.job"],
+    ["deployments.batches.runner"],
     ["deployments.scaling"],
     [
         "deployments.replica",
@@ -50,7 +54,7 @@ LAYERS = [
     ["deployments.launch", "deployments.keys_command"],
     ["deployments.__main__"],
 ]
-EMPTY = {"deployments", "deployments.config", "deployments.api", "deployments.gateway"}
+EMPTY = {"deployments", "deployments.batches", "deployments.config", "deployments.api", "deployments.gateway"}
 # The engines are made by name, at use.
 UPWARD = {
     ("deployments.engine", "deployments.engine.fake"),
