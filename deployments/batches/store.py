@@ -199,6 +199,18 @@ class Batches:
         return await self.find(owner, name)
 
 
+@dataclass(frozen=True)
+class BatchPlace:
+    """Where files and batches are, by its URL, and how long they are kept."""
+
+    url: str
+    keep_seconds: int
+
+    def open(self) -> Batches:
+        """Open it. Raises ConfigError."""
+        return Batches(Files(Storage(self.url), self.keep_seconds))
+
+
 PARTS = ("order.json", "progress.json", "cancellation.json")
 
 
