@@ -10,7 +10,7 @@ from typing import Any
 from deployments.config.load import load_files
 from deployments.config.manifest import WORKERS_FOLDER, Front, ray_service, serve_config
 from deployments.config.plan import Machine, cores_here, make_plans
-from deployments.config.worker import MAX_PORT
+from deployments.config.worker import MAX_PORT, NO_BATCHES
 from deployments.embed_command import add_embed_command
 from deployments.errors import ConfigError, EngineStartError
 from deployments.keys import KEYS_VARIABLE, key_source, require_keys
@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         what = f"client keys (default: ${KEYS_VARIABLE})"
         command.add_argument("--keys", default="", metavar="FILE", help=what)
         command.add_argument("--insecure", action="store_true", help="let other machines in without keys")
+    place = "folder or URL for files and batches, or `off` (default: {})"
+    serve.add_argument("--batches", default="", metavar="URL", help=place.format("a folder of your data"))
+    plan.add_argument("--batches", default=NO_BATCHES, metavar="URL", help=place.format("off"))
     serve.set_defaults(command=_serve)
     add_embed_command(commands)
     add_keys_command(commands)
@@ -77,13 +80,14 @@ def _plan(parsed: argparse.Namespace) -> int:
     plans = make_plans(workers.values(), Machine(cpus, parsed.gpus, cpus))
     if parsed.format == "serve":
         keys = str(Path(parsed.keys).resolve()) if parsed.keys else ""
-        front = Front(keys, parsed.insecure)
+        front = Front(keys, parsed.insecure, batches=parsed.batches)
         print(_yaml(serve_config(plans, str(Path(parsed.path).resolve()), front)), end="")
         return 0
     if parsed.format == "rayservice":
         files = {file.name: file.read_text(encoding="utf-8-sig") for file in workers}
         # The keys come from a secret of their own, by the environment.
-        inside = _yaml(serve_config(plans, WORKERS_FOLDER, Front(insecure=parsed.insecure, public=True)))
+        front = Front(insecure=parsed.insecure, public=True, batches=parsed.batches)
+        inside = _yaml(serve_config(plans, WORKERS_FOLDER, front))
         print(_yaml(*ray_service(plans, files, parsed.image, inside)), end="")
         return 0
     print(json.dumps([plan.describe() for plan in plans], indent=2, default=str))
@@ -97,7 +101,13 @@ def _serve(parsed: argparse.Namespace) -> int:
 
     return run(
         ServeArguments(
-            parsed.path, parsed.host, parsed.port, parsed.ingress_replicas, parsed.keys, parsed.insecure
+            parsed.path,
+            parsed.host,
+            parsed.port,
+            parsed.ingress_replicas,
+            parsed.keys,
+            parsed.insecure,
+            parsed.batches,
         )
     )
 

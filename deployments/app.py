@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Iterable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,12 +19,15 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.schema import LoggingConfig
 
+from deployments.batches.storage import Storage
+from deployments.batches.store import BatchPlace
 from deployments.config.load import load_workers
 from deployments.config.plan import Machine, WorkerPlan, cores_here, ingress_config, make_plans
-from deployments.config.worker import INGRESS_NAME, RATES_NAME
+from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, NO_BATCHES, RATES_NAME
 from deployments.errors import ConfigError
 from deployments.gateway.applications import applications
-from deployments.gateway.ingress import Admission, Ingress
+from deployments.gateway.batch_runner import BatchRunner
+from deployments.gateway.ingress import Admission, BatchDesk, Ingress
 from deployments.gateway.rates import RateServer
 from deployments.keys import key_source
 from deployments.replica import Replica
@@ -37,6 +41,7 @@ MAX_INGRESS_REQUESTS = 4096
 ANSWER_SECONDS = 30.0
 HEALTH_CHECK_PERIOD_SECONDS = 5.0
 HEALTH_CHECK_TIMEOUT_SECONDS = 30.0
+DAY_SECONDS = 24 * 3600
 
 
 class BuildArguments(BaseModel):
@@ -51,6 +56,13 @@ class BuildArguments(BaseModel):
     keys: str = Field(default="", description="A key file; every node with an ingress must have it.")
     insecure: bool = Field(default=False, description="Let other machines in without keys.")
     max_body_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body, in bytes.")
+    batches: str = Field(
+        default="",
+        description="Where files and batches are kept: a folder, or a URL that fsspec opens; `off`: nowhere."
+        " By default a folder of this user's data on a single node, and nowhere on several.",
+    )
+    batch_days: int = Field(default=30, ge=1, description="How long files and batches are kept.")
+    max_file_bytes: int = Field(default=200 * 2**20, ge=1, description="The largest file, in bytes.")
 
 
 def build(arguments: BuildArguments) -> serve.Application:
@@ -65,7 +77,31 @@ def build(arguments: BuildArguments) -> serve.Application:
     if nodes:
         refuse_changed_packages(plans)
     handles = {plan.name: bind_replica(plan) for plan in plans}
-    return bind_ingress(plans, handles, arguments)
+    return bind_ingress(plans, handles, arguments, batch_place(arguments, len(nodes)))
+
+
+def batch_place(arguments: BuildArguments, nodes: int) -> BatchPlace | None:
+    """Return where files and batches are kept; None where there is no place for them. Raises ConfigError."""
+    url = arguments.batches
+    if url == NO_BATCHES:
+        return None
+    if not url and nodes > 1:
+        # The ingress of one node wouldn't find what another one's has stored.
+        logger.warning("no batches: name a place that all nodes reach, as batches=s3://…")
+        return None
+    url = url or default_batches()
+    if "://" not in url:
+        url = str(Path(url).resolve())
+    storage = Storage(url)
+    if "://" not in url:
+        storage.check()  # others may be reached only from inside of the cluster
+    return BatchPlace(url, arguments.batch_days * DAY_SECONDS)
+
+
+def default_batches() -> str:
+    """Return the folder of this user's data for files and batches."""
+    data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return str(Path(data, "embedding-cluster", "batches"))
 
 
 def cluster_machine(nodes: list[dict[str, Any]]) -> Machine:
@@ -146,8 +182,9 @@ def bind_ingress(
     plans: tuple[WorkerPlan, ...],
     handles: dict[str, serve.Application],
     arguments: BuildArguments,
+    place: BatchPlace | None = None,
 ) -> serve.Application:
-    """Bind the ingress over the workers' handles."""
+    """Bind the ingress over the workers' handles, and beside it what runs batches."""
     ingress = serve.deployment(
         name=INGRESS_NAME,
         num_replicas=arguments.ingress_replicas,
@@ -157,12 +194,42 @@ def bind_ingress(
         user_config=ingress_config(plans),
     )(serve.ingress()(Ingress))
     keys = key_source(arguments.keys)
-    rates = bind_rates() if keys and arguments.ingress_replicas > 1 else None
+    rates = bind_rates() if keys and (arguments.ingress_replicas > 1 or place) else None
     admission = Admission(keys, arguments.insecure, rates)  # type: ignore[arg-type]  # Serve puts its handle there
-    settings = (arguments.max_body_bytes, arguments.metrics_host, arguments.insecure, keys, rates is None)
-    version = f"{metadata.version('embedding-cluster')}-{zlib.crc32(repr(settings).encode())}"
-    ingress = ingress.options(version=version, _internal=True)
-    return ingress.bind(handles, arguments.max_body_bytes, arguments.metrics_host, admission)
+    limits = arguments.max_body_bytes, arguments.max_file_bytes
+    settings = (*limits, arguments.metrics_host, arguments.insecure, keys, rates is None, place)
+    ingress = ingress.options(version=_version(settings), _internal=True)
+    desk = None
+    if place is not None:
+        runner = bind_batch_runner(plans, handles, place, admission)
+        desk = BatchDesk(place, arguments.max_file_bytes, runner)  # type: ignore[arg-type]  # as above
+    return ingress.bind(handles, arguments.max_body_bytes, arguments.metrics_host, admission, desk)
+
+
+def _version(settings: Any) -> str:
+    """Return a deployment's version: Ray Serve starts it anew where that changes, and else lets it run."""
+    return f"{metadata.version('embedding-cluster')}-{zlib.crc32(repr(settings).encode())}"
+
+
+def bind_batch_runner(
+    plans: tuple[WorkerPlan, ...],
+    handles: dict[str, serve.Application],
+    place: BatchPlace,
+    admission: Admission,
+) -> serve.Application:
+    """Bind what works batches off: one for all ingress replicas."""
+    deployment = serve.deployment(
+        name=BATCHES_NAME,
+        num_replicas=1,
+        max_ongoing_requests=MAX_INGRESS_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=HEALTH_CHECK_PERIOD_SECONDS,
+        logging_config=logging_config(),
+        user_config=ingress_config(plans),
+    )(BatchRunner)
+    settings = (place, admission.keys, admission.rates is None)
+    deployment = deployment.options(version=_version(settings), _internal=True)
+    return deployment.bind(handles, place, admission)
 
 
 def bind_rates() -> serve.Application:

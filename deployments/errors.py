@@ -66,6 +66,20 @@ class ModelNotFoundError(InvalidRequestError):
     code = "model_not_found"
 
 
+class FileMissingError(InvalidRequestError):
+    """The client has no file of that id."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "file_not_found"
+
+
+class BatchMissingError(InvalidRequestError):
+    """The client has no batch of that id."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "batch_not_found"
+
+
 class RouteNotFoundError(InvalidRequestError):
     """No route has that path."""
 
@@ -150,6 +164,12 @@ class IncompleteError(EmbeddingError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "incomplete"
     type = "unavailable_error"
+
+
+class StorageUnavailableError(ModelUnavailableError):
+    """The storage of files and batches doesn't answer as it should."""
+
+    code = "storage_unavailable"
 
 
 # --- ours to mend ------------------------------------------------------------------------------

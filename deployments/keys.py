@@ -226,11 +226,13 @@ class KeyRing:
         """Accept these keys."""
         self._clock = clock
         self._by_hash: dict[str, Key] = {}
+        self._by_name: dict[str, Key] = {}
         self.take(keys)
 
     def take(self, keys: Keys) -> None:
         """Accept these keys from now on, and no others."""
         self._by_hash = {key.sha256: key for key in keys.keys}
+        self._by_name = {key.name: key for key in sorted(keys.keys, key=lambda key: key.created)}
 
     def find(self, secret: bytes) -> Key | None:
         """Return the key of that plaintext, if it is valid now."""
@@ -243,6 +245,12 @@ class KeyRing:
         if key is None or not hmac.compare_digest(key.sha256, found):
             return None
         return None if key.expires is not None and key.is_expired(datetime.now(UTC)) else key
+
+    def named(self, name: str) -> Key | None:
+        """Return the latest key of a name, if it is valid now: work goes on without the plaintext."""
+        self.refresh()
+        key = self._by_name.get(name)
+        return None if key is None or key.is_expired(datetime.now(UTC)) else key
 
     def refresh(self) -> None:
         """Look whether there are other keys by now; nothing changes here."""

@@ -49,6 +49,7 @@ class ServeArguments:
     ingress_replicas: int
     keys: str = ""
     insecure: bool = False
+    batches: str = ""
 
 
 def prepare_environment(folder: Path) -> None:
@@ -157,7 +158,7 @@ def _serve(arguments: ServeArguments, stop: threading.Event, reload: threading.E
     if stop.is_set():
         return 0
     failed = {name: _reason(d.message) for name, d in status.deployments.items() if not _is_up(d)}
-    if INGRESS_NAME in failed or len(failed) >= len(workers):
+    if INGRESS_NAME in failed or all(worker.name in failed for worker in workers):
         for name, reason in failed.items():
             print(f"{name}: {reason}", file=sys.stderr)
         return 1
@@ -189,6 +190,7 @@ def _build(arguments: ServeArguments, workers: Iterable[Worker]) -> "Application
             metrics_host=arguments.host,
             keys=arguments.keys,
             insecure=arguments.insecure,
+            batches=arguments.batches,
         )
     )
 

@@ -65,6 +65,12 @@ class Metrics:
             "request_seconds", "Time from the first byte to the answer", SECONDS, "model"
         )
         self.stage_seconds = histogram("stage_seconds", "Time in each stage", SECONDS, "worker", "stage")
+        self.batch_lines = counter(
+            "batch_lines",
+            "Lines of batches by model and outcome (`ok`, or the error's code)",
+            "model",
+            "outcome",
+        )
         self.inputs = counter("inputs", "Inputs of successful requests", "worker")
         self.tokens = counter("tokens", "Tokens of successful requests", "worker")
         self.call_inputs = histogram("call_inputs", "Inputs of one call to a replica", INPUTS, "worker")

@@ -132,6 +132,7 @@ def serve(
         MARK: mark,
         "RAY_AUTH_MODE": "disabled",
         "RAY_TMPDIR": str(own),
+        "XDG_DATA_HOME": str(own / "data"),  # a storage of batches is one server's alone
         **(environ or {}),
     }
     with log.open("wb") as output:

@@ -8,13 +8,12 @@ from deployments.errors import EmbeddingError
 
 def error_body(error: EmbeddingError) -> bytes:
     """Return the error as JSON."""
-    detail = {
-        "message": error.message,
-        "type": error.type,
-        "param": error.param,
-        "code": error.code,
-    }
-    return orjson.dumps({"error": detail, "code": error.code})
+    return orjson.dumps({"error": error_detail(error), "code": error.code})
+
+
+def error_detail(error: EmbeddingError) -> dict[str, str | None]:
+    """Return what `ErrorDetail` describes."""
+    return {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
 
 
 class ErrorDetail(BaseModel):

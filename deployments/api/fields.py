@@ -21,6 +21,11 @@ def read_object(body: bytes) -> dict[str, Any]:
         ) from None
     if not isinstance(fields, dict):
         raise InvalidRequestError("the body must be a JSON object", "body")
+    return present(fields)
+
+
+def present(fields: Fields) -> dict[str, Any]:
+    """Return the fields that aren't null."""
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -46,7 +46,11 @@ class OpenAIRequest(EmbeddingRequest):
 
 def parse_request(body: bytes) -> OpenAIRequest:
     """Parse a body. Raises InvalidRequestError whose `param` names the field."""
-    fields = read.read_object(body)
+    return parse_fields(read.read_object(body))
+
+
+def parse_fields(fields: read.Fields) -> OpenAIRequest:
+    """Parse a body's fields, among which none is null."""
     if "input" not in fields:
         raise InvalidRequestError("`input` is missing", "input")
     texts, token_ids = read.texts_or_ids(fields["input"], "input")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.config.plan import Device, WorkerPlan, engines_version, ingress_config
-from deployments.config.worker import INGRESS_NAME
+from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, NO_BATCHES
 from deployments.keys import KEYS_VARIABLE
 
 # One goes on while another is replaced.
@@ -42,11 +42,15 @@ FAST_DATA_PLANE = {
 
 @dataclass(frozen=True)
 class Front:
-    """Who may reach the cluster, and how: a key file where the builder and each ingress run, or anybody."""
+    """Who may reach the cluster, and how: a key file where the builder and each ingress run, or anybody.
+
+    `batches` is a storage that all nodes reach.
+    """
 
     keys: str = ""
     insecure: bool = False
     public: bool = False
+    batches: str = NO_BATCHES
 
     @property
     def host(self) -> str:
@@ -56,7 +60,8 @@ class Front:
     @property
     def arguments(self) -> dict[str, Any]:
         """What the builder is told."""
-        return ({"keys": self.keys} if self.keys else {}) | ({"insecure": True} if self.insecure else {})
+        keys = {"keys": self.keys} if self.keys else {}
+        return keys | ({"insecure": True} if self.insecure else {}) | {"batches": self.batches}
 
 
 def serve_config(plans: Iterable[WorkerPlan], config: str, front: Front) -> dict[str, Any]:
@@ -70,6 +75,8 @@ def serve_config(plans: Iterable[WorkerPlan], config: str, front: Front) -> dict
     arguments = {"config": config, "engines": engines_version(plans), "ingress_replicas": INGRESS_REPLICAS}
     arguments |= front.arguments
     deployments = [{"name": plan.name, **plan.scaling_options} for plan in plans]
+    names = [INGRESS_NAME] if front.batches == NO_BATCHES else [INGRESS_NAME, BATCHES_NAME]
+    before = [{"name": name, "user_config": ingress_config(plans)} for name in names]
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": front.host, "port": PORTS["serve"]},
@@ -79,7 +86,7 @@ def serve_config(plans: Iterable[WorkerPlan], config: str, front: Front) -> dict
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
                 "args": arguments,
-                "deployments": [{"name": INGRESS_NAME, "user_config": ingress_config(plans)}, *deployments],
+                "deployments": [*before, *deployments],
             }
         ],
     }

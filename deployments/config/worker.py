@@ -33,6 +33,10 @@ RESERVED_ENGINE_ARGS = {
 
 # The deployment in front of all workers.
 INGRESS_NAME = "ingress"
+# What works off the batches that it takes.
+BATCHES_NAME = "batches"
+# In place of a storage for batches.
+NO_BATCHES = "off"
 # What its replicas share of the clients' rate limits.
 RATES_NAME = "rates"
 MAX_PORT = 65535
@@ -137,7 +141,7 @@ class Queue(Table):
     @field_validator("checkpoint_name")
     @classmethod
     def _not_the_ingress(cls, value: str) -> str:
-        if value in (INGRESS_NAME, RATES_NAME):
+        if value in (INGRESS_NAME, RATES_NAME, BATCHES_NAME):
             raise ValueError(f"`{value}` is the name of a deployment in front of all workers")
         return value
 

@@ -4,23 +4,30 @@ Ray Serve takes or makes the `x-request-id` and returns it; that is left to it.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.api.batches import BatchBody
 from deployments.api.envelope import error_body
+from deployments.batches.store import BatchPlace
 from deployments.config.worker import Worker
 from deployments.errors import (
     EmbeddingError,
@@ -34,11 +41,11 @@ from deployments.errors import (
     RouteNotFoundError,
 )
 from deployments.gateway.auth import Access, Auth, key_of
+from deployments.gateway.batch_routes import add_batch_routes
+from deployments.gateway.batches import BatchAccess, BatchServing
 from deployments.gateway.broadcast import broadcast
 from deployments.gateway.catalog import Catalog
-from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.documentation import add_documentation, answers, plain
-from deployments.gateway.meter import RetryBudget
 from deployments.gateway.metrics_port import MetricsPort
 from deployments.gateway.pharia import PhariaServing
 from deployments.gateway.rates import Grant, LeasedRates, LocalRates
@@ -46,6 +53,7 @@ from deployments.gateway.routes import BODIES, add_embedding_routes, add_pharia_
 from deployments.gateway.serving import Serving
 from deployments.gateway.spare import add_spare, http_options
 from deployments.gateway.usage import Counts
+from deployments.gateway.workers import Workers
 from deployments.keys import KeySource, require_keys
 from deployments.metrics import CONTENT_TYPE, Metrics, merge, states_text
 
@@ -105,6 +113,31 @@ class Admission:
         return Access(ring, LeasedRates(take))
 
 
+@dataclass(frozen=True)
+class BatchDesk:
+    """Where files and batches are, the largest file in bytes, and the handle of the runner."""
+
+    place: BatchPlace
+    max_file_bytes: int
+    runner: DeploymentHandle[Any]
+
+    def access(self) -> BatchAccess:
+        """Open the storage. Raises ConfigError."""
+        waking: set[asyncio.Task[None]] = set()  # else a task may be collected before its end
+
+        async def wake() -> None:
+            # One that is just starting anew looks by itself.
+            with contextlib.suppress(RayError, DeploymentUnavailableError):
+                await self.runner.wake.remote()
+
+        def wake_later() -> None:
+            task = asyncio.create_task(wake())
+            waking.add(task)
+            task.add_done_callback(waking.discard)
+
+        return BatchAccess(self.place.open(), self.max_file_bytes, wake_later)
+
+
 class Ingress:
     """The Ray Serve deployment that speaks HTTP."""
 
@@ -114,6 +147,7 @@ class Ingress:
         max_body_bytes: int,
         metrics_host: str,
         admission: Admission = Admission(),
+        batches: BatchDesk | None = None,
     ) -> None:
         """Serve nothing until `reconfigure` names the workers; `handles` are those bound with the ingress.
 
@@ -121,33 +155,23 @@ class Ingress:
         """
         self._admission = admission
         self._access = admission.access()
-        self._handles = handles
+        self._batches = batches
         self._metrics_host = metrics_host
-        self._budget = RetryBudget()
-        self._workers: dict[str, dict[str, Any]] = {}
         self._ports: dict[str, MetricsPort] = {}
         rates = self._access.rates if self._access else None
         self._serving = Serving(Catalog({}), Metrics(), max_body_bytes, rates)
+        self._workers = Workers(handles, self._serving)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Take over the worker files as they are now. Ray Serve calls it at the start and at each deployment.
 
         `config["workers"]` holds each worker file as plain data, and `config["packages"]` what tells the
-        model packages apart, by the worker's name. What didn't change keeps its queue and its measurements.
+        model packages apart, by the worker's name.
         Raises ConfigError where other machines could reach us without a key.
         """
         require_keys(self._admission.keys, self._admission.insecure, (await http_options()).host)
-        workers = {name: Worker.model_validate(data) for name, data in config["workers"].items()}
-        self._workers = config["workers"]
-        known = self._serving.catalog.dispatches
-        dispatches = {}
-        for name, worker in workers.items():
-            if name in known:
-                dispatches[name] = known[name]
-                dispatches[name].worker = worker
-            else:
-                dispatches[name] = Dispatch(worker, self._handle(name), self._budget, self._serving.metrics)
-        self._serving.catalog.update(dispatches)
+        workers = self._workers.take(config)
+        self._files = config["workers"]
         self._open_ports(workers.values())
         self._packages = {
             name: (worker.queue.version, config["packages"][name]) for name, worker in workers.items()
@@ -159,13 +183,7 @@ class Ingress:
 
     async def workers(self) -> dict[str, dict[str, Any]]:
         """Return each worker file as plain data, without secrets; jobs ask for it."""
-        return self._workers
-
-    def _handle(self, name: str) -> DeploymentHandle[Any]:
-        """Return a worker's handle; one that came after the ingress isn't bound with it."""
-        if name in self._handles:
-            return self._handles[name]
-        return serve.get_deployment_handle(name, serve.get_replica_context().app_name)
+        return self._files
 
     def _open_ports(self, workers: Iterable[Worker]) -> None:
         """Open the workers' metrics ports, and close those that no file names any more."""
@@ -180,7 +198,8 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application; Ray Serve asks for it once the constructor is done."""
-        app = make_app(self._serving, self._gather, self._ports, self._access, self._gather_usage)
+        batches = self._batches.access() if self._batches else None
+        app = make_app(self._serving, self._gather, self._ports, self._access, self._gather_usage, batches)
         add_spare(app)
         return app
 
@@ -189,8 +208,8 @@ class Ingress:
         return self._serving.usage.of(key)
 
     async def _gather_usage(self, key: str) -> list[dict[str, Counts]]:
-        """Return what a key has used of all ingress replicas."""
-        return await ask_ingresses("usage", key)
+        """Return what a key has used of all ingress replicas, and what its batches have."""
+        return [*await ask_ingresses("usage", key), *await self._ask_runner("usage", key)]
 
     async def metrics(self) -> bytes:
         """Return this ingress replica's metrics as text; the others ask for it."""
@@ -200,13 +219,24 @@ class Ingress:
         """Return the metrics of all ingress replicas and engines, and Ray Serve's view: any may be asked."""
         application = serve.get_replica_context().app_name
         catalog = self._serving.catalog
-        texts, states, *engines = await asyncio.gather(
+        texts, batches, states, *engines = await asyncio.gather(
             ask_ingresses("metrics"),
+            self._ask_runner("metrics"),
             asyncio.to_thread(replica_states, application),
             *(dispatch.engine_metrics(GATHER_SECONDS) for dispatch in catalog.dispatches.values()),
         )
         known = {name: states.get(name, {}) for name in catalog.dispatches}
-        return [*texts, states_text(known), *itertools.chain.from_iterable(engines)]
+        return [*texts, *batches, states_text(known), *itertools.chain.from_iterable(engines)]
+
+    async def _ask_runner(self, method: str, *arguments: Any) -> list[Any]:
+        """Return what the runner of batches answers; nothing where there is none, or none answers."""
+        if self._batches is None:
+            return []
+        try:
+            async with asyncio.timeout(GATHER_SECONDS):
+                return [await getattr(self._batches.runner, method).remote(*arguments)]
+        except (TimeoutError, RayError, DeploymentUnavailableError):
+            return []
 
 
 async def ask_ingresses(method: str, *arguments: Any) -> list[Any]:
@@ -227,16 +257,18 @@ def replica_states(application: str) -> dict[str, dict[str, int]]:
     return {name: {str(s): n for s, n in d.replica_states.items()} for name, d in deployments.items()}
 
 
-def make_app(
+def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application may have
     serving: Serving,
     gather: Gather,
     ports: Mapping[str, MetricsPort] | None = None,
     access: Access | None = None,
     gather_usage: GatherUsage | None = None,
+    batches: BatchAccess | None = None,
 ) -> FastAPI:
     """Return the application over a catalog of models, and the workers' own metrics ports.
 
-    Without `access` there are no keys, and anybody who reaches it may ask.
+    Without `access` there are no keys, and anybody who reaches it may ask. Without `batches` there is no
+    storage for them.
     """
     ports = {} if ports is None else ports
 
@@ -267,9 +299,11 @@ def make_app(
         app.add_middleware(Auth, access=access, refuse=refuse)
     app.add_exception_handler(HTTPException, _http_exception)
     router = _routes(serving, gather, ports)
+    if batches is not None:
+        add_batch_routes(router, BatchServing(batches, serving))
     if access is not None:
         add_usage_route(router, gather_usage or (lambda key: _alone(serving.usage.of(key))), _json)
-    add_documentation(app, router, BODIES)
+    add_documentation(app, router, BODIES if batches is None else (*BODIES, BatchBody))
     app.include_router(router, prefix="/v1")
     # The same routes without prefix: some clients are given the host with /v1, some without.
     app.include_router(router, include_in_schema=False)
@@ -388,7 +422,7 @@ def _bare(error: Exception) -> Exception:
     return RuntimeError(type(error).__name__).with_traceback(error.__traceback__)
 
 
-async def _http_exception(_: Request, error: Exception) -> Response:
+async def _http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own refusals: no such path, no such method."""
     assert isinstance(error, HTTPException)
     kind: Callable[[str], EmbeddingError] = {
@@ -397,4 +431,14 @@ async def _http_exception(_: Request, error: Exception) -> Response:
     }.get(error.status_code, InvalidRequestError)
     response = error_response(kind(str(error.detail)))
     response.headers.update(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        # Starlette names the methods of the first route with that path alone.
+        response.headers["allow"] = ", ".join(_methods(request))
     return response
+
+
+def _methods(request: Request) -> list[str]:
+    """Return what the path of a request may be asked with."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    fitting = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in fitting for method in route.methods or ()})

@@ -3,8 +3,9 @@
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -40,6 +41,16 @@ TIMEOUT_SECONDS = 0.1
 BODY_SECONDS = 30.0
 
 
+@dataclass
+class Client:
+    """For whom a request is: its key, whose turn it takes, in which lane; whether its tokens are paid for."""
+
+    key: Key | None
+    caller: str
+    lane: Lane
+    charged: bool = False
+
+
 class Serving:
     """Embeds over a catalog of models."""
 
@@ -55,7 +66,10 @@ class Serving:
 
     def find(self, request: Request, name: str | None, tags: frozenset[str] = frozenset()) -> Served:
         """Return the model that a request is for. Raises what `Catalog.find` does."""
-        key = key_of(request.scope)
+        return self.find_for(key_of(request.scope), name, tags)
+
+    def find_for(self, key: Key | None, name: str | None, tags: frozenset[str] = frozenset()) -> Served:
+        """Return the model of that name for whoever has the key."""
         return self.catalog.find(name, tags, key.may_use) if key else self.catalog.find(name, tags)
 
     def visible(self, request: Request) -> list[Served]:
@@ -84,36 +98,40 @@ class Serving:
             worker = served.dispatch.worker
             self.metrics.stage_seconds.labels(worker.name, "parse").observe(parsing.seconds)
             deadline = arrival + min(worker.limits.request_timeout_s, patience)
-            truncated: tuple[int, ...] = ()
-            charged = False
-
-            async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
-                nonlocal truncated, charged
-                with self._timed(worker.name, "tokenise"):
-                    task = served.model.embedding_task
-                    prepared = await prepare(wanted, task, worker.limits, card, tokenizer)
-                if not charged:  # a model that changes meanwhile costs nothing more
-                    charged = True
-                    await self.charge(key, TOKENS, prepared.batch.tokens)
-                truncated = prepared.truncated
-                return prepared.batch
-
-            lane = lane_of(request)
-            caller = caller_of(request)
-            batch, vectors = await served.dispatch.embed_by(tokens_for, deadline, lane, caller)
-            with self._timed(worker.name, "encode"):
-                vectors = truncate(vectors, wanted.dimensions)
-                if wanted.normalize:
-                    vectors = normalize(vectors)
-                version = str(worker.queue.version)
-                answer = wanted.answer(
-                    EmbeddingResult(vectors, served.name, batch.tokens, truncated, version)
-                )
-            self.metrics.inputs.labels(worker.name).inc(len(batch))
-            self.metrics.tokens.labels(worker.name).inc(batch.tokens)
-            if key is not None:
-                self.usage.count(key, served.name, len(batch), batch.tokens)
+            client = Client(key, caller_of(request), lane_of(request))
+            answer, _ = await self.answer(wanted, served, client, deadline)
             return answer
+
+    async def answer(
+        self, wanted: EmbeddingRequest, served: Served, client: "Client", deadline: float
+    ) -> tuple[bytes, int]:
+        """Return the JSON answer and its tokens, or raise an EmbeddingError."""
+        worker = served.dispatch.worker
+        truncated: tuple[int, ...] = ()
+
+        async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
+            nonlocal truncated
+            with self._timed(worker.name, "tokenise"):
+                task = served.model.embedding_task
+                prepared = await prepare(wanted, task, worker.limits, card, tokenizer)
+            if not client.charged:  # a model that changes meanwhile costs nothing more
+                await self.charge(client.key, TOKENS, prepared.batch.tokens)
+                client.charged = True
+            truncated = prepared.truncated
+            return prepared.batch
+
+        batch, vectors = await served.dispatch.embed_by(tokens_for, deadline, client.lane, client.caller)
+        with self._timed(worker.name, "encode"):
+            vectors = truncate(vectors, wanted.dimensions)
+            if wanted.normalize:
+                vectors = normalize(vectors)
+            version = str(worker.queue.version)
+            answer = wanted.answer(EmbeddingResult(vectors, served.name, batch.tokens, truncated, version))
+        self.metrics.inputs.labels(worker.name).inc(len(batch))
+        self.metrics.tokens.labels(worker.name).inc(batch.tokens)
+        if client.key is not None:
+            self.usage.count(client.key, served.name, len(batch), batch.tokens)
+        return answer, batch.tokens
 
     async def read(self, request: Request, deadline: float) -> bytes:
         """Return the body. Raises BodyTooLargeError, or DeadlineExceededError at `deadline`."""
@@ -201,19 +219,27 @@ def caller_of(request: Request) -> str:
 
 async def read_body(request: Request, max_body_bytes: int) -> bytes:
     """Return the whole body. Raises BodyTooLargeError before more than the limit is read."""
+    # One buffer goes back to the system when it is freed; a thousand small pieces don't.
+    body = bytearray()
+    async for chunk in body_chunks(request, max_body_bytes):
+        body += chunk
+    return bytes(body)
+
+
+async def body_chunks(request: Request, max_body_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the body as it comes. Raises BodyTooLargeError before more than the limit is read."""
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_body_bytes:
         raise _too_large(max_body_bytes)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise InvalidRequestError("compressed bodies aren't accepted", "content-encoding")
-    # One buffer goes back to the system when it is freed; a thousand small pieces don't.
-    body = bytearray()
+    size = 0
     async for chunk in request.stream():
-        if len(body) + len(chunk) > max_body_bytes:
+        size += len(chunk)
+        if size > max_body_bytes:
             # Made as it is raised: a name for it here would keep the body until the next full collection.
             raise _too_large(max_body_bytes)
-        body += chunk
-    return bytes(body)
+        yield chunk
 
 
 def _too_large(max_body_bytes: int) -> BodyTooLargeError:

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import uvicorn
 
+from deployments.batches.store import BatchPlace
 from deployments.config.load import load_workers
 from deployments.config.plan import Machine, make_plans
 from deployments.gateway.auth import Access
+from deployments.gateway.batches import BatchAccess
 from deployments.gateway.ingress import make_app
 from deployments.gateway.rates import LocalRates
 from deployments.keys import Key, KeyRing, Keys, hash_of
@@ -51,7 +53,10 @@ def address(tmp_path: Path) -> Iterator[str]:
         async def gather() -> list[bytes]:
             return [serving.metrics.text()]
 
-        server.config.app = make_app(serving, gather, access=access)
+        stored = BatchPlace(f"{tmp_path}/storage", 3600).open()
+        # Whoever runs batches is another process.
+        batches = BatchAccess(stored, 1_000_000, lambda: None)
+        server.config.app = make_app(serving, gather, access=access, batches=batches)
         server.run()
 
     server = uvicorn.Server(uvicorn.Config("", port=port, log_config=None, access_log=False))

@@ -26,7 +26,11 @@ LAYERS = [
     ["deployments.api.encoding", "deployments.api.envelope", "deployments.api.fields"],
     ["deployments.api.request"],
     ["deployments.api.openai", "deployments.api.pharia", "deployments.api.cohere", "deployments.api.tei"],
-    ["deployments.api.embed"],
+    ["deployments.api.embed", "deployments.api.batches", "deployments.api.upload"],
+    ["deployments.batches.storage", "deployments.batches.records"],
+    ["deployments.batches.store", "deployments.batches.plan"],
+    ["deployments.batches.job"],
+    ["deployments.batches.runner"],
     ["deployments.scaling"],
     [
         "deployments.replica",
@@ -49,9 +53,10 @@ LAYERS = [
     ["deployments.gateway.rates", "deployments.gateway.usage", "deployments.gateway.public"],
     ["deployments.gateway.auth"],
     ["deployments.gateway.serving", "deployments.gateway.documentation"],
-    ["deployments.gateway.pharia"],
-    ["deployments.gateway.routes"],
+    ["deployments.gateway.pharia", "deployments.gateway.batches", "deployments.gateway.bulk"],
+    ["deployments.gateway.routes", "deployments.gateway.batch_routes", "deployments.gateway.workers"],
     ["deployments.gateway.ingress"],
+    ["deployments.gateway.batch_runner"],
     ["deployments.app"],
     ["deployments.job.source", "deployments.job.ledger", "deployments.job.progress"],
     ["deployments.job.sink"],
@@ -59,7 +64,14 @@ LAYERS = [
     ["deployments.launch", "deployments.keys_command", "deployments.embed_command"],
     ["deployments.__main__"],
 ]
-EMPTY = {"deployments", "deployments.config", "deployments.api", "deployments.gateway", "deployments.job"}
+EMPTY = {
+    "deployments",
+    "deployments.api",
+    "deployments.batches",
+    "deployments.config",
+    "deployments.gateway",
+    "deployments.job",
+}
 # The engines are made by name, at use.
 UPWARD = {
     ("deployments.engine", "deployments.engine.fake"),
@@ -84,10 +96,13 @@ HEAVY = {
         "deployments.gateway.spare",
         "deployments.gateway.dispatch",
         "deployments.gateway.ingress",
+        "deployments.gateway.workers",
+        "deployments.gateway.batch_runner",
     },
     "fastapi": {
         "deployments.gateway.ingress",
         "deployments.gateway.routes",
+        "deployments.gateway.batch_routes",
         "deployments.gateway.documentation",
     },
 }

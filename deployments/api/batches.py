@@ -1,0 +1,357 @@
+"""OpenAI's batches: the body that makes one, the lines that go in, the lines and objects that come out.
+
+What is wrong with a single line is that line's error and stops no other one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field
+
+from deployments.api import fields as read
+from deployments.api.envelope import error_body, error_detail
+from deployments.errors import EmbeddingError, InvalidRequestError
+
+ENDPOINT = "/v1/embeddings"
+WINDOW = "24h"
+WINDOW_SECONDS = 24 * 3600
+METHOD = "POST"
+# OpenAI's own limits.
+MAX_PAIRS, MAX_NAME, MAX_VALUE = 16, 64, 512
+MIN_EXPIRY_SECONDS, MAX_EXPIRY_SECONDS = 3600, 30 * 24 * 3600
+CREATED = "created_at"
+# The reason that OpenAI gives for what there was no time for.
+EXPIRED = "batch_expired"
+
+Status = Literal[
+    "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+]
+FINAL: frozenset[Status] = frozenset(("failed", "completed", "expired", "cancelled"))
+Metadata = dict[str, str]
+
+
+@dataclass(frozen=True)
+class NewBatch:
+    """The body of `POST /batches`. `output_seconds` is how long what comes out is kept."""
+
+    input_file_id: str
+    metadata: Metadata | None
+    output_seconds: int | None
+
+
+def parse_create(body: bytes) -> NewBatch:
+    """Parse a body. Raises InvalidRequestError whose `param` names the field."""
+    fields = read.read_object(body)
+    file_id = read.required_string(fields, "input_file_id")
+    read.required_string(fields, "endpoint")
+    read.choice(fields, "endpoint", (ENDPOINT,), ENDPOINT)
+    read.required_string(fields, "completion_window")
+    read.choice(fields, "completion_window", (WINDOW,), WINDOW)
+    return NewBatch(file_id, _parse_metadata(fields), _parse_expiry(fields))
+
+
+def _parse_metadata(fields: read.Fields) -> Metadata | None:
+    pairs = fields.get("metadata")
+    if pairs is None:
+        return None
+    if not isinstance(pairs, dict) or not all(isinstance(value, str) for value in pairs.values()):
+        raise InvalidRequestError("`metadata` must be an object of strings", "metadata")
+    if len(pairs) > MAX_PAIRS or any(len(n) > MAX_NAME or len(v) > MAX_VALUE for n, v in pairs.items()):
+        raise InvalidRequestError(
+            f"`metadata` may hold {MAX_PAIRS} pairs, names of {MAX_NAME} characters, values of {MAX_VALUE}",
+            "metadata",
+        )
+    return pairs
+
+
+def _parse_expiry(fields: read.Fields) -> int | None:
+    name = "output_expires_after"
+    policy = fields.get(name)
+    if policy is None:
+        return None
+    if not isinstance(policy, dict):
+        raise InvalidRequestError(f"`{name}` must be an object", name)
+    return expiry_seconds(policy.get("anchor"), policy.get("seconds"), name)
+
+
+def expiry_seconds(anchor: Any, seconds: Any, name: str) -> int:
+    """Return how long a file is kept. Raises InvalidRequestError."""
+    if anchor != CREATED:
+        raise InvalidRequestError(f"`{name}`'s anchor must be `{CREATED}`", name)
+    # bool is a subclass of int, so the exact type is asked for.
+    if type(seconds) is not int or not MIN_EXPIRY_SECONDS <= seconds <= MAX_EXPIRY_SECONDS:
+        raise InvalidRequestError(
+            f"`{name}`'s seconds must be {MIN_EXPIRY_SECONDS} to {MAX_EXPIRY_SECONDS}", name
+        )
+    return seconds
+
+
+# --- lines in ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A request of a batch: `fields` is its body."""
+
+    custom_id: str
+    fields: dict[str, Any]
+
+    @property
+    def model(self) -> str | None:
+        """The name of the model that it asks for."""
+        name = self.fields.get("model")
+        return name if isinstance(name, str) else None
+
+    @property
+    def inputs(self) -> int:
+        """How many vectors it asks for, at most."""
+        value = self.fields.get("input")
+        return len(value) if isinstance(value, list) and value and not isinstance(value[0], int) else 1
+
+
+class LineError(Exception):
+    """A line isn't a request: by OpenAI's codes, with its `custom_id` as far as that could be read."""
+
+    def __init__(self, code: str, message: str, param: str | None = None, custom_id: str | None = None):
+        """Keep the reason."""
+        super().__init__(code, message, param, custom_id)
+        self.code, self.message, self.param, self.custom_id = code, message, param, custom_id
+
+
+def parse_line(raw: bytes) -> Line:
+    """Parse a line that isn't blank. Raises LineError, which quotes nothing but the `custom_id`."""
+    try:
+        line = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise LineError("invalid_json_line", f"the line isn't valid JSON: {error.msg}") from None
+    if not isinstance(line, dict):
+        raise LineError("invalid_json_line", "the line must be a JSON object")
+    custom_id = line.get("custom_id")
+    if not isinstance(custom_id, str) or not custom_id:
+        what = "must be a string that isn't empty" if "custom_id" in line else "is missing"
+        raise LineError("missing_required_parameter", f"`custom_id` {what}", "custom_id")
+    if line.get("method") != METHOD:
+        raise LineError("invalid_method", f"`method` must be `{METHOD}`", "method", custom_id)
+    if line.get("url") != ENDPOINT:
+        raise LineError("invalid_url", f"`url` must be `{ENDPOINT}`", "url", custom_id)
+    fields = line.get("body")
+    if not isinstance(fields, dict):
+        raise LineError("missing_required_parameter", "`body` must be an object", "body", custom_id)
+    return Line(custom_id, read.present(fields))
+
+
+# --- lines out ------------------------------------------------------------------------------------
+
+
+def result_line(request_id: str, custom_id: str, answer: bytes) -> bytes:
+    """Return the output file's line of a request that was answered."""
+    response = b'{"status_code":200,"request_id":"req_%b","body":%b}' % (request_id.encode(), answer)
+    return _line(request_id, custom_id, response, b"null")
+
+
+def refused_line(request_id: str, custom_id: str, error: EmbeddingError) -> bytes:
+    """Return the error file's line of a request that was refused: the answer that HTTP would have given."""
+    name, answer = request_id.encode(), error_body(error)
+    response = b'{"status_code":%d,"request_id":"req_%b","body":%b}' % (error.status, name, answer)
+    return _line(request_id, custom_id, response, orjson.dumps(error_detail(error)))
+
+
+def unasked_line(request_id: str, number: int, error: LineError) -> bytes:
+    """Return the error file's line of what was never asked; `number` is its line in the input file."""
+    detail = {"code": error.code, "message": error.message, "param": error.param, "line": number}
+    return _line(request_id, error.custom_id, b"null", orjson.dumps(detail))
+
+
+def _line(request_id: str, custom_id: str | None, response: bytes, error: bytes) -> bytes:
+    name = orjson.dumps(custom_id)
+    return b'{"id":"batch_req_%b","custom_id":%b,"response":%b,"error":%b}\n' % (
+        request_id.encode(),
+        name,
+        response,
+        error,
+    )
+
+
+# --- which of a listing ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Page:
+    """Which part of a listing: so many, after the one of that id, from the oldest or the newest on."""
+
+    limit: int
+    after: str | None = None
+    oldest_first: bool = False
+
+
+def parse_page(query: Mapping[str, str], default: int, most: int) -> Page:
+    """Parse a query. Raises InvalidRequestError."""
+    text = query.get("limit", str(default))
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= most):
+        raise InvalidRequestError(f"`limit` must be 1 to {most}", "limit")
+    order = read.choice(query, "order", get_args(Order), "desc")
+    return Page(int(text), query.get("after"), order == "asc")
+
+
+Order = Literal["asc", "desc"]
+
+
+# --- the objects, as they are shown and described --------------------------------------------------
+
+
+class FileObject(BaseModel):
+    """A file: what a batch reads, or what came out of one."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int = Field(description="Its size.")
+    created_at: int = Field(description="Seconds since 1970, as all times here.")
+    filename: str
+    purpose: Literal["batch", "batch_output"]
+    status: Literal["uploaded", "processed", "error"] = "processed"
+    expires_at: int | None = Field(None, description="When it is removed.")
+
+
+class FileList(BaseModel):
+    """A part of the files."""
+
+    object: Literal["list"] = "list"
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedFile(BaseModel):
+    """A file that is gone."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: bool = True
+
+
+class BatchError(BaseModel):
+    """Why a batch failed as a whole."""
+
+    code: str
+    message: str
+    param: str | None = None
+    line: int | None = None
+
+
+class BatchErrors(BaseModel):
+    """The first of the reasons."""
+
+    object: Literal["list"] = "list"
+    data: list[BatchError]
+
+
+class RequestCounts(BaseModel):
+    """Lines of a batch."""
+
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+
+
+class InputTokens(BaseModel):
+    """OpenAI's detail of tokens read."""
+
+    cached_tokens: int = 0
+
+
+class OutputTokens(BaseModel):
+    """OpenAI's detail of tokens written, of which embeddings have none."""
+
+    reasoning_tokens: int = 0
+
+
+class BatchUsage(BaseModel):
+    """Tokens that the models read for a batch."""
+
+    input_tokens: int = 0
+    input_tokens_details: InputTokens = InputTokens()
+    output_tokens: int = 0
+    output_tokens_details: OutputTokens = OutputTokens()
+    total_tokens: int = 0
+
+
+class Batch(BaseModel):
+    """A batch, and how far it is."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    model: str | None = Field(None, description="The model, where all lines name the same one.")
+    errors: BatchErrors | None = None
+    input_file_id: str
+    completion_window: str
+    status: Status
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    created_at: int
+    in_progress_at: int | None = None
+    expires_at: int | None = None
+    finalizing_at: int | None = None
+    completed_at: int | None = None
+    failed_at: int | None = None
+    expired_at: int | None = None
+    cancelling_at: int | None = None
+    cancelled_at: int | None = None
+    request_counts: RequestCounts = RequestCounts()
+    usage: BatchUsage = BatchUsage()
+    metadata: Metadata | None = None
+
+
+class BatchList(BaseModel):
+    """A part of the batches, the newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[Batch]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class OutputExpiry(BaseModel):
+    """How long what comes out is kept."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=MIN_EXPIRY_SECONDS, le=MAX_EXPIRY_SECONDS)]
+
+
+class BatchBody(BaseModel):
+    """The body of `POST /batches`. Fields that are null count as absent."""
+
+    model_config = ConfigDict(
+        title="BatchRequest",
+        json_schema_extra={
+            "examples": [
+                {
+                    "input_file_id": "file-0193b2f0a1c07f3a9c41d2e8",
+                    "endpoint": ENDPOINT,
+                    "completion_window": WINDOW,
+                    "metadata": {"job": "nightly"},
+                }
+            ]
+        },
+    )
+
+    input_file_id: Annotated[str, Field(min_length=1)] = Field(
+        description="A file of `POST /files` with the purpose `batch`, one request on each line."
+    )
+    endpoint: Literal["/v1/embeddings"]
+    completion_window: Literal["24h"]
+    metadata: (
+        Annotated[
+            dict[
+                Annotated[str, Field(max_length=MAX_NAME)],
+                Annotated[str, Field(max_length=MAX_VALUE)],
+            ],
+            Field(max_length=MAX_PAIRS),
+        ]
+        | None
+    ) = Field(None, description="Yours; given back with the batch.")
+    output_expires_after: OutputExpiry | None = None

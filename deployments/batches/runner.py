@@ -1,0 +1,206 @@
+"""The one that works all batches off: looks what waits, runs some at a time, ends those out of time."""
+
+import asyncio
+import logging
+import secrets
+from collections import Counter
+
+from deployments.api.batches import WINDOW_SECONDS, BatchError
+from deployments.batches.job import Embed, Job
+from deployments.batches.records import (
+    BATCH,
+    FILE,
+    Clock,
+    FileRecord,
+    Order,
+    Progress,
+    Record,
+    is_id,
+    made_at,
+    now_seconds,
+)
+from deployments.batches.store import NOBODY, Files, batch_folder, file_folder, load, waiting_path
+from deployments.errors import InvalidKeyError
+from deployments.keys import KeyRing
+
+logger = logging.getLogger("ray.serve")
+
+# How often the storage is looked at, where nobody says that there is something new.
+LOOK_SECONDS = 2.0
+# Batches that are run at once; their owners take turns.
+MAX_RUNNING = 4
+# A batch that met a failing storage is run again after that time.
+AGAIN_SECONDS = 10.0
+# A runner that hasn't said for so long that it lives has ended.
+LEASE_SECONDS, RENEW_SECONDS = 30.0, 5.0
+SWEEP_SECONDS = 3600.0
+# What was begun and never finished is removed after that time.
+ORPHAN_SECONDS = 24 * 3600.0
+REVOKED = BatchError(code=InvalidKeyError.code, message="the key of this batch isn't valid any more")
+RUNNER = "runner.json"
+
+
+class Lease(Record):
+    """Who runs the batches, and when it last said so."""
+
+    runner: str
+    at: float
+
+
+class Runner:
+    """Runs all batches of a storage; of several runners the one that came last, until it is silent.
+
+    Two at once, as while a node is cut off, would do work twice, and harm nothing: what they write is the
+    same, in the same places.
+    """
+
+    def __init__(
+        self, files: Files, embed: Embed, keys: KeyRing | None, keep_seconds: int, clock: Clock = now_seconds
+    ) -> None:
+        """Do nothing yet; `keep_seconds` is how long a batch is kept after its end."""
+        self._files = files
+        self._storage = files.storage
+        self._embed = embed
+        self._keys = keys
+        self._keep_seconds = keep_seconds
+        self._clock = clock
+        self._name = secrets.token_hex(8)
+        self._woken = asyncio.Event()
+        self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
+        self._not_before: dict[str, float] = {}
+        self._renewed: float | None = None
+        self._swept = 0.0
+
+    def wake(self) -> None:
+        """Look at once."""
+        self._woken.set()
+
+    async def serve(self) -> None:
+        """Run for ever."""
+        try:
+            while True:
+                self._woken.clear()
+                try:
+                    await self.turn()
+                except Exception as error:  # the storage may be back the next time
+                    logger.warning("batches wait: %s", type(error).__name__, exc_info=True)
+                try:
+                    await asyncio.wait_for(self._woken.wait(), LOOK_SECONDS)
+                except TimeoutError:
+                    pass
+        finally:
+            await self.stop()
+
+    async def stop(self) -> None:
+        """Leave everything as it is."""
+        tasks = [task for _, task in self._running.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def turn(self) -> None:
+        """Look once: at what runs, what waits, what is too old."""
+        if not await self._is_ours():
+            await self.stop()
+            return
+        for job, _ in list(self._running.values()):
+            await self._look(job)
+        await self._start()
+        if self._clock() - self._swept > SWEEP_SECONDS:
+            self._swept = self._clock()
+            await self._sweep()
+
+    async def _is_ours(self) -> bool:
+        """Whether this is the runner. It is where it comes, and where the other one is silent."""
+        now = self._clock()
+        lease = await load(self._storage, RUNNER, Lease)
+        if lease is not None and lease.runner != self._name and now - lease.at < LEASE_SECONDS:
+            if self._renewed is not None:
+                return False
+            logger.warning("another runner used this storage just now; each cluster needs its own")
+        if lease is None or lease.runner != self._name or now - lease.at >= RENEW_SECONDS:
+            await self._storage.write(RUNNER, Lease(runner=self._name, at=now).text())
+        self._renewed = now
+        return True
+
+    async def _look(self, job: Job) -> None:
+        """End a batch that shall not go on."""
+        if job.is_over:
+            job.end("expired")
+        if not self._give_key(job):
+            job.end("failed", REVOKED)
+        if await self._storage.read(f"{batch_folder(job.owner, job.name)}/cancellation.json") is not None:
+            job.end("cancelled")
+
+    def _give_key(self, job: Job) -> bool:
+        """Give a batch its key as it is now; return whether it may go on."""
+        if self._keys is None:
+            return True
+        job.key = self._keys.named(job.owner) if job.owner != NOBODY else None
+        return job.key is not None
+
+    # --- what waits ----------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        """Start what waits, the oldest of the owner who has the fewest running."""
+        now = self._clock()
+        waiting = []
+        for name in await self._storage.names("waiting"):
+            owner, _, batch = name.rpartition("+")
+            if is_id(batch, BATCH) and name not in self._running and self._not_before.get(name, 0.0) <= now:
+                waiting.append((owner, batch))
+        while waiting and len(self._running) < MAX_RUNNING:
+            having = Counter(job.owner for job, _ in self._running.values())
+            owner, batch = min(waiting, key=lambda each: (having[each[0]], each[1]))
+            waiting.remove((owner, batch))
+            if await load(self._storage, f"{batch_folder(owner, batch)}/order.json", Order) is None:
+                if now - made_at(batch) > ORPHAN_SECONDS:
+                    await self._storage.remove(waiting_path(owner, batch))
+                continue
+            job = Job(owner, batch, self._files, self._embed, self._clock)
+            await self._look(job)
+            name = f"{owner}+{batch}"
+            self._running[name] = job, asyncio.create_task(self._run(name, job))
+
+    async def _run(self, name: str, job: Job) -> None:
+        try:
+            await job.run()
+            self._not_before.pop(name, None)
+        except Exception as error:  # whatever it is, the other batches go on
+            logger.warning("batch %s waits: %s", job.name, type(error).__name__, exc_info=True)
+            self._not_before[name] = self._clock() + AGAIN_SECONDS
+        finally:
+            del self._running[name]
+            self.wake()
+
+    # --- what is too old -------------------------------------------------------------------------------
+
+    async def _sweep(self) -> None:
+        """Remove files whose time is over, batches that ended long ago, and what was never finished."""
+        now = self._clock()
+        for owner in await self._storage.names("files"):
+            for name in await self._storage.names(f"files/{owner}"):
+                if not is_id(name, FILE):
+                    continue
+                record = await load(self._storage, f"{file_folder(owner, name)}/record.json", FileRecord)
+                orphan = record is None and now - made_at(name) > ORPHAN_SECONDS
+                if orphan or (record is not None and record.is_over(now)):
+                    await self._files.forget(owner, name, record)
+        for owner in await self._storage.names("batches"):
+            for name in await self._storage.names(f"batches/{owner}"):
+                await self._sweep_batch(owner, name, now)
+
+    async def _sweep_batch(self, owner: str, name: str, now: float) -> None:
+        folder = batch_folder(owner, name)
+        order = await load(self._storage, f"{folder}/order.json", Order)
+        progress = await load(self._storage, f"{folder}/progress.json", Progress)
+        if order is None:
+            return
+        if progress is None or not progress.is_final:
+            # One of two runners may have written the end, and the other one after it that there is none.
+            await self._storage.write(waiting_path(owner, name), b"")
+            return
+        # Its output and error files lie in it.
+        keep = max(self._keep_seconds, order.output_seconds or 0)
+        if now >= order.created_at + WINDOW_SECONDS + keep + ORPHAN_SECONDS:
+            await self._storage.remove(folder)
