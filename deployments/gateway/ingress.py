@@ -161,6 +161,7 @@ class Ingress:
         rates = self._access.rates if self._access else None
         self._serving = Serving(Catalog({}), Metrics(), max_body_bytes, rates)
         self._workers = Workers(handles, self._serving)
+        self._files: dict[str, dict[str, Any]] = {}
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Take over the worker files as they are now. Ray Serve calls it at the start and at each deployment.

@@ -33,6 +33,7 @@ FAMILIES = {
     "embedding_key_requests": "counter",
     "embedding_key_tokens": "counter",
     "embedding_denied": "counter",
+    "embedding_batch_lines": "counter",
 }
 
 
