@@ -21,8 +21,8 @@ from tests.server import Server, serve, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 LINES, DIMENSION = 5000, 16
-# A tenth of a millisecond for each of some 110,000 tokens.
-MODEL = f"dimension = {DIMENSION}, call_seconds = 0.005, token_seconds = 0.0001"
+# Some 110,000 tokens on two replicas: half a minute, in which a killed ingress comes back.
+MODEL = f"dimension = {DIMENSION}, call_seconds = 0.005, token_seconds = 0.0006"
 SECONDS = 120
 
 
