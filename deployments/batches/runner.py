@@ -116,12 +116,12 @@ class Runner:
         """Whether this is the runner. It is where it comes, and where the other one is silent."""
         now = self._clock()
         lease = await load(self._storage, RUNNER, Lease)
-        if lease is not None and lease.runner != self._name and now - lease.at < LEASE_SECONDS:
-            if self._has_come:
-                if not self._is_idle:
-                    logger.warning("another runner has this storage now; each cluster needs its own")
-                self._is_idle = True
-                return False
+        taken = lease is not None and lease.runner != self._name and now - lease.at < LEASE_SECONDS
+        if taken and self._has_come:
+            if not self._is_idle:
+                logger.warning("another runner has this storage now; each cluster needs its own")
+            self._is_idle = True
+            return False
         if lease is None or lease.runner != self._name or now - lease.at >= RENEW_SECONDS:
             await self._storage.write(RUNNER, Lease(runner=self._name, at=now).text())
         self._has_come, self._is_idle = True, False
