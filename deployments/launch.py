@@ -294,6 +294,7 @@ def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str
             f"Docs        {base}/docs",
             f"Keys        {_keys(arguments)}",
             f"Ray jobs    {_ray_variables()}",
+            f"Batches     {_batches(arguments)}",
             f"Changes     edit the worker files, then: kill -HUP {os.getpid()}",
             "Stop        Ctrl-C",
         ]
@@ -312,6 +313,12 @@ def _keys(arguments: ServeArguments) -> str:
     if arguments.keys or os.environ.get(KEYS_VARIABLE):
         return arguments.keys or f"from {KEYS_VARIABLE}"
     return "none set: whoever reaches this address may use it"
+
+
+def _batches(arguments: ServeArguments) -> str:
+    from deployments.app import default_batches
+
+    return arguments.batches or default_batches()
 
 
 def _say(started: float, text: str) -> None:

@@ -68,8 +68,9 @@ class Runner:
         self._woken = asyncio.Event()
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
         self._not_before: dict[str, float] = {}
-        self._renewed: float | None = None
+        self._has_come = self._is_idle = False
         self._swept = 0.0
+        self._sweeping: asyncio.Task[None] | None = None
 
     def wake(self) -> None:
         """Look at once."""
@@ -94,6 +95,7 @@ class Runner:
     async def stop(self) -> None:
         """Leave everything as it is."""
         tasks = [task for _, task in self._running.values()]
+        tasks += [self._sweeping] if self._sweeping is not None else []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -108,19 +110,21 @@ class Runner:
         await self._start()
         if self._clock() - self._swept > SWEEP_SECONDS:
             self._swept = self._clock()
-            await self._sweep()
+            self._sweeping = asyncio.create_task(self._sweep())
 
     async def _is_ours(self) -> bool:
         """Whether this is the runner. It is where it comes, and where the other one is silent."""
         now = self._clock()
         lease = await load(self._storage, RUNNER, Lease)
-        if lease is not None and lease.runner != self._name and now - lease.at < LEASE_SECONDS:
-            if self._renewed is not None:
-                return False
-            logger.warning("another runner used this storage just now; each cluster needs its own")
+        taken = lease is not None and lease.runner != self._name and now - lease.at < LEASE_SECONDS
+        if taken and self._has_come:
+            if not self._is_idle:
+                logger.warning("another runner has this storage now; each cluster needs its own")
+            self._is_idle = True
+            return False
         if lease is None or lease.runner != self._name or now - lease.at >= RENEW_SECONDS:
             await self._storage.write(RUNNER, Lease(runner=self._name, at=now).text())
-        self._renewed = now
+        self._has_come, self._is_idle = True, False
         return True
 
     async def _look(self, job: Job) -> None:
@@ -176,6 +180,12 @@ class Runner:
     # --- what is too old -------------------------------------------------------------------------------
 
     async def _sweep(self) -> None:
+        try:
+            await self._remove_old()
+        except Exception as error:  # the next time is soon enough
+            logger.warning("old batches stay: %s", type(error).__name__, exc_info=True)
+
+    async def _remove_old(self) -> None:
         """Remove files whose time is over, batches that ended long ago, and what was never finished."""
         now = self._clock()
         for owner in await self._storage.names("files"):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import psutil
@@ -21,8 +22,8 @@ from tests.server import Server, serve, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 LINES, DIMENSION = 5000, 16
-# A tenth of a millisecond for each of some 110,000 tokens.
-MODEL = f"dimension = {DIMENSION}, call_seconds = 0.005, token_seconds = 0.0001"
+# Some 110,000 tokens on two replicas: half a minute, in which a killed ingress comes back.
+MODEL = f"dimension = {DIMENSION}, call_seconds = 0.005, token_seconds = 0.0006"
 SECONDS = 120
 
 
@@ -104,7 +105,7 @@ def test_a_batch_survives_its_runner_the_ingress_and_the_whole_server(place: Pat
         private = server.titled("ServeReplica:default:m")[0].environ()["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]
         kill(server.processes())
         shutil.rmtree(Path(private).parent)
-    with started(place) as (_, client):
+    with started(place) as (server, client):
         assert client.batches.retrieve(batch.id).request_counts.completed >= done
         wait_until_completed(client, batch, LINES - len(BAD))
         wait_for(lambda: client.batches.retrieve(batch.id).status == "completed", SECONDS, "its end")
@@ -121,6 +122,8 @@ def test_a_batch_survives_its_runner_the_ingress_and_the_whole_server(place: Pat
         told = Counter((each["custom_id"], each["error"]["code"]) for each in errors)
         assert told == Counter((custom_id, code) for _, custom_id, code in BAD.values())
         assert len({each["id"] for each in output + errors}) == LINES
+        counted = 'embedding_batch_lines_total{model="m",outcome="ok"}'
+        assert counted in httpx.get(f"{server.url}/metrics", timeout=30).text
         # One that is cancelled keeps what is done.
         batch = create(client, b"\n".join(map(line, range(LINES))))
         wait_until_completed(client, batch, 1)

@@ -10,7 +10,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.__main__ import main
+from deployments.app import BuildArguments, batch_place
 from deployments.config.manifest import FAST_DATA_PLANE, WORKERS_FOLDER
+from deployments.errors import ConfigError
 from deployments.keys import KEYS_VARIABLE
 from tests import checkpoints, workers
 from tests.unit.test_worker_files import write, write_config
@@ -46,6 +48,39 @@ def test_the_deploy_file_is_valid_for_ray_serve(folder: Path, capsys: pytest.Cap
     assert schema.applications[0].import_path == "deployments.app:build"
     assert schema.applications[0].args["config"] == str(folder)
     assert "worker-token" not in yaml.safe_dump(document)
+
+
+def test_batches_are_deployed_where_a_place_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the ingress of one node wouldn't find what another one's has stored."""
+    for arguments, place, names in (
+        ((), "off", ["ingress"]),
+        (("--batches", "s3://bucket/batches"), "s3://bucket/batches", ["ingress", "batches"]),
+    ):
+        (document,) = documents(capsys, str(folder), "--format", "serve", *arguments)
+        (application,) = ServeDeploySchema.model_validate(document).applications
+        assert application.args["batches"] == place
+        assert [each.name for each in application.deployments][: -len(list(folder.iterdir()))] == names
+
+
+def test_the_place_of_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of the user's data on one node; on several only what is named; never what can't be written."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+
+    def place(nodes: int, **arguments: Any) -> str | None:
+        found = batch_place(BuildArguments(config="", **arguments), nodes)
+        return found.url if found else None
+
+    assert place(1) == str(tmp_path / "embedding-cluster" / "batches")
+    assert place(2) is None
+    assert place(2, batches="memory://batches") == "memory://batches"
+    assert place(1, batches="off") is None
+    monkeypatch.chdir(tmp_path)
+    assert place(1, batches="here") == str(tmp_path / "here")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file: can't be written"):
+        place(1, batches="file")
 
 
 @pytest.mark.parametrize(
