@@ -1,6 +1,7 @@
 """The one that works all batches off: looks what waits, runs some at a time, ends those out of time."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections import Counter
@@ -85,10 +86,10 @@ class Runner:
                     await self.turn()
                 except Exception as error:  # the storage may be back the next time
                     logger.warning("batches wait: %s", type(error).__name__, exc_info=True)
-                try:
-                    await asyncio.wait_for(self._woken.wait(), LOOK_SECONDS)
-                except TimeoutError:
-                    pass
+                # Not `wait_for`: before Python 3.12 it forgets a cancellation that comes as it is woken.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await self._woken.wait()
         finally:
             await self.stop()
 
