@@ -27,10 +27,10 @@ check: $(VENV)/test.stamp  ## Lint, types and the quick tests: under a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m "not cluster and not model"
+	$(BIN)/pytest -q -m "not cluster and not model and not slow"
 
 test: check  ## Everything: real clusters, real models, real clients
-	$(BIN)/pytest -q -m "cluster or model"
+	$(BIN)/pytest -q -m "cluster or model or slow"
 
 bench: $(VENV)/test.stamp  ## Us beside the others in one table: some 25 minutes; ARGUMENTS="--resume" goes on
 	$(BIN)/python -m benchmarks.bench $(ARGUMENTS)

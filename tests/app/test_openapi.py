@@ -22,6 +22,7 @@ from tests import workers
 from tests.app.conftest import LocalHandle, make_serving
 from tests.server import free_port, program
 
+pytestmark = pytest.mark.slow
 # The name in the documentation's examples.
 MODEL = "all-minilm-l6-v2"
 SECRET = "secret-of-the-test"
