@@ -19,6 +19,7 @@ FAMILIES = {
     "embedding_tokens": "counter",
     "embedding_call_inputs": "histogram",
     "embedding_call_tokens": "histogram",
+    "embedding_batch_lines": "counter",
     "embedding_joined_parts": "counter",
     "embedding_split_parts": "counter",
     "embedding_shared_inputs": "counter",
