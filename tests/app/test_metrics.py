@@ -34,7 +34,6 @@ FAMILIES = {
     "embedding_key_requests": "counter",
     "embedding_key_tokens": "counter",
     "embedding_denied": "counter",
-    "embedding_batch_lines": "counter",
 }
 
 
