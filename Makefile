@@ -18,7 +18,7 @@ help:  ## Show the targets
 setup: $(VENV)/cpu.stamp  ## Install what serving on CPUs needs into .venv
 
 setup-gpu: $(VENV)/uv.stamp  ## Install what serving on GPUs needs into .venv
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --editable '.[gpu]'
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --editable '.[gpu,data]'
 
 serve: $(VENV)/cpu.stamp  ## Serve the bundled model on HOST:PORT
 	@exec $(BIN)/embedding-cluster serve --host $(HOST) --port $(PORT)

@@ -190,7 +190,9 @@ def in_process(name: str, count: int, **environment: str) -> Run:
     if name == "engine":
         command = ["nice", "-n", str(REPLICA_NICENESS), *command]
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, check=True)
-    return Run(**json.loads(done.stdout.splitlines()[-1]))
+    run = Run(**json.loads(done.stdout.splitlines()[-1]))
+    print(f"  {name}: {run.tokens:,} tokens in {run.seconds:.1f} s", file=sys.stderr, flush=True)
+    return run
 
 
 @contextlib.contextmanager
@@ -205,10 +207,10 @@ def bundled() -> Iterator[Server]:
 
 def throughput(count: int = TEXTS) -> Rows:
     """The engine alone before and after the client, since a shared machine changes its speed."""
-    sides = [in_process("engine", count // 2)]
+    sides = [in_process("engine", count // 4)]
     with bundled() as server:
         client = in_process("client", count, RAY_ADDRESS=address_of(server))
-    sides.append(in_process("engine", count // 2))
+    sides.append(in_process("engine", count // 4))
     engine = sum(side.tokens for side in sides) / sum(side.seconds for side in sides)
     what = f"{count:,} texts, {client.tokens:,} tokens: client {client.rate:,.0f} tokens/s, engine alone"
     what += f" {sides[0].rate:,.0f} before and {sides[1].rate:,.0f} after"

@@ -152,7 +152,10 @@ def differences(known: dict[str, Any], wanted: dict[str, Any]) -> str:
     """Return what of a job's identity is another one than it was; empty where nothing is."""
     wanted = json.loads(json.dumps(wanted))
     changed = [name for name in wanted if known.get(name) != wanted[name]]
-    return ", ".join(f"{name} was {known.get(name)}, not {wanted[name]}" for name in changed)
+    return ", ".join(
+        f"{name} was {known.get(name)}, not {wanted[name]}" if name != "files" else "its input has changed"
+        for name in changed
+    )
 
 
 def write_whole(file: Path, content: Any) -> None:

@@ -84,7 +84,7 @@ def test_mistakes_name_the_row(where: Site) -> None:
 def test_a_hundred_callers_of_one_replica_wait_their_turn(where: Site) -> None:
     """Threads and coroutines, many times what the queue holds: all get their own vectors, none an error."""
     client = EmbeddingClient("narrow")
-    mine = [[f"caller {caller} text {number}" for number in range(20)] for caller in range(100)]
+    mine = [[f"caller {caller} text {number}" for number in range(10)] for caller in range(100)]
 
     async def gather() -> list[np.ndarray]:
         return await asyncio.gather(*(client.aembed(texts) for texts in mine))
@@ -128,7 +128,7 @@ def test_ray_data_gets_a_tensor_column(where: Site) -> None:
     helped = embed_dataset(dataset, "text", "m", batch_texts=100)
     one = ray.data.ActorPoolStrategy(size=1)
     direct = dataset.map_batches(EmbeddingClient, fn_constructor_args=("m",), compute=one, num_cpus=0)
-    for result in (helped, direct):
+    for result in (helped.materialize(), direct.materialize()):
         rows = result.take_batch(500)
         assert rows["embedding"].dtype == np.float32
         assert rows["embedding"].shape == (500, 64)

@@ -238,7 +238,7 @@ def test_only_the_same_job_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="engine_version was e1, not e2"):
         do(source, output, Client(engine_version="e2"), resume=True)
     write(source)
-    with pytest.raises(JobError, match="files was"):
+    with pytest.raises(JobError, match="its input has changed"):
         do(source, output, resume=True)
 
 
