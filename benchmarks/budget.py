@@ -8,6 +8,7 @@ ingress and the model's replica; a process's cost is divided up by what its samp
 import argparse
 import contextlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -182,6 +183,8 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="put the tables into benchmarks/README.md")
     given = parser.parse_args()
     lines: list[str] = []
+    # An orderly end, so that no server is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with (
         tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name,
         ours(Path(name), bundled()) as running,
