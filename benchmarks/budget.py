@@ -28,7 +28,7 @@ from tests.server import program
 
 SECONDS, WARM_UP_SECONDS = 5.0, 1.0
 SAMPLES_PER_SECOND = 200
-INGRESS, REPLICA, FRONT, RAY = "ingress", "replica", "HAProxy", "Ray and Serve"
+INGRESS, REPLICA, FRONT, RAY = "ingress", "replica", "front", "Ray and Serve"
 
 # A sample belongs to the first of these that its innermost frame stands in: `function (file:line)`.
 STAGES = (
@@ -47,6 +47,7 @@ STAGES = (
     ("read and route", r"deployments/gateway/(serving|ingress|routes|catalog|documentation)\.py"),
     ("engine: model", r"torch/|vllm/(model_executor|v1/(worker|attention|executor|sample|pool))"),
     ("engine: scheduling and output", r"vllm/"),
+    ("token batches", r"deployments/engine/batch\.py"),
     ("engine: ours", r"deployments/engine/"),
     ("replica", r"deployments/replica\.py"),
     ("HTTP: starlette, fastapi", r"starlette/|fastapi/"),
@@ -62,7 +63,8 @@ def role(process: psutil.Process) -> str:
     title = " ".join(process.cmdline())
     if "ServeReplica" in title:
         return INGRESS if ":ingress" in title else REPLICA
-    return FRONT if "haproxy -db" in title or title.startswith("haproxy") else RAY
+    # Under plain `serve run` the front is Ray Serve's own proxy.
+    return FRONT if "haproxy -db" in title or "ProxyActor" in title else RAY
 
 
 def roles(running: Running) -> Iterator[tuple[str, psutil.Process]]:

@@ -201,7 +201,7 @@ STUDIES = {
 def table(points: list[Point]) -> str:
     """Return the points as markdown."""
     lines = [
-        "| what | | requests/s | CPU-µs a request | HAProxy | ingress | replicas | requests per CPU-second"
+        "| what | | requests/s | CPU-µs a request | front | ingress | replicas | requests per CPU-second"
         " | Ray besides |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

@@ -152,7 +152,7 @@ def measured_costs() -> Costs:
     per_input += best(lambda: dispatched(ids, vectors)) - best(lambda: dispatched(ids[:1], vectors))
     return Costs(
         request=roles["ingress"] / 1e6,
-        front=roles["HAProxy"] / 1e6,
+        front=roles["front"] / 1e6,
         input=per_input / 512,
         token=best(lambda: encoder.encode(texts)) / tokens,
         float_number=best(lambda: embedding_texts(vectors, "float")) / vectors.size,
