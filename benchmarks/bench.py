@@ -63,7 +63,8 @@ class Round:
         while not tries or (tries[-1].others > QUIET and len(tries) < TRIES):
             wall, busy = time.monotonic(), busy_seconds()
             own = own_seconds() + running.cpu_seconds()
-            result = running.send(workload, self.seconds, WARM_UP_SECONDS, str(self.reference or ""))
+            warm_up = max(WARM_UP_SECONDS, workload.warm_up)
+            result = running.send(workload, self.seconds, warm_up, str(self.reference or ""))
             if result.errors or not result.latencies:
                 raise RuntimeError(f"{name}, {workload.name}: {result.errors or 'no answer'}")
             own = own_seconds() + running.cpu_seconds() - own

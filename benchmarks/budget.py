@@ -8,6 +8,7 @@ ingress and the model's replica; a process's cost is divided up by what its samp
 import argparse
 import contextlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from tests.server import program
 
 SECONDS, WARM_UP_SECONDS = 5.0, 1.0
 SAMPLES_PER_SECOND = 200
-INGRESS, REPLICA, FRONT, RAY = "ingress", "replica", "HAProxy", "Ray and Serve"
+INGRESS, REPLICA, FRONT, RAY = "ingress", "replica", "front", "Ray and Serve"
 
 # A sample belongs to the first of these that its innermost frame stands in: `function (file:line)`.
 STAGES = (
@@ -46,6 +47,7 @@ STAGES = (
     ("read and route", r"deployments/gateway/(serving|ingress|routes|catalog|documentation)\.py"),
     ("engine: model", r"torch/|vllm/(model_executor|v1/(worker|attention|executor|sample|pool))"),
     ("engine: scheduling and output", r"vllm/"),
+    ("token batches", r"deployments/engine/batch\.py"),
     ("engine: ours", r"deployments/engine/"),
     ("replica", r"deployments/replica\.py"),
     ("HTTP: starlette, fastapi", r"starlette/|fastapi/"),
@@ -61,7 +63,8 @@ def role(process: psutil.Process) -> str:
     title = " ".join(process.cmdline())
     if "ServeReplica" in title:
         return INGRESS if ":ingress" in title else REPLICA
-    return FRONT if "haproxy -db" in title or title.startswith("haproxy") else RAY
+    # Under plain `serve run` the front is Ray Serve's own proxy.
+    return FRONT if "haproxy -db" in title or "ProxyActor" in title else RAY
 
 
 def roles(running: Running) -> Iterator[tuple[str, psutil.Process]]:
@@ -182,6 +185,8 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="put the tables into benchmarks/README.md")
     given = parser.parse_args()
     lines: list[str] = []
+    # An orderly end, so that no server is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with (
         tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name,
         ours(Path(name), bundled()) as running,

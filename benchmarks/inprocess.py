@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.sender import READY_TEXTS, Result, Task
+from benchmarks.sender import Result, Task
 from benchmarks.subjects import Subject
 from benchmarks.workloads import Checker, Workload
 
@@ -34,7 +34,7 @@ def engine(subject: Subject) -> Embed:
 
     async def embed(workload: Workload, warm_up: float, seconds: float) -> tuple[Answered, float]:
         generator = workload.requests()
-        requests = [next(generator) for _ in range(-(-READY_TEXTS // workload.inputs))]
+        requests = [next(generator) for _ in range(workload.ready_requests)]
         batches = [TokenBatch.of(tokenizer.encode(texts)) for texts in requests]
         answered: Answered = []
         since = time.perf_counter() + warm_up

@@ -85,11 +85,10 @@ def ours_for(workload: str) -> str:
 def tables(results: Results) -> str:
     """Return the tables in markdown: a row for each workload, ratios beside the medians; then the bounds."""
     names = contestants(results)
-    rounds = 1 + max(v.round for v in results.values)
     machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
-        f"Medians of {rounds} rounds on {machine['cores']} cores of an {machine['cpu']}, {machine['date']},"
+        f"Medians of the rounds on {machine['cores']} cores of an {machine['cpu']}, {machine['date']},"
         f" {versions}. In brackets: our value divided by this one (ours is `embedding-cluster serve`;"
         f" in the Zipf row, with its cache). A cache is off in every row but the Zipf one, and there in all"
         f" columns but the last.",
@@ -109,6 +108,7 @@ def tables(results: Results) -> str:
             else:
                 cells.append(f"{shown(value)} ({ours / value:.2f})")
         lines.append(f"| {workload}, {UNITS[workload]} | {' | '.join(cells)} |")
+    lines.append(f"| rounds | {' | '.join(str(len(results.rounds(name))) for name in names)} |")
     rows = [bound.row(results) for bound in _bounds()]
     lines += ["", "| workload | ours, as a multiple of | wanted | reached | met |", "|---|---|---|---|---|"]
     lines += [row for row in rows if row is not None]

@@ -21,7 +21,6 @@ import uvloop
 from benchmarks.workloads import DIMENSION, Checker, Workload
 
 ROOT = Path(__file__).parent.parent
-READY_TEXTS = 8192
 HEAD_END = b"\r\n\r\n"
 
 
@@ -137,9 +136,8 @@ class _Run:
         self.workload = Workload(**task.workload)
         parts = urlsplit(task.url)
         self._address = parts.hostname, parts.port
-        count = -(-READY_TEXTS // self.workload.inputs)
         generator = self.workload.requests()
-        self._texts = [next(generator) for _ in range(count)]
+        self._texts = [next(generator) for _ in range(self.workload.ready_requests)]
         bodies = [self.workload.body(texts, number) for number, texts in enumerate(self._texts)]
         self._contents = [self._request(body) for body in bodies]
         self._number = 0

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from deployments.engine.batch import Embedded, TokenBatch
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.meter import RetryBudget
+from deployments.gateway.router import TokenRouter
 from deployments.metrics import Metrics
 from tests import workers
 
@@ -45,6 +47,7 @@ STEP_TOKENS = 16_384
 # What vLLM's scheduler, its input and output processing and our engine's thread take for one input, in Python
 # and so one after the other, as `make profile` shows it for requests of 64.
 ENGINE_INPUT_SECONDS = 150e-6
+ROUTED = (1, 10, 100, 1000)
 # Engine processes that share one GPU.
 ENGINES = (1, 8)
 REPEATS = 5
@@ -149,7 +152,7 @@ def measured_costs() -> Costs:
     per_input += best(lambda: dispatched(ids, vectors)) - best(lambda: dispatched(ids[:1], vectors))
     return Costs(
         request=roles["ingress"] / 1e6,
-        front=roles["HAProxy"] / 1e6,
+        front=roles["front"] / 1e6,
         input=per_input / 512,
         token=best(lambda: encoder.encode(texts)) / tokens,
         float_number=best(lambda: embedding_texts(vectors, "float")) / vectors.size,
@@ -183,6 +186,21 @@ def dispatched(ids: list[list[int]], vectors: np.ndarray) -> None:
         await dispatch.embed(batch, asyncio.get_running_loop().time() + 60)
 
     asyncio.run(embed())
+
+
+def routing_seconds(replicas: int) -> float:
+    """Return the CPU seconds that the choice among so many replicas takes, for one call."""
+    router: Any = TokenRouter.__new__(TokenRouter)
+    router._outstanding, router._suspects, router._node_id = {}, {}, "here"
+    candidates = [SimpleNamespace(replica_id=f"replica-{n}", node_id=f"node-{n}") for n in range(replicas)]
+    router._versions = {each.replica_id: "version" for each in candidates}
+    calls = max(1, 10_000 // replicas)
+
+    async def choose() -> None:
+        for _ in range(calls):
+            await router.choose_replicas(candidates)
+
+    return best(lambda: asyncio.run(choose())) / calls
 
 
 # --- the simulation --------------------------------------------------------------------------------------
@@ -361,7 +379,8 @@ def answers(costs: Costs, requests: int) -> dict[str, list[dict[str, Any]]]:
         cluster = replace(one, ingresses=one.ingresses * gpus, gpus=gpus, events=[])
         outcome = cluster.run(LOAD * cluster.capacity, requests)
         grown.append({"gpus": gpus, "ingresses": cluster.ingresses, "p50": outcome.p50, "p99": outcome.p99})
-    return {"needs": needs, "grown": grown}
+    routing = [{"replicas": count, "seconds": routing_seconds(count)} for count in ROUTED]
+    return {"needs": needs, "grown": grown, "routing": routing}
 
 
 def tables(costs: Costs, shown: dict[str, list[dict[str, Any]]]) -> str:
@@ -382,6 +401,8 @@ def tables(costs: Costs, shown: dict[str, list[dict[str, Any]]]) -> str:
     lines += ["", "| GPUs | ingress replicas | p50, ms | p99, ms |", "|---|---|---|---|"]
     for g in shown["grown"]:
         lines.append(f"| {g['gpus']} | {g['ingresses']} | {1e3 * g['p50']:.1f} | {1e3 * g['p99']:.1f} |")
+    lines += ["", "| replicas of a model | µs to choose one, a call |", "|---|---|"]
+    lines += [f"| {r['replicas']:,} | {1e6 * r['seconds']:,.0f} |" for r in shown["routing"]]
     return "\n".join(lines)
 
 

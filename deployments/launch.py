@@ -91,6 +91,10 @@ def switches(folder: Path) -> dict[str, str]:
         # An ingress that leaves waits this long for HAProxy to learn of it, the last one at the end too.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Nobody reads Ray's own metrics here: ours are counted apart. HAProxy tells a Python process of each
+        # request for them.
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_enable_metrics_collection": "0",
     }
 
 
