@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deployments.config.load import load_workers
-from deployments.config.plan import Machine, make_plans
+from deployments.config.plan import Machine, WorkerPlan, make_plans
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import fake_vectors
 from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
@@ -91,12 +91,18 @@ def expected(texts: list[str], dimension: int = 16) -> np.ndarray:
     return fake_vectors(TokenBatch.of(TextTokenizer(byte_tokenizer()).encode(texts)), dimension)
 
 
-@pytest.fixture
-def handles(tmp_path: Path) -> dict[str, LocalHandle]:
-    """One local handle for each worker."""
+@pytest.fixture(scope="session")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> tuple[WorkerPlan, ...]:
+    """The plans of all workers."""
+    folder = tmp_path_factory.mktemp("workers")
     for name, text in FILES.items():
-        (tmp_path / name).write_text(text)
-    plans = make_plans(load_workers(tmp_path, environ={}), Machine(2, 0, 2))
+        (folder / name).write_text(text)
+    return make_plans(load_workers(folder, environ={}), Machine(2, 0, 2))
+
+
+@pytest.fixture
+def handles(plans: tuple[WorkerPlan, ...]) -> dict[str, LocalHandle]:
+    """One local handle for each worker, with nothing started behind it."""
     return {plan.name: LocalHandle(plan) for plan in plans}
 
 
