@@ -27,7 +27,7 @@ check: $(VENV)/test.stamp  ## Lint, types and the quick tests: under a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m "not cluster and not model and not slow"
+	$(BIN)/pytest -q -n auto --dist loadfile -m "not cluster and not model and not slow"
 
 test: check  ## Everything: real clusters, real models, real clients
 	$(BIN)/pytest -q -m "cluster or model or slow"
