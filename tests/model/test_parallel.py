@@ -13,7 +13,6 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.util.placement_group import placement_group_table
 
-from benchmarks.faults import CLIENTS, FAULTS, RANK, run, served
 from deployments.app import BuildArguments, build
 from deployments.engine.batch import TokenBatch
 from tests import checkpoints, workers
@@ -104,19 +103,6 @@ def test_parallel_ranks_give_the_same_vectors(
     assert [group["bundles"] for group in groups] == [{0: {"CPU": 1.0}, 1: {"CPU": 1.0}}]
     assert groups[0]["strategy"] == "STRICT_PACK"
     assert ranks == 2
-
-
-def test_nothing_is_lost_with_a_rank() -> None:
-    """Two replicas of two ranks, on however few cores: the other one answers for both, and right."""
-    (fault,) = (each for each in FAULTS if each.ranks)
-    with served(fault, tuned=True) as server:
-        result = run(server, fault, after=6.0)
-        assert result is not None
-        load, row = result
-        assert not load.lost, (row, load.lost[:3])
-        assert load.wrong == 0
-        assert len(load.began) > CLIENTS  # slow, where ranks share cores
-        wait_for(lambda: len(server.titled(RANK)) != 3, 60, "the killed rank's sister has ended")
 
 
 def test_a_killed_rank_ends_its_replica_which_is_replaced(cluster: None, tmp_path: Path) -> None:
