@@ -262,6 +262,7 @@ async def test_retries_are_bounded(make: Make) -> None:
         await dispatch.embed(inputs(1), soon())
     assert caught.value.retry_after
     assert len(handle_of(dispatch).batches) == 3
+    assert b'embedding_retries_total{worker="m"} 2.0' in dispatch._metrics.text()
 
 
 async def test_a_poisonous_input_fails_alone(make: Make) -> None:

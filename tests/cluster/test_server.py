@@ -34,8 +34,10 @@ COUNTED = {
     "embedding_retries_total",
     "embedding_cuts_total",
 }
-# What the faults of a replica show in.
-MARKS = {"replica killed": "embedding_retries_total a", "replica stopped": "embedding_cuts_total a"}
+# What shows that a fault was met. A replica that is killed may have had no call at that moment.
+MARKS = {"replica stopped": "embedding_cuts_total a"}
+# `make faults` does these on both data planes.
+ON_ONE_PLANE = {"replica stopped", "controller killed"}
 TWO_REPLICAS = "[deployment]\nnum_replicas = 2"
 
 
@@ -124,6 +126,8 @@ SURVIVED = [fault for fault in FAULTS if not fault.two_nodes and not fault.ranks
 @pytest.mark.parametrize("fault", SURVIVED, ids=lambda fault: fault.name.replace(" ", "-"))
 def test_nothing_is_lost_when_a_process_dies(server: Server, fault: Fault) -> None:
     """Under the load of 8 clients: every answer arrives and is right; a replica is replaced."""
+    if fault.name in ON_ONE_PLANE and not server.titled("haproxy.cfg"):
+        pytest.skip("met on the other data plane")
     wait_for(lambda: len(replicas(server, "a")) == 2, 90, "two replicas")
     before = {process.pid for process in replicas(server, "a")}
     counted = counts(f"{server.url}/metrics")
@@ -186,14 +190,13 @@ def test_a_worker_that_cant_start_leaves_the_others_serving(tmp_path: Path) -> N
         assert {m["deployment"]: m["ready"] for m in ready.json()["models"]} == {"bad": False, "good": True}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_models_load_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_while_models_load_leaves_no_process(tmp_path: Path) -> None:
     """The end is as orderly before the server is ready."""
     config = tmp_path / "slow.toml"
     config.write_text(workers.fake("slow", "start_seconds = 600.0"))
     with start(config, tmp_path) as (process, _, log):
         wait_for(lambda: "slow: 1 starting" in log.read_text(), 60, "loading")
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, log.read_text()
 
 
