@@ -127,10 +127,10 @@ class Run:
 
 def engine_run(count: int) -> Run:
     """Embed the texts with the engine alone: tokenised batch by batch ahead of the engine, in large calls."""
-    from benchmarks.rivals import bundled_plan
+    from benchmarks import subjects
     from deployments.engine.vllm import VllmEngine
 
-    engine = VllmEngine(bundled_plan())
+    engine = VllmEngine(subjects.bundled().plan())
     card = engine.start()
     tokenizer = TextTokenizer(card.tokenizer)
 
@@ -181,11 +181,11 @@ def client_run(count: int) -> Run:
 
 def in_process(name: str, count: int, **environment: str) -> Run:
     """Do one of the runs in a process of its own."""
-    from benchmarks.rivals import engine_environment
+    from benchmarks import subjects
 
     variables = {**os.environ, **environment, "RAY_AUTH_MODE": "disabled"}
     if name == "engine":
-        variables |= engine_environment()
+        variables |= subjects.engine_environment(subjects.bundled())
     command = [sys.executable, "-m", "benchmarks.batch", f"--{name}", str(count)]
     if name == "engine":
         command = ["nice", "-n", str(REPLICA_NICENESS), *command]
