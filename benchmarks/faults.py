@@ -23,10 +23,8 @@ import numpy as np
 import openai
 import psutil
 
-from deployments.engine.batch import TokenBatch
-from deployments.engine.fake import fake_vectors
-from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 from tests import checkpoints, workers
+from tests.fake import expected
 from tests.nodes import HEAD, SECOND, nodes, serve_on
 from tests.server import Server, serve, wait_for
 
@@ -39,7 +37,6 @@ RANK = "VLLM::Worker"
 DIMENSION = 64
 KNOWN_TEXTS = 64
 MIN_COSINE = 0.999
-TOKENIZER = TextTokenizer(byte_tokenizer())
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class FakeTexts:
 
     def is_right(self, text: str, vector: np.ndarray) -> bool:
         """Return whether it is the text's vector, to the bit."""
-        return np.array_equal(vector, fake_vectors(TokenBatch.of(TOKENIZER.encode([text])), DIMENSION)[0])
+        return np.array_equal(vector, expected([text], DIMENSION)[0])
 
 
 class KnownTexts:

@@ -10,9 +10,6 @@ import pytest
 
 from deployments.config.load import load_workers
 from deployments.config.plan import Machine, WorkerPlan, make_plans
-from deployments.engine.batch import TokenBatch
-from deployments.engine.fake import fake_vectors
-from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 from deployments.gateway.catalog import Catalog
 from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.ingress import make_app
@@ -21,7 +18,7 @@ from deployments.gateway.rates import Rates
 from deployments.gateway.serving import Serving
 from deployments.metrics import Metrics
 from deployments.replica import Replica
-from tests import workers
+from tests import fake, workers
 
 MAX_BODY_BYTES = 1_000_000
 
@@ -87,7 +84,7 @@ NAMES = sorted(name.removesuffix(".toml") for name in FILES)
 
 def expected(texts: list[str], dimension: int = 16) -> np.ndarray:
     """Return what the fake engine gives: its tokens are the texts' bytes."""
-    return fake_vectors(TokenBatch.of(TextTokenizer(byte_tokenizer()).encode(texts)), dimension)
+    return fake.expected(texts, dimension)
 
 
 @pytest.fixture(scope="session")

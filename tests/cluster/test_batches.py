@@ -14,10 +14,8 @@ import openai
 import psutil
 import pytest
 
-from deployments.engine.batch import TokenBatch
-from deployments.engine.fake import fake_vectors
-from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 from tests import workers
+from tests.fake import expected
 from tests.server import Server, serve, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -117,7 +115,7 @@ def test_a_batch_survives_its_runner_the_ingress_and_the_whole_server(place: Pat
         assert [each["custom_id"] for each in output] == [f"line-{n}" for n in good]
         got = [each["response"]["body"]["data"][0]["embedding"] for each in output]
         texts = [f"the text number {n:04d}" for n in good]
-        right = fake_vectors(TokenBatch.of(TextTokenizer(byte_tokenizer()).encode(texts)), DIMENSION)
+        right = expected(texts, DIMENSION)
         assert np.array_equal(np.array(got, np.float32), right)
         told = Counter((each["custom_id"], each["error"]["code"]) for each in errors)
         assert told == Counter((custom_id, code) for _, custom_id, code in BAD.values())

@@ -11,14 +11,11 @@ import httpx
 import numpy as np
 import pytest
 
-from deployments.engine.batch import TokenBatch
-from deployments.engine.fake import fake_vectors
-from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 from tests import workers
+from tests.fake import expected
 from tests.server import Server, serve, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
-TOKENIZER = TextTokenizer(byte_tokenizer())
 REPLICAS = "[deployment]\nnum_replicas = 2\n"
 ENGINE = "call_seconds = 0.01, token_seconds = 0.00005"
 
@@ -71,11 +68,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with serve(config, folder) as server:
         wait_for(lambda: "Ctrl-C" in server.log.read_text(), 60, server.log)
         yield Site(server, config)
-
-
-def expected(texts: list[str], seed: int) -> np.ndarray:
-    """Return the right vectors."""
-    return fake_vectors(TokenBatch.of(TOKENIZER.encode(texts)), 64, seed)
 
 
 @dataclass

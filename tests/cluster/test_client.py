@@ -11,21 +11,13 @@ import ray
 
 from benchmarks.batch import Site, environ, kill_job, site
 from deployments.client import EmbeddingClient, embed_dataset
-from deployments.engine.batch import TokenBatch
-from deployments.engine.fake import fake_vectors
-from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 from deployments.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 from tests import workers
+from tests.fake import expected
 from tests.server import program
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
-TOKENIZER = TextTokenizer(byte_tokenizer())
 TEXTS = [f"text number {number}" for number in range(3000)]
-
-
-def expected(texts: list[str]) -> np.ndarray:
-    """Return the right vectors."""
-    return fake_vectors(TokenBatch.of(TOKENIZER.encode(texts)), 64)
 
 
 @pytest.fixture(scope="module")

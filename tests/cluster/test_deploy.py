@@ -17,10 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
-from deployments.engine.batch import TokenBatch
-from deployments.engine.fake import fake_vectors
-from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
-from tests import workers
+from tests import fake, workers
 from tests.server import MARK, Server, free_port, is_ready, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -129,8 +126,7 @@ def write(site: Site, task: str = "", replicas: int = 2, seed: int = 0, version:
 
 def expected(text: str, seed: int = 0) -> np.ndarray:
     """Return the right vector of a text."""
-    tokenizer = TextTokenizer(byte_tokenizer())
-    return fake_vectors(TokenBatch.of(tokenizer.encode([text])), 64, seed)[0]
+    return fake.expected([text], seed=seed)[0]
 
 
 def is_vector(answer: httpx.Response, vector: np.ndarray) -> bool:

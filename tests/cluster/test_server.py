@@ -19,10 +19,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.faults import FAULTS, FakeTexts, Fault, Load, Traffic, client, run
-from deployments.engine.batch import TokenBatch
-from deployments.engine.fake import fake_vectors
-from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 from tests import workers
+from tests.fake import expected
 from tests.server import MARK, Server, free_port, serve, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -56,11 +54,6 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with serve(config, folder, tuned=request.param, ingress_replicas=2) as server:
         server.metrics_port = port
         yield server
-
-
-def expected(texts: list[str]) -> np.ndarray:
-    """Return the right vectors of the fake engine."""
-    return fake_vectors(TokenBatch.of(TextTokenizer(byte_tokenizer()).encode(texts)), 64)
 
 
 def replicas(server: Server, worker: str) -> list[psutil.Process]:
