@@ -32,7 +32,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet
 
-from benchmarks.dispatch import Row, Rows, calls_seen
+from benchmarks.dispatch import Row, Rows, calls_seen, print_rows, slower
 from benchmarks.load import Stream, median
 from benchmarks.workloads import MODEL, articles
 from deployments.engine.batch import TokenBatch
@@ -251,13 +251,8 @@ def neighbours(rounds: int = 3, seconds: float = 15.0) -> Rows:
             finally:
                 job.kill()
                 job.wait()
-    for percent in (50, 99):
-        before, after = (median([each.percentile(percent) for each in side]) for side in (idle, busy))
-        what = f"person's p{percent} beside a job on the bundled model: {after:.0f} ms, alone {before:.0f} ms"
-        if percent == 99:
-            yield Row.at_most(what, after / before, 2, "x")
-        else:
-            yield Row(what, f"{after / before:.2f}x")
+    yield slower("person beside a job on the bundled model", idle, busy, 50)
+    yield slower("person beside a job on the bundled model", idle, busy, 99, bound=2)
     failed = sum(answer.status != 200 for seen in [*idle, *busy] for answer in seen.answers)
     yield Row.at_most("of the person's requests failed", failed, 0)
 
@@ -385,13 +380,7 @@ def main() -> int:
         run = engine_run(parsed.engine) if parsed.engine else client_run(parsed.client)
         print(json.dumps(vars(run)), flush=True)
         return 0
-    print("| what | measured | bound | met |\n|---|---|---|---|", flush=True)
-    missed = 0
-    for name in parsed.parts or list(PARTS):
-        for row in PARTS[name]():
-            print(row, flush=True)
-            missed += not row.met
-    return 1 if missed else 0
+    return print_rows(row for name in parsed.parts or list(PARTS) for row in PARTS[name]())
 
 
 if __name__ == "__main__":

@@ -72,6 +72,25 @@ def serving(**files: str) -> Iterator[Server]:
             yield server
 
 
+def print_rows(rows: Rows) -> int:
+    """Print a table as it grows; return the exit status, 1 if a bound was missed."""
+    print("| what | measured | bound | met |\n|---|---|---|---|", flush=True)
+    missed = 0
+    for row in rows:
+        print(row, flush=True)
+        missed += not row.met
+    return 1 if missed else 0
+
+
+def slower(what: str, before: list[Seen], after: list[Seen], percent: int, bound: float | None = None) -> Row:
+    """Return the row of a percentile's medians over the rounds, as a ratio."""
+    alone, beside = (median([each.percentile(percent) for each in side]) for side in (before, after))
+    what = f"{what}: p{percent} {beside:.0f} ms, alone {alone:.0f} ms"
+    if bound is None:
+        return Row(what, f"{beside / alone:.2f}x")
+    return Row.at_most(what, beside / alone, bound, "x")
+
+
 # --- bulk work and people who wait ------------------------------------------------------------------
 
 
@@ -93,13 +112,8 @@ def interference(rounds: int = 5, seconds: float = 10.0) -> Rows:
                 end = time.monotonic()
             alone.append(seen.rate(begun, until))
             mixed.append(seen.rate(until, end))
-    for percent in (50, 99):
-        before, after = (median([each.percentile(percent) for each in side]) for side in (idle, busy))
-        what = f"person's p{percent} beside bulk jobs: {after:.0f} ms, alone {before:.0f} ms"
-        if percent == 99:
-            yield Row.at_most(what, after / before, 2, "x")
-        else:
-            yield Row(what, f"{after / before:.2f}x")
+    yield slower("person beside bulk jobs", idle, busy, 50)
+    yield slower("person beside bulk jobs", idle, busy, 99, bound=2)
     yield Row.at_least("bulk jobs alone, of the engine's tokens/s", median(alone) / MINILM_RATE, 0.9)
     yield Row("bulk jobs beside the person, of what they get alone", f"{median(mixed) / median(alone):.2f}")
 
@@ -254,15 +268,9 @@ def neighbours(rounds: int = 3, seconds: float = 10.0) -> Rows:
                     sides[model][1].append(replace(person, model=model, seed=2 * number + 1).run())
     for model, who in (("b", "person on another model"), ("a", "another caller of the model")):
         idle, flooded = sides[model]
-        for percent in (50, 99):
-            before, after = (
-                median([s.of(200).percentile(percent) for s in side]) for side in (idle, flooded)
-            )
-            what = f"{who} beside a flood: p{percent} {after:.0f} ms, without it {before:.0f} ms"
-            if model == "b" and percent == 99:
-                yield Row.at_most(what, after / before, 2, "x")
-            else:
-                yield Row(what, f"{after / before:.2f}x")
+        good = [[seen.of(200) for seen in side] for side in (idle, flooded)]
+        yield slower(f"{who} beside a flood", *good, 50)
+        yield slower(f"{who} beside a flood", *good, 99, bound=2 if model == "b" else None)
         answers = [answer for seen in flooded for answer in seen.answers]
         refused = sum(answer.status != 200 for answer in answers) / len(answers)
         yield Row.at_most(f"of {who}'s {len(answers)} requests refused", refused, 0)
@@ -283,13 +291,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     parts = parser.parse_args().parts or list(PARTS)
-    print("| what | measured | bound | met |\n|---|---|---|---|", flush=True)
-    missed = 0
-    for name in parts:
-        for row in PARTS[name]():
-            print(row, flush=True)
-            missed += not row.met
-    return 1 if missed else 0
+    return print_rows(row for name in parts for row in PARTS[name]())
 
 
 if __name__ == "__main__":
