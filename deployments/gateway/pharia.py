@@ -1,7 +1,9 @@
 """What Pharia's clients ask besides vectors: tokens, tokenizers, and which models can answer now."""
 
 import asyncio
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -18,6 +20,8 @@ from deployments.gateway.serving import BODY_SECONDS, Serving, wanted_seconds
 # How long a listing waits for a model that says that it is ready.
 CARD_SECONDS = 2.0
 
+Asked = TypeVar("Asked", pharia.TokenizeRequest, pharia.DetokenizeRequest)
+
 
 class PhariaServing:
     """Tokenises and lists over the same catalog of models."""
@@ -28,13 +32,7 @@ class PhariaServing:
 
     async def tokenize(self, request: Request) -> bytes:
         """Return what the model would read of a text."""
-        arrival = asyncio.get_running_loop().time()
-        with self._serving.counted(arrival) as counted:
-            await self._serving.charge(key_of(request.scope), REQUESTS)
-            wanted = pharia.parse_tokenize(await self._read(request, arrival))
-            served = self._serving.find(request, wanted.model, wanted.tags)
-            counted.model = served.name
-            _, tokenizer = await _model(served, request, arrival)
+        async with self._asked(request, pharia.parse_tokenize) as (wanted, (_, tokenizer)):
             if len(wanted.prompt) < INLINE_CHARACTERS:
                 ids, tokens = tokenizer.read(wanted.prompt)
             else:
@@ -43,13 +41,7 @@ class PhariaServing:
 
     async def detokenize(self, request: Request) -> bytes:
         """Return the text of token ids."""
-        arrival = asyncio.get_running_loop().time()
-        with self._serving.counted(arrival) as counted:
-            await self._serving.charge(key_of(request.scope), REQUESTS)
-            wanted = pharia.parse_detokenize(await self._read(request, arrival))
-            served = self._serving.find(request, wanted.model, wanted.tags)
-            counted.model = served.name
-            card, tokenizer = await _model(served, request, arrival)
+        async with self._asked(request, pharia.parse_detokenize) as (wanted, (card, tokenizer)):
             if max(wanted.token_ids, default=0) >= card.vocab_size:
                 raise InvalidRequestError(
                     f"`token_ids` holds an id beyond the vocabulary of {card.vocab_size}", "token_ids"
@@ -66,6 +58,19 @@ class PhariaServing:
         """Return every model that the client may use, and whether it can answer now."""
         models = self._serving.visible(request)
         return list(await asyncio.gather(*map(_settings, models)))
+
+    @asynccontextmanager
+    async def _asked(
+        self, request: Request, parse: Callable[[bytes], Asked]
+    ) -> AsyncIterator[tuple[Asked, tuple[ModelCard, TextTokenizer]]]:
+        """Charge, read and count a request of tokens; give what it asks, and the model that it asks."""
+        arrival = asyncio.get_running_loop().time()
+        with self._serving.counted(arrival) as counted:
+            await self._serving.charge(key_of(request.scope), REQUESTS)
+            wanted = parse(await self._read(request, arrival))
+            served = self._serving.find(request, wanted.model, wanted.tags)
+            counted.model = served.name
+            yield wanted, await _model(served, request, arrival)
 
     async def _read(self, request: Request, arrival: float) -> bytes:
         return await self._serving.read(request, arrival + min(BODY_SECONDS, wanted_seconds(request)))
