@@ -11,6 +11,6 @@ from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 TOKENIZER = TextTokenizer(byte_tokenizer())
 
 
-def expected(texts: Sequence[str], dimension: int = 64, seed: int = 0) -> np.ndarray:
+def expected(texts: Sequence[str], dimension: int = 64, *, seed: int = 0) -> np.ndarray:
     """Return the right vectors of texts, whose tokens are their bytes: float32 (len(texts), dimension)."""
     return fake_vectors(TokenBatch.of(TOKENIZER.encode(texts)), dimension, seed)
