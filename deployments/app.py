@@ -41,6 +41,10 @@ MAX_INGRESS_REQUESTS = 4096
 ANSWER_SECONDS = 30.0
 HEALTH_CHECK_PERIOD_SECONDS = 5.0
 HEALTH_CHECK_TIMEOUT_SECONDS = 30.0
+# A replica that leaves looks this often whether its calls are done, and for the first time after so long: by
+# then every ingress knows that it leaves. Whoever calls the ingress isn't ours, and has Ray Serve's own time.
+DRAIN_CHECK_SECONDS = 0.5
+INGRESS_DRAIN_CHECK_SECONDS = 2.0
 DAY_SECONDS = 24 * 3600
 
 
@@ -167,14 +171,12 @@ def logging_config() -> LoggingConfig:
 
 def bind_replica(plan: WorkerPlan) -> serve.Application:
     """Bind one worker's deployment."""
-    deployment = serve.deployment(
-        health_check_period_s=HEALTH_CHECK_PERIOD_SECONDS,
+    deployment = _deployment(
+        Replica,
+        plan.engine_version,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_SECONDS,
-        logging_config=logging_config(),
         request_router_config={"request_router_class": ROUTER},
-    )(Replica)
-    # Ray Serve replaces replicas where their version is another one, and makes one up where it is told none.
-    deployment = deployment.options(version=plan.engine_version, _internal=True)
+    )
     return deployment.options(**plan.deployment_options).bind(plan)
 
 
@@ -185,30 +187,23 @@ def bind_ingress(
     place: BatchPlace | None = None,
 ) -> serve.Application:
     """Bind the ingress over the workers' handles, and beside it what runs batches."""
-    ingress = serve.deployment(
-        name=INGRESS_NAME,
-        num_replicas=arguments.ingress_replicas,
-        max_ongoing_requests=MAX_INGRESS_REQUESTS,
-        ray_actor_options={"num_cpus": 0},  # the cores are for the engines; this one waits for them
-        logging_config=logging_config(),
-        user_config=ingress_config(plans),
-    )(serve.ingress()(Ingress))
     keys = key_source(arguments.keys)
     rates = bind_rates() if keys and (arguments.ingress_replicas > 1 or place) else None
     admission = Admission(keys, arguments.insecure, rates)  # type: ignore[arg-type]  # Serve puts its handle there
     limits = arguments.max_body_bytes, arguments.max_file_bytes
     settings = (*limits, arguments.metrics_host, arguments.insecure, keys, rates is None, place)
-    ingress = ingress.options(version=_version(settings), _internal=True)
+    ingress = _deployment(
+        serve.ingress()(Ingress),
+        _version(settings),
+        **_beside_engines(INGRESS_NAME, arguments.ingress_replicas),
+        graceful_shutdown_wait_loop_s=INGRESS_DRAIN_CHECK_SECONDS,
+        user_config=ingress_config(plans),
+    )
     desk = None
     if place is not None:
         runner = bind_batch_runner(plans, handles, place, admission)
         desk = BatchDesk(place, arguments.max_file_bytes, runner)  # type: ignore[arg-type]  # as above
     return ingress.bind(handles, arguments.max_body_bytes, arguments.metrics_host, admission, desk)
-
-
-def _version(settings: Any) -> str:
-    """Return a deployment's version: Ray Serve starts it anew where that changes, and else lets it run."""
-    return f"{metadata.version('embedding-cluster')}-{zlib.crc32(repr(settings).encode())}"
 
 
 def bind_batch_runner(
@@ -218,28 +213,42 @@ def bind_batch_runner(
     admission: Admission,
 ) -> serve.Application:
     """Bind what works batches off: one for all ingress replicas."""
-    deployment = serve.deployment(
-        name=BATCHES_NAME,
-        num_replicas=1,
-        max_ongoing_requests=MAX_INGRESS_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
-        health_check_period_s=HEALTH_CHECK_PERIOD_SECONDS,
-        logging_config=logging_config(),
-        user_config=ingress_config(plans),
-    )(BatchRunner)
     settings = (place, admission.keys, admission.rates is None)
-    deployment = deployment.options(version=_version(settings), _internal=True)
+    options = _beside_engines(BATCHES_NAME)
+    deployment = _deployment(BatchRunner, _version(settings), **options, user_config=ingress_config(plans))
     return deployment.bind(handles, place, admission)
 
 
 def bind_rates() -> serve.Application:
     """Bind what the ingress replicas share of the clients' rate limits."""
-    deployment = serve.deployment(
-        name=RATES_NAME,
-        num_replicas=1,
-        max_ongoing_requests=MAX_INGRESS_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
-        logging_config=logging_config(),
-    )(RateServer)
     version = metadata.version("embedding-cluster")
-    return deployment.options(version=version, _internal=True).bind()
+    return _deployment(RateServer, version, **_beside_engines(RATES_NAME)).bind()
+
+
+def _deployment(target: Any, version: str, **options: Any) -> serve.Deployment:
+    """Return a deployment with what all of ours share.
+
+    Ray Serve replaces replicas where their version is another one, and makes one up where it is told none.
+    """
+    shared: dict[str, Any] = {
+        "health_check_period_s": HEALTH_CHECK_PERIOD_SECONDS,
+        "graceful_shutdown_wait_loop_s": DRAIN_CHECK_SECONDS,
+        "logging_config": logging_config(),
+    }
+    deployment: serve.Deployment = serve.deployment(**shared | options)(target)
+    return deployment.options(version=version, _internal=True)
+
+
+def _beside_engines(name: str, replicas: int = 1) -> dict[str, Any]:
+    """Return the options of what holds many requests and computes little: the cores are for the engines."""
+    return {
+        "name": name,
+        "num_replicas": replicas,
+        "max_ongoing_requests": MAX_INGRESS_REQUESTS,
+        "ray_actor_options": {"num_cpus": 0},
+    }
+
+
+def _version(settings: Any) -> str:
+    """Return a deployment's version: Ray Serve starts it anew where that changes, and else lets it run."""
+    return f"{metadata.version('embedding-cluster')}-{zlib.crc32(repr(settings).encode())}"

@@ -154,10 +154,19 @@ def test_a_submitted_job_embeds(site: Site) -> None:
     source.write_text("text\nhello\nworld\n")
     command = [BIN / "ray", "job", "submit", "--address", site.dashboard, "--"]
     command += [BIN / "embedding-cluster", "embed", source, output, "--model", "m"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environ(site.server.mark), timeout=120
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    told = ""
+
+    def is_taken() -> bool:
+        """Submit; an agent that isn't up yet refuses."""
+        nonlocal told
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environ(site.server.mark), timeout=120
+        )
+        told = result.stdout + result.stderr
+        assert result.returncode == 0 or "No available agent" in told, told
+        return result.returncode == 0
+
+    wait_for(is_taken, 60, lambda: told)
     assert np.array_equal(np.load(output), [expected("hello"), expected("world")])
 
 

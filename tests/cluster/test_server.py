@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.faults import FAULTS, FakeTexts, Fault, Load, Traffic, client, run
 from tests import workers
 from tests.fake import expected
-from tests.server import MARK, Server, free_port, serve, wait_for
+from tests.server import MARK, Server, free_port, program, serve, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 COUNTED = {
@@ -113,6 +113,17 @@ def test_a_large_answer_crosses_every_message_limit(server: Server) -> None:
     assert np.array_equal(got, expected(texts))
 
 
+def test_a_taken_port_is_told_before_anything_starts(server: Server, tmp_path: Path) -> None:
+    """Rather than after the models are loaded."""
+    config = tmp_path / "a.toml"
+    config.write_text(workers.fake("a"))
+    command = [program("embedding-cluster"), "serve", "--port", server.url.rpartition(":")[2], str(config)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "Address already in use" in result.stderr
+    assert "starting Ray" not in result.stdout
+
+
 SURVIVED = [fault for fault in FAULTS if not fault.two_nodes and not fault.ranks]
 
 
@@ -200,28 +211,6 @@ def test_a_broken_worker_file_ends_the_start_with_all_mistakes(tmp_path: Path) -
     with start(config, tmp_path) as (process, _, log):
         assert process.wait(60) == 2
         assert "broken.toml: edition: must be 1, not 7" in log.read_text()
-
-
-def test_a_taken_port_is_told_before_anything_starts(tmp_path: Path) -> None:
-    """Rather than after the models are loaded."""
-    config = tmp_path / "a.toml"
-    config.write_text(workers.fake("a"))
-    with start(config, tmp_path) as (first, url, log):
-        wait_for(lambda: "Ctrl-C" in log.read_text() or first.poll() is not None, 120, "the first server")
-        begun = time.monotonic()
-        command = [
-            sys.executable,
-            "-m",
-            "deployments",
-            "serve",
-            "--port",
-            url.rpartition(":")[2],
-            str(config),
-        ]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 1
-        assert "Address already in use" in result.stderr
-        assert time.monotonic() - begun < 10
 
 
 @contextlib.contextmanager

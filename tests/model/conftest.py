@@ -54,7 +54,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return dots
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """all-MiniLM and sre-embedding-model, the same shape with other weights, in the default dtype."""
     folder = tmp_path_factory.mktemp("two")
