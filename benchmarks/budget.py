@@ -24,6 +24,7 @@ from benchmarks import report
 from benchmarks.rivals import Running, ours
 from benchmarks.subjects import bundled
 from benchmarks.workloads import WORKLOADS, Workload
+from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, RATES_NAME
 from tests.server import program
 
 SECONDS, WARM_UP_SECONDS = 5.0, 1.0
@@ -62,7 +63,9 @@ def role(process: psutil.Process) -> str:
     """Return what a process is."""
     title = " ".join(process.cmdline())
     if "ServeReplica" in title:
-        return INGRESS if ":ingress" in title else REPLICA
+        # What runs batches and counts rates stands beside the path of these requests, as Ray does.
+        beside = any(f":{name}" in title for name in (BATCHES_NAME, RATES_NAME))
+        return RAY if beside else INGRESS if f":{INGRESS_NAME}" in title else REPLICA
     # Under plain `serve run` the front is Ray Serve's own proxy.
     return FRONT if "haproxy -db" in title or "ProxyActor" in title else RAY
 

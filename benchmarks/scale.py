@@ -1,8 +1,9 @@
 """What the serving path alone costs as models, replicas and nodes grow: `make scale`.
 
 The fake engine computes nothing, so all CPU time is that of the way there and back: HAProxy, ingress,
-dispatch, transport, replica. Ray's own processes are counted apart, idle too: they cost by the second, not
-by the request. Where a service time is set, it shows whether more replicas serve as much more.
+dispatch, transport, replica. What these processes cost while nobody asks is measured first and counted
+apart, and so are Ray's own: that costs by the second, not by the request. Where a service time is set, it
+shows whether more replicas serve as much more.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +30,7 @@ from tests import workers
 from tests.nodes import HEAD, nodes, serve_on
 from tests.server import serve
 
-SECONDS, WARM_UP_SECONDS = 4.5, 1.0
+SECONDS, WARM_UP_SECONDS, IDLE_SECONDS = 4.5, 1.0, 5.0
 REPEATS = 3
 PATH = (FRONT, INGRESS, REPLICA)
 SINGLES: Workload = WORKLOADS[1]
@@ -45,13 +47,18 @@ LOOPBACK = "127.0.0.{}"
 
 @dataclass(frozen=True)
 class Point:
-    """One server under load: requests per second, and CPU-microseconds a request by role."""
+    """One server under load: requests per second, and CPU-microseconds a request by role.
+
+    `idle` is what the serving path takes without a request, in CPU-milliseconds a second; it isn't in
+    the others.
+    """
 
     what: str
     size: int
     rate: float
     path: float
     by_role: dict[str, float]
+    idle: float
 
     @property
     def per_cpu_second(self) -> float:
@@ -63,19 +70,30 @@ def measure(what: str, size: int, running: Running, workload: Workload, seconds:
     """Load a server, several times; return the median by what its processes took."""
     running.send(workload, WARM_UP_SECONDS, 0.0, "")
     points = []
+    idle = idle_usage(running)
     for _ in range(REPEATS):
-        before = usage_of(running)
+        before, begun = usage_of(running), time.monotonic()
         result = running.send(workload, seconds / REPEATS, 0.0, "")
-        spent = usage_of(running)
+        spent, lasted = usage_of(running), time.monotonic() - begun
         if result.errors or not result.latencies:
             raise RuntimeError(f"{what} {size}: {result.errors or 'no answer'}")
         requests = len(result.latencies)
-        by_role = {role: 1e6 * (spent[role] - before[role]) / requests for role in (*PATH, RAY)}
+        used = {role: spent[role] - before[role] - idle[role] * lasted for role in (*PATH, RAY)}
+        by_role = {role: 1e6 * max(0.0, used[role]) / requests for role in used}
         path = sum(by_role[role] for role in PATH)
-        points.append(Point(what, size, REPEATS * result.requests / seconds, path, by_role))
+        apart = 1e3 * sum(idle[role] for role in PATH)
+        points.append(Point(what, size, REPEATS * result.requests / seconds, path, by_role, apart))
     point = sorted(points, key=lambda each: each.path)[REPEATS // 2]
     print(f"{what} {size}: {point.rate:.0f} requests/s, {point.path:.0f} CPU-µs", file=sys.stderr, flush=True)
     return point
+
+
+def idle_usage(running: Running) -> dict[str, float]:
+    """Return the CPU seconds a second that its processes take while nobody asks, by what they are."""
+    before, begun = usage_of(running), time.monotonic()
+    time.sleep(IDLE_SECONDS)
+    after, lasted = usage_of(running), time.monotonic() - begun
+    return {role: (after[role] - before[role]) / lasted for role in (*PATH, RAY)}
 
 
 # --- servers -----------------------------------------------------------------------------------------
@@ -156,9 +174,10 @@ def rivals_study(seconds: float) -> Iterator[Point]:
 
 
 def models_study(seconds: float) -> Iterator[Point]:
-    """More and more models, which take turns in the requests."""
+    """More and more models: one of them asked, and all in turn."""
     for count in MODELS:
         with ours(models=count) as running:
+            yield measure("models, one asked", count, running, SINGLES, seconds)
             workload = replace(SINGLES, models=tuple(map(model_name, range(count))))
             yield measure("models", count, running, workload, seconds)
             # The same clients share out over the models, so that fewer requests leave together. One client
@@ -202,14 +221,14 @@ def table(points: list[Point]) -> str:
     """Return the points as markdown."""
     lines = [
         "| what | | requests/s | CPU-µs a request | front | ingress | replicas | requests per CPU-second"
-        " | Ray besides |",
-        "|---|---|---|---|---|---|---|---|---|",
+        " | Ray besides | idle, CPU-ms a second |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for p in points:
         roles = " | ".join(f"{p.by_role[role]:,.0f}" for role in PATH)
         lines.append(
             f"| {p.what} | {p.size} | {shown(p.rate)} | {p.path:,.0f} | {roles} | {p.per_cpu_second:,.0f}"
-            f" | {p.by_role[RAY]:,.0f} |"
+            f" | {p.by_role[RAY]:,.0f} | {p.idle:,.0f} |"
         )
     return "\n".join(lines)
 

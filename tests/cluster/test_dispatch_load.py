@@ -2,12 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.budget import FRONT, INGRESS, REPLICA, budget
 from benchmarks.dispatch import calls_made, calls_seen
 from benchmarks.load import Stream
+from benchmarks.results import shown
+from benchmarks.rivals import Running, asking
+from benchmarks.scale import SINGLES, measure, table
+from benchmarks.workloads import Workload
 from tests import workers
 from tests.server import Server, serve
 
@@ -66,3 +72,31 @@ def test_a_full_queue_says_when_to_come_back(server: Server) -> None:
     assert set(outcomes) == {(200, ""), (503, "queue_full")}, outcomes
     assert outcomes[200, ""] >= 4
     assert all(int(answer.retry_after) >= 1 for answer in seen.of(503).answers)
+
+
+@pytest.fixture
+def running(server: Server) -> tuple[Running, Workload]:
+    """The server as the benchmarks see it, and single texts for it."""
+    workload = replace(SINGLES, models=("one",), clients=8)
+    return Running(0.0, server, asking(server, 64)), workload
+
+
+def test_the_serving_path_is_measured(running: tuple[Running, Workload]) -> None:
+    """A small case of `make scale`: what each request costs where, apart from what idling does."""
+    point = measure("models", 1, *running, 1.5)
+    assert point.rate > 0
+    assert 0 < point.by_role[INGRESS] < point.path
+    assert point.path == pytest.approx(sum(point.by_role[role] for role in (FRONT, INGRESS, REPLICA)))
+    assert point.idle > 0
+    assert table([point]).splitlines()[-1].startswith(f"| models | 1 | {shown(point.rate)} |")
+
+
+def test_a_profile_shows_processes_and_stages(running: tuple[Running, Workload], tmp_path: Path) -> None:
+    """A small case of `make profile`."""
+    lines = list(budget(*running, 1.0, tmp_path))
+    assert lines[0].startswith(f"**{SINGLES.name}**")
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    costs = {row[0]: float(row[2].replace(",", "")) for row in rows if row[1:2] == ["all"]}
+    assert min(costs[name] for name in (FRONT, INGRESS, REPLICA)) > 0
+    assert {"tokenise", "HTTP: Serve and uvicorn"} <= {row[0] for row in rows if len(row) == 2}
+    assert {"parse", "call", "engine"} <= {row[0] for row in rows if len(row) == 3}
