@@ -17,6 +17,7 @@ import httpx
 import psutil
 
 import deployments
+from benchmarks.rivals import WITHOUT_PANDAS
 from tests.server import Server, serve
 
 BUNDLED = Path(deployments.__file__).parent / "workers"
@@ -49,7 +50,7 @@ def main() -> int:
     """Print the peaks in MiB as JSON."""
     stop = threading.Event()
     peaks: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder, serve(BUNDLED, Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, serve(BUNDLED, Path(folder), WITHOUT_PANDAS) as server:
         clients = [threading.Thread(target=load, args=(server.url, stop)) for _ in range(2)]
         for client in clients:
             client.start()

@@ -35,6 +35,9 @@ START_SECONDS = 240
 LINGER_SECONDS = 10
 POLL_SECONDS = 0.05
 CACHE_MIB = 64
+# Stands before the installed packages where a server doesn't ask for pandas: `make setup` doesn't install it,
+# the tests do, and Ray Serve's processes import it where it is there.
+WITHOUT_PANDAS = {"PYTHONPATH": str(Path(__file__).parent / "without_pandas")}
 # ray.serve.llm imports these; ray[llm] itself would bring another vLLM.
 RAY_LLM_PACKAGES = ("pyarrow==26.0.1", "pandas==3.1.1", "jsonref==1.1.0")
 
@@ -176,7 +179,7 @@ def ours(folder: Path, subject: Subject, tuned: bool = True, cache: bool = False
     more = f"\n[limits]\ncache_mib = {CACHE_MIB}\n" if cache else ""
     config.write_text(subject.worker_file.read_text() + more)
     begun = time.monotonic()
-    with serve(config, folder, tuned=tuned) as server:
+    with serve(config, folder, WITHOUT_PANDAS, tuned=tuned) as server:
         first_embedding(server, subject.name)
         yield Running(time.monotonic() - begun, server, asking(server, subject.dimension))
 
@@ -194,7 +197,7 @@ def vllm_server(folder: Path, subject: Subject) -> "contextlib.AbstractContextMa
             command.append(f"--{flag}" if value else f"--no-{flag}")
         elif name not in skipped:
             command += [f"--{flag}", str(value)]
-    return http(command, folder, engine_environment(subject), port, subject)
+    return http(command, folder, engine_environment(subject) | WITHOUT_PANDAS, port, subject)
 
 
 def ray_serve_llm(
@@ -261,7 +264,7 @@ def in_process(folder: Path, subject: Subject, which: str) -> Iterator[Running]:
     command = [sys.executable, "-m", "benchmarks.inprocess", which, told]
     begun = time.monotonic()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with process(command, folder, engine_environment(subject), **pipes) as server:
+    with process(command, folder, engine_environment(subject) | WITHOUT_PANDAS, **pipes) as server:
         lines, said = server.process.stdin, server.process.stdout
         assert lines is not None and said is not None
 
