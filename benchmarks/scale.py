@@ -50,7 +50,7 @@ class Point:
     """One server under load: requests per second, and CPU-microseconds a request by role.
 
     `idle` is what the serving path takes without a request, in CPU-milliseconds a second; it isn't in
-    the others.
+    the others. Points from before it was told apart have none.
     """
 
     what: str
@@ -58,7 +58,7 @@ class Point:
     rate: float
     path: float
     by_role: dict[str, float]
-    idle: float
+    idle: float | None = None
 
     @property
     def per_cpu_second(self) -> float:
@@ -228,7 +228,7 @@ def table(points: list[Point]) -> str:
         roles = " | ".join(f"{p.by_role[role]:,.0f}" for role in PATH)
         lines.append(
             f"| {p.what} | {p.size} | {shown(p.rate)} | {p.path:,.0f} | {roles} | {p.per_cpu_second:,.0f}"
-            f" | {p.by_role[RAY]:,.0f} | {p.idle:,.0f} |"
+            f" | {p.by_role[RAY]:,.0f} | {'' if p.idle is None else f'{p.idle:,.0f}'} |"
         )
     return "\n".join(lines)
 

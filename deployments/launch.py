@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 APPLICATION = "default"
 POLL_SECONDS = 0.2
+# Above Ray's for its workers; below Serve's for its ingress replicas, and those that Linux gives to anybody.
+OWN_PORTS = range(20_000, 30_000)
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,21 @@ def switches(folder: Path) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nothing listens on right now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Return different ports of the loopback interface that nothing listens on right now.
+
+    The system's own choice may be given to somebody else a moment later: while Ray starts, its processes ask
+    for dozens. Raises ConfigError.
+    """
+    found: list[int] = []
+    for port in secrets.SystemRandom().sample(OWN_PORTS, len(OWN_PORTS)):
+        if len(found) == count:
+            break
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    if len(found) < count:
+        raise ConfigError(f"no free port from {OWN_PORTS.start} to {OWN_PORTS.stop - 1}")
+    return found
 
 
 def run(arguments: ServeArguments) -> int:

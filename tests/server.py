@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from deployments.launch import free_ports
+
 START_SECONDS = 180
 STOP_SECONDS = 60
 MARK = "EMBEDDING_CLUSTER_TEST"
@@ -25,9 +26,7 @@ MARK = "EMBEDDING_CLUSTER_TEST"
 
 def free_port() -> int:
     """Return a port of the loopback interface that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str | Path | Callable[[], str]) -> None:
