@@ -6,6 +6,7 @@ imported, so `prepare_environment` has to run before anything imports Ray.
 
 import contextlib
 import importlib.util
+import itertools
 import logging
 import os
 import secrets
@@ -107,16 +108,21 @@ def free_ports(count: int) -> list[int]:
     The system's own choice may be given to somebody else a moment later: while Ray starts, its processes ask
     for dozens. Raises ConfigError.
     """
-    found: list[int] = []
-    for port in secrets.SystemRandom().sample(OWN_PORTS, len(OWN_PORTS)):
-        if len(found) == count:
-            break
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
+    first = secrets.randbelow(len(OWN_PORTS))  # so that servers that start together look in different places
+    ports = itertools.chain(OWN_PORTS[first:], OWN_PORTS[:first])
+    found = list(itertools.islice(filter(_is_free, ports), count))
     if len(found) < count:
         raise ConfigError(f"no free port from {OWN_PORTS.start} to {OWN_PORTS.stop - 1}")
     return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def run(arguments: ServeArguments) -> int:
