@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -70,15 +70,15 @@ def measure(what: str, size: int, running: Running, workload: Workload, seconds:
     """Load a server, several times; return the median by what its processes took."""
     running.send(workload, WARM_UP_SECONDS, 0.0, "")
     points = []
-    idle = idle_usage(running)
+    _, idle, _ = usage_while(running, lambda: time.sleep(IDLE_SECONDS))
     for _ in range(REPEATS):
-        before, begun = usage_of(running), time.monotonic()
-        result = running.send(workload, seconds / REPEATS, 0.0, "")
-        spent, lasted = usage_of(running), time.monotonic() - begun
+        result, busy, lasted = usage_while(
+            running, lambda: running.send(workload, seconds / REPEATS, 0.0, "")
+        )
         if result.errors or not result.latencies:
             raise RuntimeError(f"{what} {size}: {result.errors or 'no answer'}")
         requests = len(result.latencies)
-        used = {role: spent[role] - before[role] - idle[role] * lasted for role in (*PATH, RAY)}
+        used = {role: (busy[role] - idle[role]) * lasted for role in busy}
         by_role = {role: 1e6 * max(0.0, used[role]) / requests for role in used}
         path = sum(by_role[role] for role in PATH)
         apart = 1e3 * sum(idle[role] for role in PATH)
@@ -88,12 +88,12 @@ def measure(what: str, size: int, running: Running, workload: Workload, seconds:
     return point
 
 
-def idle_usage(running: Running) -> dict[str, float]:
-    """Return the CPU seconds a second that its processes take while nobody asks, by what they are."""
+def usage_while(running: Running, act: Callable[[], Any]) -> tuple[Any, dict[str, float], float]:
+    """Return what `act` returns, the CPU seconds a second that each role took meanwhile, and its seconds."""
     before, begun = usage_of(running), time.monotonic()
-    time.sleep(IDLE_SECONDS)
+    result = act()
     after, lasted = usage_of(running), time.monotonic() - begun
-    return {role: (after[role] - before[role]) / lasted for role in (*PATH, RAY)}
+    return result, {role: (after[role] - before[role]) / lasted for role in (*PATH, RAY)}, lasted
 
 
 # --- servers -----------------------------------------------------------------------------------------
