@@ -30,7 +30,7 @@ from deployments.gateway.broadcast import broadcast
 from deployments.gateway.lanes import Lanes
 from deployments.gateway.meter import DrainMeter, RetryBudget
 from deployments.gateway.router import CallId, TokenRouter
-from deployments.gateway.work import Input, Lane, Outstanding, Part
+from deployments.gateway.work import MAX_CALL_INPUTS, Input, Lane, Outstanding, Part
 from deployments.metrics import Metrics
 
 # Serve takes a moment to notice a death; asking again at once meets the same replica.
@@ -88,7 +88,7 @@ class Calls:
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second of all replicas together while there is work; None until measured."""
+        """Tokens per second of all replicas together where they have enough to do; None until measured."""
         return self._meter.rate
 
     @property
@@ -170,7 +170,8 @@ class Calls:
                 if part is None:
                     break
                 self._flying[lane] += 1
-                self._meter.begin(loop.time())
+                part.large = self._is_large(part)
+                self._meter.begin(loop.time(), part.large, self.replicas)
                 # An empty context: Serve would take the calls of one request for one call.
                 part.task = loop.create_task(self._call(part), context=contextvars.Context())
                 part.task.add_done_callback(functools.partial(self._landed, part))
@@ -181,9 +182,8 @@ class Calls:
         """Give the place in flight back, however the call ended."""
         part.task = None
         self._flying[part.lane] -= 1
-        idle = not any(self._flying.values())
         now = asyncio.get_running_loop().time()
-        self._meter.done(part.tokens if part.full else 0, now, idle)
+        self._meter.done(part.tokens if part.answered else 0, now, part.large, self.replicas)
         self._pump()
 
     async def _call(self, part: Part) -> None:
@@ -201,7 +201,7 @@ class Calls:
             self._fail(part, EmbeddingError("internal error"))
             raise
         else:
-            part.full = self._lanes.are_waiting(part.lane)
+            part.answered = True
             self._budget.earn()
             for each, vector in zip(part.inputs, vectors, strict=True):
                 self._settle(each, vector)
@@ -241,6 +241,10 @@ class Calls:
         # Not the drain rate: that is low where requests are small, and parts cut by it would keep it low.
         tokens = int(max(self._speeds) * PART_SECONDS)
         self._part_tokens = min(max(tokens, MIN_PART_TOKENS), MAX_PART_TOKENS)
+
+    def _is_large(self, part: Part) -> bool:
+        """Whether a call is at least half of what one may hold."""
+        return 2 * part.tokens >= self.part_tokens or 2 * len(part.inputs) >= MAX_CALL_INPUTS
 
     def _share(self, part: Part) -> float:
         """Seconds after which a call is taken to hang: many times what the slowest of the last ones took."""

@@ -26,10 +26,6 @@ class Lanes:
         lines = (line for callers in self._lanes.values() for line in callers.values())
         return sum(part.tokens for line in lines for part in line)
 
-    def are_waiting(self, lane: Lane) -> bool:
-        """Whether anything waits in a lane."""
-        return bool(self._lanes[lane])
-
     def take(self, lane: Lane, part_tokens: int) -> Part | None:
         """Take the next part of a lane, joined with what else waits there, up to `part_tokens`."""
         joined: Part | None = None

@@ -6,12 +6,16 @@ SETTLED_SECONDS = 0.2
 
 
 class DrainMeter:
-    """Tokens per second of a worker while it has work, over all its replicas."""
+    """Tokens per second of a worker while each of its replicas has a large call.
+
+    Small calls tell what was asked for, not what a replica can do: most of their time is what any call costs.
+    """
 
     def __init__(self) -> None:
         """Know nothing yet."""
         self._tokens = 0.0
         self._seconds = 0.0
+        self._large = 0  # in flight
         self._since: float | None = None
 
     @property
@@ -19,26 +23,24 @@ class DrainMeter:
         """Tokens per second; None until enough has been measured."""
         return self._tokens / self._seconds if self._seconds >= SETTLED_SECONDS else None
 
-    def begin(self, now: float) -> None:
-        """There is work from now on."""
-        if self._since is None:
+    def begin(self, now: float, large: bool, replicas: int) -> None:
+        """A call leaves for one of so many replicas."""
+        self._large += large
+        if self._since is None and self._large >= replicas:
             self._since = now
 
-    def done(self, tokens: int, now: float, idle: bool) -> None:
-        """Count so many tokens as done; `idle` when nothing is in flight any more.
-
-        Only time in which more was waiting tells what the worker can do; the rest, for which `tokens` are 0,
-        tells what it was asked for.
-        """
-        if self._since is None:
-            return
-        if tokens:
+    def done(self, tokens: int, now: float, large: bool, replicas: int) -> None:
+        """A call ends with so many tokens embedded, none if it failed."""
+        if self._since is not None:
             self._seconds += now - self._since
             self._tokens += tokens
+            self._since = now
         if self._seconds > WINDOW_SECONDS:
             self._tokens *= WINDOW_SECONDS / self._seconds
             self._seconds = WINDOW_SECONDS
-        self._since = None if idle else now
+        self._large -= large
+        if self._large < replicas:
+            self._since = None
 
 
 class RetryBudget:

@@ -71,7 +71,7 @@ class Part:
 
     `version` is that of the model that they were tokenised for; parts of two versions aren't joined.
     `since` is when it was queued, on `time.perf_counter`; `joined` how many parts became this one;
-    `full` is set when it is done while more is waiting.
+    `large` is set as it leaves, `answered` when its vectors are there.
     """
 
     inputs: list[Input]
@@ -83,7 +83,8 @@ class Part:
     task: "asyncio.Task[None] | None" = None
     since: float = 0.0
     joined: int = 1
-    full: bool = False
+    large: bool = False
+    answered: bool = False
 
     @property
     def is_awaited(self) -> bool:

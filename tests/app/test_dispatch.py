@@ -373,10 +373,12 @@ async def test_requests_that_fail_in_several_parts_leave_the_lane_open(make: Mak
 
 
 async def test_a_quiet_worker_isnt_taken_for_a_slow_one(make: Make) -> None:
-    """A few small requests one after the other don't measure what it could do."""
+    """Small requests don't measure what it could do, neither one after the other nor a few at a time."""
     dispatch = make("call_seconds = 0.02", "[limits]\nrequest_timeout_s = 5")
     for number in range(15):
         await check(dispatch, inputs(1, start=number))
+    for number in range(15):
+        await asyncio.gather(*(check(dispatch, inputs(1, start=20 + 4 * number + n)) for n in range(4)))
     assert dispatch._calls.rate is None
     await asyncio.gather(*(check(dispatch, inputs(1000, length=20, start=n * 1000)) for n in range(5)))
 
