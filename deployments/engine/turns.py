@@ -14,10 +14,11 @@ import numpy as np
 from deployments.engine import Engine
 from deployments.engine.batch import TokenBatch
 
-# How long a call may have to wait for a slice. all-MiniLM-L6-v2 on 2 cores spends 3 ms of it on what any step
-# costs, however small.
+# How long a call may have to wait for a slice, or for this many times what any step costs, however small:
+# 3 ms for all-MiniLM-L6-v2 on 2 cores, more for larger models. Shorter slices would be all cost.
 SLICE_SECONDS = 0.01
-# Slices are never less than this share of their call: where a step costs much, they would be all cost.
+SLICE_STEPS = 2.0
+# Slices are never less than this share of their call.
 MAX_SLICES = 10
 # Bulk calls are whole again when nobody has waited for so long: slices cost an eighth of the throughput.
 CALM_SECONDS = 3.0
@@ -33,12 +34,13 @@ class Turns:
         self._bulk = asyncio.Semaphore(width)
         self._last_call = -CALM_SECONDS
         self._rates: deque[float] = deque(maxlen=RECENT_SLICES)
+        self._step_seconds = float("inf")  # the shortest call so far
 
     async def embed(self, batch: TokenBatch, bulk: bool) -> np.ndarray:
         """Return what the engine's `embed` does."""
         if not bulk:
             self._last_call = time.monotonic()
-            return await self._engine.embed(batch)
+            return (await self._timed(batch))[0]
         rows, begin = [], 0
         async with self._bulk:
             while begin < len(batch):
@@ -48,10 +50,16 @@ class Turns:
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     async def _embed_slice(self, batch: TokenBatch) -> np.ndarray:
+        vectors, seconds = await self._timed(batch)
+        self._rates.append(batch.tokens / seconds)
+        return vectors
+
+    async def _timed(self, batch: TokenBatch) -> tuple[np.ndarray, float]:
         begun = time.perf_counter()
         vectors = await self._engine.embed(batch)
-        self._rates.append(batch.tokens / (time.perf_counter() - begun))
-        return vectors
+        seconds = time.perf_counter() - begun
+        self._step_seconds = min(self._step_seconds, seconds)
+        return vectors, seconds
 
     def _slice_end(self, batch: TokenBatch, begin: int) -> int:
         """Return the first input of a batch that isn't in the slice that begins there."""
@@ -59,6 +67,7 @@ class Turns:
         if calm or not self._rates:
             return len(batch)
         # The fastest of the last slices met nobody in the engine.
-        tokens = max(max(self._rates) * SLICE_SECONDS, batch.tokens / MAX_SLICES)
+        seconds = max(SLICE_SECONDS, SLICE_STEPS * self._step_seconds)
+        tokens = max(max(self._rates) * seconds, batch.tokens / MAX_SLICES)
         ends = np.cumsum(batch.lengths[begin:])
         return begin + max(1, int(np.searchsorted(ends, tokens, side="right")))

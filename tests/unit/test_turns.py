@@ -16,9 +16,9 @@ ONE = TokenBatch.of([[1, 2, 3]])
 class RecordingEngine(FakeEngine):
     """Remembers the batches in the order in which they came."""
 
-    def __init__(self) -> None:
-        """Take a moment for each token."""
-        super().__init__(FakeEngineArgs(token_seconds=0.00002))
+    def __init__(self, call_seconds: float = 0.0) -> None:
+        """Take a moment for each token, and for each call."""
+        super().__init__(FakeEngineArgs(call_seconds=call_seconds, token_seconds=0.00002))
         self.batches: list[TokenBatch] = []
 
     async def embed(self, batch: TokenBatch) -> np.ndarray:
@@ -55,6 +55,19 @@ async def test_who_waits_goes_between_two_slices() -> None:
     slices = [batch for batch in engine.batches[2:] if len(batch) > 1]
     assert 3 < len(slices) <= 3 * (MAX_SLICES + 1)
     assert sum(map(len, slices)) == 3 * len(BULK)
+
+
+async def test_slices_are_longer_where_every_step_costs_much() -> None:
+    """They grow to a few times what the shortest call took, rather than be all cost."""
+    engine = RecordingEngine(call_seconds=0.1)
+    turns = Turns(engine)
+    await turns.embed(ONE, bulk=True)
+    for _ in range(3):
+        await turns.embed(ONE, bulk=False)
+        await turns.embed(BULK, bulk=True)
+    slices = [batch for batch in engine.batches[1:] if batch is not ONE]
+    assert sum(map(len, slices)) == 3 * len(BULK)
+    assert len(slices) <= 1.5 * MAX_SLICES  # not thrice as many
 
 
 async def test_a_bulk_call_that_is_cancelled_lets_the_next_one_in() -> None:
