@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import psutil
 import pyarrow as pa
 import pyarrow.parquet
@@ -230,29 +231,67 @@ def rss_at(run: Run, share: float) -> float:
 # --- neighbours ------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def job_beside(server: Server, folder: Path, rows: int) -> Iterator[None]:
+    """Have a job embed so many rows, from its first slices on until the block ends."""
+    source, output, log = folder / "in.parquet", folder / "out.npy", folder / "log"
+    pa.parquet.write_table(pa.table({"text": corpus(rows)}), source)
+    more = ("--model", MODEL, "--truncation", TRUNCATION, "--part-rows", "1024", "--overwrite")
+    job = start_job(address_of(server), source, output, *more, log=log)
+    try:
+        parts = output.with_name(f"{output.name}.parts")
+        wait_for(lambda: len(list(parts.glob("slice-*.arrow"))) > 2, 60, log)
+        yield
+        assert job.poll() is None, log.read_text()
+    finally:
+        job.kill()
+        job.wait()
+
+
+@contextlib.contextmanager
+def batch_beside(server: Server, _: Path, rows: int) -> Iterator[None]:
+    """Have the Batch API embed so many lines, from the first ones on until the block ends."""
+    sdk = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused")
+    body = {"model": MODEL, "encoding_format": "base64", "truncate_prompt_tokens": -1}
+    request = {"method": "POST", "url": "/v1/embeddings"}
+    lines = [
+        json.dumps({"custom_id": str(number), **request, "body": {**body, "input": text}})
+        for number, text in enumerate(corpus(rows))
+    ]
+    file = sdk.files.create(file=("requests.jsonl", "\n".join(lines).encode()), purpose="batch")
+    batch = sdk.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
+    state = lambda: sdk.batches.retrieve(batch.id)  # noqa: E731
+    try:
+        wait_for(lambda: state().request_counts.completed, 60, lambda: str(state()))
+        yield
+        assert state().status == "in_progress", state()
+        assert not state().request_counts.failed, state()
+    finally:
+        sdk.batches.cancel(batch.id)
+        wait_for(lambda: state().status == "cancelled", 60, lambda: str(state()))
+
+
+BESIDE = {"a job": job_beside, "a batch of the Batch API": batch_beside}
+
+
 def neighbours(rounds: int = 3, seconds: float = 15.0) -> Rows:
-    """One short text at a time over HTTP, alone and while a job saturates the model."""
-    with bundled() as server, tempfile.TemporaryDirectory() as name:
-        source = Path(name) / "in.parquet"
-        pa.parquet.write_table(pa.table({"text": corpus(TEXTS * 10)}), source)
-        person = Stream(server.url, MODEL, seconds=seconds, pause=0.05, key="person")
-        person.run()
-        idle, busy = [], []
-        for number in range(rounds):
-            idle.append(person.run())
-            output, log = Path(name) / f"{number}.npy", Path(name) / "log"
-            more = ("--model", MODEL, "--truncation", TRUNCATION, "--part-rows", "1024", "--overwrite")
-            job = start_job(address_of(server), source, output, *more, log=log)
-            try:
-                parts = output.with_name(f"{output.name}.parts")
-                wait_for(lambda parts=parts: len(list(parts.glob("slice-*.arrow"))) > 2, 60, log)
-                busy.append(person.run())
-                assert job.poll() is None, log.read_text()
-            finally:
-                job.kill()
-                job.wait()
-    yield slower("person beside a job on the bundled model", idle, busy, 50)
-    yield slower("person beside a job on the bundled model", idle, busy, 99, bound=2)
+    """One short text at a time over HTTP, alone and while bulk work saturates the model."""
+    with bundled() as server:
+        for what in BESIDE:
+            yield from beside(server, what, rounds, seconds)
+
+
+def beside(server: Server, what: str, rounds: int, seconds: float, rows: int = TEXTS) -> Rows:
+    """Measure it beside one kind of bulk work."""
+    person = Stream(server.url, MODEL, seconds=seconds, pause=0.05, key="person")
+    person.run()
+    idle, busy = [], []
+    for _ in range(rounds):
+        idle.append(person.run())
+        with tempfile.TemporaryDirectory() as name, BESIDE[what](server, Path(name), rows):
+            busy.append(person.run())
+    yield slower(f"person beside {what} on the bundled model", idle, busy, 50)
+    yield slower(f"person beside {what} on the bundled model", idle, busy, 99, bound=2)
     failed = sum(answer.status != 200 for seen in [*idle, *busy] for answer in seen.answers)
     yield Row.at_most("of the person's requests failed", failed, 0)
 

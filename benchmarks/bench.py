@@ -92,7 +92,8 @@ class Round:
         ):
             values = [Value(name, START, self.number, round(running.seconds, 2))]
             for each in self.workloads:
-                workload = replace(each, models=(self.subject.name,))
+                warm_up = each.warm_up if contestant.cached else 0.0
+                workload = replace(each, models=(self.subject.name,), warm_up=warm_up)
                 if contestant.takes(workload):
                     value = self.measure(name, running, workload)
                     values.append(value)
