@@ -180,5 +180,5 @@ def test_a_model_comes_and_goes(site: Site) -> None:
     site.reload()
     wait_for(lambda: not site.processes("late"), 60, "its replica's end")
     body = {"model": "late", "input": "x"}
-    assert httpx.post(f"{site.server.url}/v1/embeddings", json=body).status_code == 404
+    assert httpx.post(f"{site.server.url}/v1/embeddings", json=body, timeout=60).status_code == 404
     assert (ingress, replicas) == (site.processes("ingress"), site.processes("m"))

@@ -28,15 +28,16 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(calls: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A model with two replicas, one whose calls take a moment, one that little may wait for."""
+    """A model with two replicas, one whose calls take a moment, one that little may wait for, a quick one."""
     folder = tmp_path_factory.mktemp("server")
     config = folder / "workers"
     config.mkdir()
     two = f'token_seconds = 0.00001, calls_folder = "{calls}"'
     files = {
         "two": workers.fake("two", two, "[deployment]\nnum_replicas = 2"),
-        "one": workers.fake("one", "call_seconds = 0.02"),
+        "one": workers.fake("one", "call_seconds = 0.1"),
         "full": workers.fake("full", "token_seconds = 0.001", "[limits]\nmax_outstanding_tokens = 500"),
+        "quick": workers.fake("quick"),
     }
     for name, text in files.items():
         (config / f"{name}.toml").write_text(text)
@@ -77,7 +78,7 @@ def test_a_full_queue_says_when_to_come_back(server: Server) -> None:
 @pytest.fixture
 def running(server: Server) -> tuple[Running, Workload]:
     """The server as the benchmarks see it, and single texts for it."""
-    workload = replace(SINGLES, models=("one",), clients=8)
+    workload = replace(SINGLES, models=("quick",), clients=16)
     return Running(0.0, server, asking(server, 64)), workload
 
 
@@ -96,7 +97,13 @@ def test_a_profile_shows_processes_and_stages(running: tuple[Running, Workload],
     lines = list(budget(*running, 1.0, tmp_path))
     assert lines[0].startswith(f"**{SINGLES.name}**")
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
-    costs = {row[0]: float(row[2].replace(",", "")) for row in rows if row[1:2] == ["all"]}
+    where, costs, stages = "", {}, Counter[str]()
+    for row in rows:
+        if row[1:2] == ["all"]:
+            where, costs[row[0]] = row[0], float(row[2].replace(",", ""))
+        elif len(row) == 2:
+            stages[where] += float(row[1].replace(",", ""))
     assert min(costs[name] for name in (FRONT, INGRESS, REPLICA)) > 0
-    assert {"tokenise", "HTTP: Serve and uvicorn"} <= {row[0] for row in rows if len(row) == 2}
+    # What is below a hundredth isn't shown. Which stage a sample belongs to is a unit test's business.
+    assert 0.5 * costs[INGRESS] < stages[INGRESS] < 1.1 * costs[INGRESS]
     assert {"parse", "call", "engine"} <= {row[0] for row in rows if len(row) == 3}

@@ -72,8 +72,16 @@ def test_two_models_answer_by_name(server: Server) -> None:
 
 
 def counts(url: str) -> dict[str, float]:
-    """Return what is counted, by name and worker or model."""
-    families = text_string_to_metric_families(httpx.get(url, timeout=30).raise_for_status().text)
+    """Return what is counted, by name and worker or model, once all ingress replicas can tell."""
+    answers: list[httpx.Response] = []
+
+    def are_told() -> bool:
+        answers.append(httpx.get(url, timeout=30))
+        # One that is just being replaced makes it 503: an incomplete count is none.
+        return answers[-1].is_success
+
+    wait_for(are_told, 60, lambda: answers[-1].text)
+    families = text_string_to_metric_families(answers[-1].text)
     samples = [sample for family in families for sample in family.samples]
     found: dict[str, float] = {}
     for sample in samples:
@@ -188,8 +196,8 @@ def test_a_worker_that_cant_start_leaves_the_others_serving(tmp_path: Path) -> N
         assert process.poll() is None, log.read_text()
         assert "failed: worker bad: no luck" in log.read_text()
         body = {"model": "good", "input": "x"}
-        assert httpx.post(f"{url}/v1/embeddings", json=body).status_code == 200
-        ready = httpx.get(f"{url}/ready")
+        assert httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).status_code == 200
+        ready = httpx.get(f"{url}/ready", timeout=60)
         assert ready.status_code == 503
         assert {m["deployment"]: m["ready"] for m in ready.json()["models"]} == {"bad": False, "good": True}
 

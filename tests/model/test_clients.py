@@ -243,7 +243,7 @@ def test_text_embeddings_inference(site: Site, right: Right) -> None:
     """As its clients ask, which have no name for the model but take further fields."""
     headers = {"authorization": f"Bearer {site.app}"}
     body = {"inputs": TEXTS, "truncate": True, "model": MINILM}
-    answer = httpx.post(f"{site.server.url}/embed", json=body, headers=headers)
+    answer = httpx.post(f"{site.server.url}/embed", json=body, headers=headers, timeout=60)
     assert same(answer.json(), right(TEXTS))
 
 

@@ -80,8 +80,9 @@ def test_the_published_example_embeds_with_prompt_and_last_token(
     assert np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-2)
     assert cosines(got, encode(qwen3, texts)).min() >= 0.999
     body = {"model": QWEN, "input": texts, "input_type": "query"}
-    answer = httpx.post(f"{server.url}/v1/embeddings", json=body).json()
+    answer = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60).json()
     queries = np.array([item["embedding"] for item in answer["data"]])
     assert cosines(queries, encode(qwen3, [checkpoints.PROMPT + text for text in texts])).min() >= 0.999
-    refused = httpx.post(f"{server.url}/v1/embeddings", json={"model": QWEN, "input": "a", "dimensions": 64})
+    body = {"model": QWEN, "input": "a", "dimensions": 64}
+    refused = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60)
     assert refused.json()["error"]["param"] == "dimensions"

@@ -90,11 +90,12 @@ def test_curl_runs_the_published_command(two_models: Server) -> None:
 
 def test_a_request_id_is_taken_or_made_and_returned_once(two_models: Server) -> None:
     """In the answer's header, also of an error."""
+    mine = {"x-request-id": "mine-1"}
     for body, status in (({"model": MODEL, "input": "x"}, 200), ({"model": MODEL}, 400)):
-        taken = httpx.post(f"{two_models.url}/v1/embeddings", json=body, headers={"x-request-id": "mine-1"})
+        taken = httpx.post(f"{two_models.url}/v1/embeddings", json=body, headers=mine, timeout=60)
         assert taken.status_code == status
         assert taken.headers.get_list("x-request-id") == ["mine-1"]
-        made = httpx.post(f"{two_models.url}/v1/embeddings", json=body)
+        made = httpx.post(f"{two_models.url}/v1/embeddings", json=body, timeout=60)
         assert len(made.headers.get_list("x-request-id")) == 1
 
 
@@ -171,16 +172,17 @@ def test_bad_input_is_refused_and_the_next_request_served(
 ) -> None:
     """A 4xx with `param`, as JSON, and nothing else is lost."""
     content = body if isinstance(body, bytes) else json.dumps({"model": MODEL, **body}).encode()
-    response = httpx.post(f"{two_models.url}/v1/embeddings", content=content)
+    response = httpx.post(f"{two_models.url}/v1/embeddings", content=content, timeout=60)
     assert response.status_code == (404 if param == "model" else 400)
     assert response.headers["content-type"] == "application/json"
     assert response.json()["error"]["param"] == param
-    good = httpx.post(f"{two_models.url}/v1/embeddings", json={"model": MODEL, "input": "a"})
+    right = {"model": MODEL, "input": "a"}
+    good = httpx.post(f"{two_models.url}/v1/embeddings", json=right, timeout=60)
     assert good.status_code == 200
 
 
 def test_the_longest_input_is_served(two_models: Server) -> None:
     """256 tokens, two of them special; one more is refused above."""
     body = {"model": MODEL, "input": "word " * 254}
-    response = httpx.post(f"{two_models.url}/v1/embeddings", json=body)
+    response = httpx.post(f"{two_models.url}/v1/embeddings", json=body, timeout=60)
     assert response.json()["usage"]["prompt_tokens"] == 256
