@@ -12,6 +12,11 @@ from tests.server import Server, serve
 MINILM = "all-minilm-l6-v2"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of `two_models` last: from the first of them on it holds all cores."""
+    items.sort(key=lambda item: "two_models" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def lee_documents() -> list[str]:
     """The 50 news documents of gensim's lee.cor, whose similarity people have judged."""
