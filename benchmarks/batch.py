@@ -236,7 +236,7 @@ def job_beside(server: Server, folder: Path, rows: int) -> Iterator[None]:
     """Have a job embed so many rows, from its first slices on until the block ends."""
     source, output, log = folder / "in.parquet", folder / "out.npy", folder / "log"
     pa.parquet.write_table(pa.table({"text": corpus(rows)}), source)
-    more = ("--model", MODEL, "--truncation", TRUNCATION, "--part-rows", "1024", "--overwrite")
+    more = ("--model", MODEL, "--truncation", TRUNCATION, "--part-rows", "1024")
     job = start_job(address_of(server), source, output, *more, log=log)
     try:
         parts = output.with_name(f"{output.name}.parts")

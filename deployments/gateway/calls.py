@@ -238,7 +238,7 @@ class Calls:
     def _learn(self, speed: float) -> None:
         """Size parts by the engine's speed in tokens per second, as the last calls have shown it."""
         self._speeds.append(speed)
-        # Not the drain rate: that is low where requests are small, and parts cut by it would keep it low.
+        # Not the drain rate: that takes large calls to be known, and includes the way there and back.
         tokens = int(max(self._speeds) * PART_SECONDS)
         self._part_tokens = min(max(tokens, MIN_PART_TOKENS), MAX_PART_TOKENS)
 
