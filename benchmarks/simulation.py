@@ -170,7 +170,7 @@ class _Answers:
         self._vectors = vectors
 
     async def remote(self, batch: TokenBatch, _: object) -> Embedded:
-        return Embedded(self._vectors[: len(batch)], batch.tokens, 1e-3)
+        return Embedded(self._vectors[: len(batch)], batch.tokens, 1e-3, 1e3 * batch.tokens)
 
 
 def dispatched(ids: list[list[int]], vectors: np.ndarray) -> None:

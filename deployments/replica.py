@@ -92,7 +92,8 @@ class Replica:
             raise
         self._prove(batch, vectors)
         self._answered += 1
-        return Embedded(vectors, batch.tokens, time.perf_counter() - begun)
+        seconds = time.perf_counter() - begun
+        return Embedded(vectors, batch.tokens, seconds, self._turns.tokens_per_second)
 
     async def describe(self, _: CallContext = NOBODY) -> ModelCard:
         """Return the model's card; the ingress tokenises and checks by it.

@@ -8,11 +8,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Embedded:
-    """A replica's answer: float32 vectors of shape (inputs, dimension), tokens, seconds in the engine."""
+    """A replica's answer: float32 vectors of shape (inputs, dimension), tokens, seconds in the engine.
+
+    `tokens_per_second` is what the replica's engine does at its best, 0 where that isn't known yet.
+    """
 
     vectors: np.ndarray
     tokens: int
     engine_seconds: float
+    tokens_per_second: float
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ other, and in short slices while there are calls that don't yield; those enter b
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
 from deployments.engine import Engine
 from deployments.engine.batch import TokenBatch
+from deployments.engine.speed import EngineSpeed
 
 # How long a call may have to wait for a slice, or for this many times what any step costs, however small:
 # 3 ms for all-MiniLM-L6-v2 on 2 cores, more for larger models. Shorter slices would be all cost.
@@ -20,26 +22,41 @@ SLICE_SECONDS = 0.01
 SLICE_STEPS = 2.0
 # Slices are never less than this share of their call.
 MAX_SLICES = 10
-# Bulk calls are whole again when nobody has waited for so long: slices cost an eighth of the throughput.
-CALM_SECONDS = 3.0
+# Bulk calls are whole again when nobody has come for so many times the longest pause of late: slices cost
+# an eighth of the throughput. Not before the one, since callers come in bursts, and surely after the other.
+CALM_PAUSES = 3.0
+MIN_CALM_SECONDS, MAX_CALM_SECONDS = 0.3, 3.0
+RECENT_PAUSES = 64
 RECENT_SLICES = 64
 
 
 class Turns:
     """An engine's `embed`, in turns. `width` bulk calls are in the engine at a time."""
 
-    def __init__(self, engine: Engine, width: int = 1) -> None:
+    def __init__(
+        self, engine: Engine, width: int = 1, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Take an engine; pipeline stages need a call each to be busy, which is what `width` is for."""
         self._engine = engine
+        self._clock = clock
         self._bulk = asyncio.Semaphore(width)
-        self._last_call = -CALM_SECONDS
+        self._last_call = float("-inf")
+        self._pauses: deque[float] = deque(maxlen=RECENT_PAUSES)  # between calls that don't yield
         self._rates: deque[float] = deque(maxlen=RECENT_SLICES)
         self._step_seconds = float("inf")  # the shortest call so far
+        self._speed = EngineSpeed()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """How fast the engine is at large calls; 0 until measured."""
+        return self._speed.best
 
     async def embed(self, batch: TokenBatch, bulk: bool) -> np.ndarray:
         """Return what the engine's `embed` does."""
         if not bulk:
-            self._last_call = time.monotonic()
+            now = self._clock()
+            self._pauses.append(now - self._last_call)
+            self._last_call = now
             return (await self._timed(batch))[0]
         rows, begin = [], 0
         async with self._bulk:
@@ -57,14 +74,21 @@ class Turns:
     async def _timed(self, batch: TokenBatch) -> tuple[np.ndarray, float]:
         begun = time.perf_counter()
         vectors = await self._engine.embed(batch)
-        seconds = time.perf_counter() - begun
-        self._step_seconds = min(self._step_seconds, seconds)
-        return vectors, seconds
+        ended = time.perf_counter()
+        self._step_seconds = min(self._step_seconds, ended - begun)
+        self._speed.record(batch.tokens, begun, ended)
+        return vectors, ended - begun
+
+    def _is_calm(self) -> bool:
+        """Whether nobody is likely to come while a bulk call is in the engine."""
+        if not self._pauses:
+            return True
+        enough = min(max(CALM_PAUSES * max(self._pauses), MIN_CALM_SECONDS), MAX_CALM_SECONDS)
+        return self._clock() > self._last_call + enough
 
     def _slice_end(self, batch: TokenBatch, begin: int) -> int:
         """Return the first input of a batch that isn't in the slice that begins there."""
-        calm = time.monotonic() > self._last_call + CALM_SECONDS
-        if calm or not self._rates:
+        if self._is_calm() or not self._rates:
             return len(batch)
         # The fastest of the last slices met nobody in the engine.
         seconds = max(SLICE_SECONDS, SLICE_STEPS * self._step_seconds)

@@ -42,7 +42,6 @@ CALLS_PER_REPLICA = 2
 # long enough that the hop there and back doesn't count.
 PART_SECONDS = 0.1
 FIRST_PART_TOKENS = 4096
-MIN_ENGINE_SECONDS = 1e-6
 MIN_PART_TOKENS = 512
 MAX_PART_TOKENS = 16_384
 # A call that takes this many times as long as the slowest of the last ones has met a replica that hangs.
@@ -81,7 +80,7 @@ class Calls:
         self._meter = DrainMeter()
         self._flying = dict.fromkeys(Lane, 0)
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_CALLS)
-        self._speeds: deque[float] = deque(maxlen=RECENT_CALLS)  # the fastest calls met nobody in the engine
+        self._speeds: deque[float] = deque(maxlen=RECENT_CALLS)
         self._part_tokens = FIRST_PART_TOKENS
         self._sender = uuid.uuid4().hex
         self._numbers = itertools.count()
@@ -221,7 +220,7 @@ class Calls:
                     embedded = answer.result()
                     seconds = time.perf_counter() - begun
                     self._recent.append((seconds, part.tokens))
-                    self._learn(part.tokens / max(embedded.engine_seconds, MIN_ENGINE_SECONDS))
+                    self._learn(embedded.tokens_per_second)
                     self._observe("call", seconds)
                     self._observe("engine", embedded.engine_seconds)
                     return embedded.vectors
@@ -236,7 +235,9 @@ class Calls:
                 router.forget(call_id, answered)
 
     def _learn(self, speed: float) -> None:
-        """Size parts by the engine's speed in tokens per second, as the last calls have shown it."""
+        """Size parts by the engine's speed in tokens per second, as the replicas know it."""
+        if not speed:
+            return
         self._speeds.append(speed)
         # Not the drain rate: that takes large calls to be known, and includes the way there and back.
         tokens = int(max(self._speeds) * PART_SECONDS)

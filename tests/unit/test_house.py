@@ -20,7 +20,7 @@ LAYERS = [
     ["deployments.config.worker", "deployments.config.model_files", "deployments.keys"],
     ["deployments.config.load", "deployments.config.plan"],
     ["deployments.config.manifest", "deployments.engine.batch", "deployments.engine.cores"],
-    ["deployments.engine.tokenizer", "deployments.engine.cl100k"],
+    ["deployments.engine.tokenizer", "deployments.engine.cl100k", "deployments.engine.speed"],
     ["deployments.engine"],
     ["deployments.engine.fake", "deployments.engine.turns", "deployments.engine.vllm"],
     ["deployments.api.encoding", "deployments.api.envelope", "deployments.api.fields"],

@@ -7,7 +7,7 @@ import numpy as np
 from deployments.config.worker import FakeEngineArgs
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import FakeEngine, fake_vectors
-from deployments.engine.turns import MAX_SLICES, Turns
+from deployments.engine.turns import MAX_CALM_SECONDS, MAX_SLICES, MIN_CALM_SECONDS, RECENT_PAUSES, Turns
 
 BULK = TokenBatch.of([[n % 256, n // 256, *[7] * (n % 30)] for n in range(400)])
 ONE = TokenBatch.of([[1, 2, 3]])
@@ -55,6 +55,29 @@ async def test_who_waits_goes_between_two_slices() -> None:
     slices = [batch for batch in engine.batches[2:] if len(batch) > 1]
     assert 3 < len(slices) <= 3 * (MAX_SLICES + 1)
     assert sum(map(len, slices)) == 3 * len(BULK)
+
+
+async def test_bulk_calls_are_whole_again_soon_after_many_who_came_quickly() -> None:
+    """But not so soon after one who comes seldom, who would else always wait for a whole one."""
+    now = 100.0
+    engine = RecordingEngine()
+    turns = Turns(engine, clock=lambda: now)
+    await turns.embed(BULK, bulk=True)
+
+    async def slices_after(pause: float, callers: int, wait: float) -> int:
+        nonlocal now
+        for _ in range(callers):
+            now += pause
+            await turns.embed(ONE, bulk=False)
+        now += wait
+        begun = len(engine.batches)
+        await turns.embed(BULK, bulk=True)
+        return len(engine.batches) - begun
+
+    assert await slices_after(0.02, RECENT_PAUSES + 1, MIN_CALM_SECONDS / 2) > 1
+    assert await slices_after(0.02, RECENT_PAUSES + 1, MIN_CALM_SECONDS * 1.1) == 1
+    assert await slices_after(1.0, 1, 2.0) > 1
+    assert await slices_after(1.0, 1, MAX_CALM_SECONDS * 1.1) == 1
 
 
 async def test_slices_are_longer_where_every_step_costs_much() -> None:
