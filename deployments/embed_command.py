@@ -2,15 +2,12 @@
 
 import argparse
 import contextlib
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from deployments.errors import EmbeddingError, JobError
-
-# Ray runs replicas at 15: on their machine a job's own work shouldn't go before theirs.
-NICENESS = 19
+from deployments.priority import in_background
 
 DESCRIPTION = """\
 Embed a column of Parquet, Arrow, CSV or JSON lines (a file, or a folder of them) into .parquet, .npy or
@@ -76,7 +73,7 @@ def _run(parsed: argparse.Namespace) -> int:
     from deployments.client import EmbeddingClient
     from deployments.connection import How, join
 
-    os.nice(NICENESS)
+    in_background()  # a part of the job's work is on the replicas' machine
     join(parsed.address)
     how = How(
         dimensions=parsed.dimensions,

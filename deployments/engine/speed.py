@@ -13,8 +13,8 @@ MIN_SECONDS = 1e-6
 class EngineSpeed:
     """Tokens per second of the steps that the engine is best at.
 
-    A small step has many seconds for each token, and says nothing about a large one. So steps are kept apart by
-    size, and it doesn't matter what was asked for lately: lone texts, or the slices of bulk work.
+    A small step has many seconds for each token, and says nothing about a large one. So steps are kept apart
+    by size, and it doesn't matter what was asked for lately: lone texts, or the slices of bulk work.
     """
 
     def __init__(self) -> None:

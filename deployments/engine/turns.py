@@ -8,7 +8,8 @@ other, and in short slices while there are calls that don't yield; those enter b
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -33,9 +34,7 @@ RECENT_SLICES = 64
 class Turns:
     """An engine's `embed`, in turns. `width` bulk calls are in the engine at a time."""
 
-    def __init__(
-        self, engine: Engine, width: int = 1, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, engine: Engine, width: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
         """Take an engine; pipeline stages need a call each to be busy, which is what `width` is for."""
         self._engine = engine
         self._clock = clock
@@ -43,6 +42,7 @@ class Turns:
         self._last_call = float("-inf")
         self._pauses: deque[float] = deque(maxlen=RECENT_PAUSES)  # between calls that don't yield
         self._rates: deque[float] = deque(maxlen=RECENT_SLICES)
+        self._pressing: set[asyncio.Future[None]] = set()  # calls in the engine that don't yield
         self._step_seconds = float("inf")  # the shortest call so far
         self._speed = EngineSpeed()
 
@@ -57,14 +57,28 @@ class Turns:
             now = self._clock()
             self._pauses.append(now - self._last_call)
             self._last_call = now
-            return (await self._timed(batch))[0]
+            with self._press():
+                return (await self._timed(batch))[0]
         rows, begin = [], 0
         async with self._bulk:
             while begin < len(batch):
+                if self._pressing:  # a slice that enters with them would make their step longer
+                    await asyncio.wait(self._pressing.copy())
                 end = self._slice_end(batch, begin)
                 rows.append(await self._embed_slice(batch[begin:end]))
                 begin = end
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+    @contextmanager
+    def _press(self) -> Iterator[None]:
+        """Keep the next slice out of the engine; not the one after it, however many come."""
+        done = asyncio.get_running_loop().create_future()
+        self._pressing.add(done)
+        try:
+            yield
+        finally:
+            self._pressing.discard(done)
+            done.set_result(None)
 
     async def _embed_slice(self, batch: TokenBatch) -> np.ndarray:
         vectors, seconds = await self._timed(batch)

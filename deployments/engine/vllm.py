@@ -27,6 +27,7 @@ from deployments.engine.cores import CoreClaim, sharers
 from deployments.engine.tokenizer import read_tokenizer
 from deployments.errors import EngineDeadError, EngineError, EngineStartError
 from deployments.metrics import vllm_text
+from deployments.priority import behind_requests
 
 # Floating-point formats that the CPU computes in natively; bfloat16 halves the time there.
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -136,8 +137,12 @@ class VllmEngine:
             self._started.set()
 
     def _bind(self, cores: Sequence[int]) -> None:
-        """Keep this thread, and so all that torch starts from it, on its own cores."""
+        """Keep this thread, and so all that torch starts from it, on its own cores.
+
+        There it lets others go first: a step takes milliseconds, and what brings the next one a fraction.
+        """
         os.sched_setaffinity(0, cores)
+        behind_requests()
         each = self._plan.cores_per_rank
         os.environ["OMP_NUM_THREADS"] = str(each)
         ranks = [cores[start : start + each] for start in range(0, len(cores), each)]

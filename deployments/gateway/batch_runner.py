@@ -16,6 +16,7 @@ from deployments.gateway.serving import Serving
 from deployments.gateway.usage import Counts
 from deployments.gateway.workers import Workers
 from deployments.metrics import Metrics
+from deployments.priority import in_background
 
 
 class BatchRunner:
@@ -25,6 +26,7 @@ class BatchRunner:
         self, handles: Mapping[str, DeploymentHandle[Any]], place: BatchPlace, admission: Admission
     ) -> None:
         """Run nothing until `reconfigure` names the workers. Raises ConfigError."""
+        in_background()
         access = admission.access()
         # No body is read here: what the lines hold was bounded when their file came.
         self._serving = Serving(Catalog({}), Metrics(), 0, access.rates if access else None)

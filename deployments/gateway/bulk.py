@@ -4,10 +4,14 @@ What only time mends is tried again, and what is wrong with a line is that line'
 """
 
 import asyncio
+import functools
 import random
+import weakref
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from deployments.api import openai
+from deployments.api.request import EmbeddingRequest
 from deployments.batches.store import owner_of
 from deployments.errors import (
     DeadlineExceededError,
@@ -16,7 +20,9 @@ from deployments.errors import (
     NonFiniteEmbeddingError,
     RateLimitError,
 )
+from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.serving import Client, Serving
+from deployments.gateway.window import Window
 from deployments.gateway.work import Lane
 from deployments.keys import Key
 from deployments.metrics import NO_MODEL, SUCCESS
@@ -25,6 +31,10 @@ from deployments.metrics import NO_MODEL, SUCCESS
 CALL_SECONDS = 600.0
 # A queue that is full has room again soon; not all who wait should ask at the same moment.
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 1.5
+# So much of an owner's is under way, as a multiple of what flies: if a block's lines all started at once,
+# tokenising them would take a core for a third of a second.
+WINDOW_FLIGHTS = 2
+CHARACTERS_PER_TOKEN = 4
 # A model that fails on an input will mostly do so again.
 MAX_FAILURES = 3
 
@@ -35,6 +45,7 @@ class Bulk:
     def __init__(self, serving: Serving) -> None:
         """Share what requests share."""
         self._serving = serving
+        self._windows: WeakKeyDictionary[Dispatch, dict[str, Window]] = WeakKeyDictionary()
 
     async def embed(self, fields: dict[str, Any], key: Key | None) -> tuple[bytes, int]:
         """Return the answer and its tokens. Raises the EmbeddingError that can't be waited out."""
@@ -62,12 +73,13 @@ class Bulk:
         client = Client(key, owner_of(key), Lane.BULK)
         failures = 0
         while True:
-            deadline = asyncio.get_running_loop().time() + CALL_SECONDS
             pause = random.uniform(MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS)  # noqa: S311 - no secret
             try:
                 # Found anew each time: meanwhile the model may have changed, or gone.
                 served = self._serving.find_for(key, wanted.model, wanted.tags)
-                return await self._serving.answer(wanted, served, client, deadline)
+                async with self._window(served.dispatch, client.caller).room(_tokens(wanted)):
+                    deadline = asyncio.get_running_loop().time() + CALL_SECONDS
+                    return await self._serving.answer(wanted, served, client, deadline)
             except RateLimitError as error:
                 pause += error.retry_after or 0.0
             except (ModelUnavailableError, DeadlineExceededError):
@@ -79,3 +91,19 @@ class Bulk:
                 if error.status < EmbeddingError.status or failures >= MAX_FAILURES:
                     raise
             await asyncio.sleep(pause)
+
+    def _window(self, dispatch: Dispatch, owner: str) -> Window:
+        """Return an owner's window to a worker; each owner has one, so that they still take turns."""
+        bound = functools.partial(_bound, weakref.ref(dispatch))
+        return self._windows.setdefault(dispatch, {}).setdefault(owner, Window(bound))
+
+
+def _bound(dispatch: "weakref.ref[Dispatch]") -> int:
+    """Return how many tokens a window lets in."""
+    there = dispatch()
+    return WINDOW_FLIGHTS * there.flying_tokens if there is not None else 0
+
+
+def _tokens(wanted: EmbeddingRequest) -> int:
+    """Return about how many tokens a request has."""
+    return sum(map(len, wanted.texts)) // CHARACTERS_PER_TOKEN + sum(map(len, wanted.token_ids))

@@ -16,7 +16,7 @@ ROOT = Path(deployments.__file__).parent
 
 # A module imports only what stands below it: those of a later line may import those of an earlier one.
 LAYERS = [
-    ["deployments.errors", "deployments.metrics", "deployments.front"],
+    ["deployments.errors", "deployments.metrics", "deployments.front", "deployments.priority"],
     ["deployments.config.worker", "deployments.config.model_files", "deployments.keys"],
     ["deployments.config.load", "deployments.config.plan"],
     ["deployments.config.manifest", "deployments.engine.batch", "deployments.engine.cores"],
