@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from deployments.gateway.batches import BatchAccess
 from deployments.gateway.bulk import Bulk
 from deployments.gateway.ingress import make_app
 from deployments.gateway.rates import LocalRates
+from deployments.gateway.serving import Serving
 from deployments.keys import Key, KeyRing, Keys, hash_of
 from tests.app.conftest import LocalHandle, expected, make_serving
 
@@ -199,6 +201,35 @@ async def test_what_only_time_mends_is_waited_for(
     batch = await run(client, line(1, {"model": "a", "input": "z"}))
     (error,) = await read(client, batch.error_file_id)
     assert (error["response"]["status_code"], error["error"]["code"]) == (500, "internal_error")
+
+
+async def test_an_owners_lines_start_as_there_is_room_for_them(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another owner's have room of their own."""
+    monkeypatch.setattr(bulk, "WINDOW_FLIGHTS", 0)  # one at a time: something is always let in
+    inside: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    together = 0
+    answer = Serving.answer
+
+    async def counted(self: Serving, wanted: Any, served: Any, client: Any, deadline: float) -> Any:
+        nonlocal together
+        inside[client.caller] += 1
+        most[client.caller] = max(most[client.caller], inside[client.caller])
+        together = max(together, inside.total())
+        await asyncio.sleep(0.001)
+        try:
+            return await answer(self, wanted, served, client, deadline)
+        finally:
+            inside[client.caller] -= 1
+
+    monkeypatch.setattr(Serving, "answer", counted)
+    content = b"".join(line(number, {"model": "a", "input": f"text {number}"}) for number in range(30))
+    batches = await asyncio.gather(*(run(application.client(name), content) for name in ("all", "some")))
+    assert [batch.request_counts.completed for batch in batches] == [30, 30]
+    assert sorted(most.values()) == [1, 1]
+    assert together == 2
 
 
 FORM = {"content-type": "multipart/form-data; boundary=b"}

@@ -80,6 +80,35 @@ async def test_bulk_calls_are_whole_again_soon_after_many_who_came_quickly() -> 
     assert await slices_after(1.0, 1, MAX_CALM_SECONDS * 1.1) == 1
 
 
+async def test_no_slice_enters_the_engine_with_a_call_that_doesnt_yield() -> None:
+    """Their step would last as long as both."""
+    engine = RecordingEngine(call_seconds=0.01)
+    turns = Turns(engine)
+    call = asyncio.ensure_future(turns.embed(ONE, bulk=False))
+    await asyncio.sleep(0)
+    bulk = asyncio.ensure_future(turns.embed(BULK, bulk=True))
+    await call
+    assert engine.batches == [ONE]
+    assert np.array_equal(await bulk, fake_vectors(BULK, 64))
+
+
+async def test_bulk_work_gets_on_however_many_come() -> None:
+    """There is always a call in the engine that doesn't yield, and mostly two."""
+    turns = Turns(RecordingEngine(call_seconds=0.001))
+    done = asyncio.Event()
+
+    async def come() -> None:
+        while not done.is_set():
+            await turns.embed(ONE, bulk=False)
+
+    callers = [asyncio.ensure_future(come()) for _ in range(2)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(20):
+        assert np.array_equal(await turns.embed(BULK, bulk=True), fake_vectors(BULK, 64))
+    done.set()
+    await asyncio.gather(*callers)
+
+
 async def test_slices_are_longer_where_every_step_costs_much() -> None:
     """They grow to a few times what the shortest call took, rather than be all cost."""
     engine = RecordingEngine(call_seconds=0.1)

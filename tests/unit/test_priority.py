@@ -1,0 +1,46 @@
+"""What goes first where there are fewer cores than threads that want one."""
+
+import os
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from deployments.priority import ENGINE_STEPS, LEAST_NICENESS, behind_requests, in_background
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setscheduler"), reason="Linux alone has these")
+
+
+def seen_from(lower: Callable[[], None]) -> list[tuple[int, int]]:
+    """Lower a thread; return policy and niceness of it and of one that it starts."""
+    seen: list[tuple[int, int]] = []
+
+    def look() -> None:
+        thread = threading.get_native_id()
+        seen.append((os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread)))
+
+    def run() -> None:
+        lower()
+        look()
+        child = threading.Thread(target=look)
+        child.start()
+        child.join()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return seen
+
+
+def test_an_engines_threads_come_behind_requests() -> None:
+    """Those that it starts too, which compute; the thread that asks for it alone."""
+    here = os.getpriority(os.PRIO_PROCESS, 0)
+    lowered = min(here + ENGINE_STEPS, LEAST_NICENESS)
+    assert seen_from(behind_requests) == [(os.SCHED_OTHER, lowered)] * 2
+    assert os.getpriority(os.PRIO_PROCESS, 0) == here
+
+
+def test_bulk_work_has_what_others_leave() -> None:
+    """All of its threads, and no others."""
+    assert [policy for policy, _ in seen_from(in_background)] == [os.SCHED_IDLE] * 2
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
