@@ -44,3 +44,15 @@ def test_bulk_work_has_what_others_leave() -> None:
     """All of its threads, and no others."""
     assert [policy for policy, _ in seen_from(in_background)] == [os.SCHED_IDLE] * 2
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+@pytest.mark.parametrize("lower", [behind_requests, in_background])
+def test_a_sandbox_may_refuse_it(lower: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then all run as they did."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    assert seen_from(lower) == [(os.SCHED_OTHER, os.getpriority(os.PRIO_PROCESS, 0))] * 2
