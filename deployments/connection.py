@@ -38,7 +38,7 @@ from deployments.gateway.catalog import Catalog, Served
 from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.meter import RetryBudget
 from deployments.gateway.prepare import prepare
-from deployments.gateway.window import Window
+from deployments.gateway.window import TOKENS_PER_CHARACTER, Window
 from deployments.gateway.work import Lane
 from deployments.metrics import Metrics
 
@@ -48,8 +48,6 @@ CHUNK_FLIGHTS = 2
 WINDOW_CHUNKS = 3
 # Short texts: more would be a long time on one thread.
 MAX_CHUNK_TEXTS = 4096
-# Until texts have been tokenised: English has some four characters a token.
-FIRST_TOKENS_PER_CHARACTER = 0.25
 # How much the last chunk counts in the running ratio.
 RATIO_SHARE = 0.3
 FIRST_PAUSE_SECONDS = 0.1
@@ -109,7 +107,7 @@ class Connection:
         self.catalog = Catalog({})
         self.update(worker)
         self._window = Window(lambda: WINDOW_CHUNKS * self._chunk_tokens)
-        self._tokens_per_character = FIRST_TOKENS_PER_CHARACTER
+        self._tokens_per_character = TOKENS_PER_CHARACTER  # until some have been tokenised
 
     def update(self, worker: Worker) -> None:
         """Take over the worker file as it is now."""

@@ -4,11 +4,8 @@ What only time mends is tried again, and what is wrong with a line is that line'
 """
 
 import asyncio
-import functools
 import random
-import weakref
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from deployments.api import openai
 from deployments.api.request import EmbeddingRequest
@@ -20,9 +17,8 @@ from deployments.errors import (
     NonFiniteEmbeddingError,
     RateLimitError,
 )
-from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.serving import Client, Serving
-from deployments.gateway.window import Window
+from deployments.gateway.window import TOKENS_PER_CHARACTER, Window
 from deployments.gateway.work import Lane
 from deployments.keys import Key
 from deployments.metrics import NO_MODEL, SUCCESS
@@ -34,7 +30,6 @@ MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 1.5
 # So much of an owner's is under way, as a multiple of what flies: if a block's lines all started at once,
 # tokenising them would take a core for a third of a second.
 WINDOW_FLIGHTS = 2
-CHARACTERS_PER_TOKEN = 4
 # A model that fails on an input will mostly do so again.
 MAX_FAILURES = 3
 
@@ -45,7 +40,7 @@ class Bulk:
     def __init__(self, serving: Serving) -> None:
         """Share what requests share."""
         self._serving = serving
-        self._windows: WeakKeyDictionary[Dispatch, dict[str, Window]] = WeakKeyDictionary()
+        self._windows: dict[tuple[str, str], Window] = {}  # by worker and owner
 
     async def embed(self, fields: dict[str, Any], key: Key | None) -> tuple[bytes, int]:
         """Return the answer and its tokens. Raises the EmbeddingError that can't be waited out."""
@@ -77,7 +72,8 @@ class Bulk:
             try:
                 # Found anew each time: meanwhile the model may have changed, or gone.
                 served = self._serving.find_for(key, wanted.model, wanted.tags)
-                async with self._window(served.dispatch, client.caller).room(_tokens(wanted)):
+                window = self._window(served.dispatch.worker.name, client.caller)
+                async with window.room(_estimate(wanted)):
                     deadline = asyncio.get_running_loop().time() + CALL_SECONDS
                     return await self._serving.answer(wanted, served, client, deadline)
             except RateLimitError as error:
@@ -92,18 +88,19 @@ class Bulk:
                     raise
             await asyncio.sleep(pause)
 
-    def _window(self, dispatch: Dispatch, owner: str) -> Window:
+    def _window(self, worker: str, owner: str) -> Window:
         """Return an owner's window to a worker; each owner has one, so that they still take turns."""
-        bound = functools.partial(_bound, weakref.ref(dispatch))
-        return self._windows.setdefault(dispatch, {}).setdefault(owner, Window(bound))
+        if (worker, owner) not in self._windows:
+            self._windows[worker, owner] = Window(lambda: WINDOW_FLIGHTS * self._flying_tokens(worker))
+        return self._windows[worker, owner]
+
+    def _flying_tokens(self, worker: str) -> int:
+        """Return how many tokens fly to a worker at a time; none once it has gone."""
+        dispatch = self._serving.catalog.dispatches.get(worker)
+        return dispatch.flying_tokens if dispatch is not None else 0
 
 
-def _bound(dispatch: "weakref.ref[Dispatch]") -> int:
-    """Return how many tokens a window lets in."""
-    there = dispatch()
-    return WINDOW_FLIGHTS * there.flying_tokens if there is not None else 0
-
-
-def _tokens(wanted: EmbeddingRequest) -> int:
+def _estimate(wanted: EmbeddingRequest) -> int:
     """Return about how many tokens a request has."""
-    return sum(map(len, wanted.texts)) // CHARACTERS_PER_TOKEN + sum(map(len, wanted.token_ids))
+    characters = sum(map(len, wanted.texts))
+    return int(characters * TOKENS_PER_CHARACTER) + sum(map(len, wanted.token_ids))

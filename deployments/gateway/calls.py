@@ -80,7 +80,7 @@ class Calls:
         self._meter = DrainMeter()
         self._flying = dict.fromkeys(Lane, 0)
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_CALLS)
-        self._speeds: deque[float] = deque(maxlen=RECENT_CALLS)
+        self._speeds: deque[float] = deque(maxlen=RECENT_CALLS)  # of the replicas that answered
         self._part_tokens = FIRST_PART_TOKENS
         self._sender = uuid.uuid4().hex
         self._numbers = itertools.count()

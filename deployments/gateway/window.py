@@ -5,6 +5,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+# How much room texts take before they have been tokenised: English has some four characters a token.
+TOKENS_PER_CHARACTER = 0.25
+
 
 class Window:
     """Lets work in as long as there is room for it, in the order in which it came."""

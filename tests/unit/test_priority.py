@@ -8,8 +8,6 @@ import pytest
 
 from deployments.priority import ENGINE_STEPS, LEAST_NICENESS, behind_requests, in_background
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setscheduler"), reason="Linux alone has these")
-
 
 def seen_from(lower: Callable[[], None]) -> list[tuple[int, int]]:
     """Lower a thread; return policy and niceness of it and of one that it starts."""
