@@ -31,6 +31,9 @@ MIN_KV_CACHE_BYTES = 256 * 2**20
 MAX_ONGOING_REQUESTS = 1024
 BLOCK_SIZE = 32  # tokens; the size that vLLM's CPU attention is fastest with
 SPARE_BLOCKS = 4
+# How long OpenMP's threads spin for their next piece of work. That covers the pauses between a model's
+# operations; between steps they leave the cores to the rest of the server.
+OPENMP_SPIN = "100us"
 
 
 def cores_here() -> int:
@@ -313,9 +316,8 @@ def _ray_actor_options(
     if device == "gpu":
         options["num_gpus"] = bundles[0].get("GPU", 0.0) if bundles else 1.0
     elif preload := intel_openmp():
-        # Only an environment that exists before the process does can preload a library. Threads that
-        # sleep 1 ms after their last piece of work leave the cores to the rest of the server.
-        environment = {"LD_PRELOAD": preload, "KMP_BLOCKTIME": "1", "OMP_NUM_THREADS": str(cores)}
+        # Only an environment that exists before the process does can preload a library.
+        environment = {"LD_PRELOAD": preload, "KMP_BLOCKTIME": OPENMP_SPIN, "OMP_NUM_THREADS": str(cores)}
         options["runtime_env"] = {"env_vars": environment}
     if not bundles:
         options["resources"] = dict(wanted.resources)
