@@ -17,7 +17,7 @@ from deployments.config.plan import WorkerPlan
 from deployments.engine import VERSION, ModelCard, make_engine
 from deployments.engine.batch import NOBODY, CallContext, Embedded, TokenBatch
 from deployments.engine.cl100k import read_cl100k
-from deployments.engine.turns import Turns
+from deployments.engine.turns import ANSWER_SECONDS, Turns
 from deployments.errors import (
     EmbeddingError,
     EngineDeadError,
@@ -53,7 +53,8 @@ class Replica:
         self._answered = 0  # calls, so that a health check can tell a busy engine from one that hangs
         await self._await_probes()
         self._engine = make_engine(plan, ray_cpus())
-        self._turns = Turns(self._engine, plan.worker.generator.pipeline_parallel_size)
+        stages = plan.worker.generator.pipeline_parallel_size
+        self._turns = Turns(self._engine, stages, ANSWER_SECONDS if plan.device == "cpu" else 0.0)
         try:
             card = await asyncio.to_thread(self._engine.start)
             cl100k = await asyncio.to_thread(read_cl100k) if plan.worker.reads_cl100k else ()

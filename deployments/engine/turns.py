@@ -21,6 +21,9 @@ from deployments.engine.speed import EngineSpeed
 # 3 ms for all-MiniLM-L6-v2 on 2 cores, more for larger models. Shorter slices would be all cost.
 SLICE_SECONDS = 0.01
 SLICE_STEPS = 2.0
+# Where the engine computes on the cores that the rest of the server runs on: how long a slice lets an answer
+# go its way to whoever waits for it, who may well have the next one.
+ANSWER_SECONDS = 0.006
 # Slices are never less than this share of their call.
 MAX_SLICES = 10
 # Bulk calls are whole again when nobody has come for so many times the longest pause of late: slices cost
@@ -34,15 +37,25 @@ RECENT_SLICES = 64
 class Turns:
     """An engine's `embed`, in turns. `width` bulk calls are in the engine at a time."""
 
-    def __init__(self, engine: Engine, width: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
-        """Take an engine; pipeline stages need a call each to be busy, which is what `width` is for."""
+    def __init__(
+        self,
+        engine: Engine,
+        width: int = 1,
+        answer_seconds: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take an engine; pipeline stages need a call each to be busy, which is what `width` is for.
+
+        No slice begins within `answer_seconds` of the end of a call that doesn't yield.
+        """
         self._engine = engine
+        self._answer_seconds = answer_seconds
         self._clock = clock
         self._bulk = asyncio.Semaphore(width)
         self._last_call = float("-inf")
         self._pauses: deque[float] = deque(maxlen=RECENT_PAUSES)  # between calls that don't yield
         self._rates: deque[float] = deque(maxlen=RECENT_SLICES)
-        self._pressing: set[asyncio.Future[None]] = set()  # calls in the engine that don't yield
+        self._pressing: set[asyncio.Future[None]] = set()  # calls that don't yield, until they are answered
         self._step_seconds = float("inf")  # the shortest call so far
         self._speed = EngineSpeed()
 
@@ -72,13 +85,18 @@ class Turns:
     @contextmanager
     def _press(self) -> Iterator[None]:
         """Keep the next slice out of the engine; not the one after it, however many come."""
-        done = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
         self._pressing.add(done)
+
+        def let_go() -> None:
+            self._pressing.discard(done)
+            done.set_result(None)
+
         try:
             yield
         finally:
-            self._pressing.discard(done)
-            done.set_result(None)
+            loop.call_later(self._answer_seconds, let_go)
 
     async def _embed_slice(self, batch: TokenBatch) -> np.ndarray:
         vectors, seconds = await self._timed(batch)

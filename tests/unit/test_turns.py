@@ -92,9 +92,19 @@ async def test_no_slice_enters_the_engine_with_a_call_that_doesnt_yield() -> Non
     assert np.array_equal(await bulk, fake_vectors(BULK, 64))
 
 
+async def test_no_slice_begins_while_an_answer_is_on_its_way() -> None:
+    """It would take the cores that the answer needs."""
+    engine = RecordingEngine()
+    turns = Turns(engine, answer_seconds=0.05)
+    await turns.embed(ONE, bulk=False)
+    answered = asyncio.get_running_loop().time()
+    await turns.embed(ONE, bulk=True)
+    assert asyncio.get_running_loop().time() >= answered + 0.05
+
+
 async def test_bulk_work_gets_on_however_many_come() -> None:
     """There is always a call in the engine that doesn't yield, and mostly two."""
-    turns = Turns(RecordingEngine(call_seconds=0.001))
+    turns = Turns(RecordingEngine(call_seconds=0.001), answer_seconds=0.001)
     done = asyncio.Event()
 
     async def come() -> None:
