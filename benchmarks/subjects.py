@@ -12,7 +12,7 @@ from typing import Any
 import deployments
 from benchmarks.workloads import DIMENSION, MAX_MODEL_LEN, MODEL, model_folder
 from deployments.config.load import load_workers
-from deployments.config.plan import OPENMP_SPIN, Machine, WorkerPlan, cores_here, intel_openmp, make_plans
+from deployments.config.plan import Machine, WorkerPlan, cores_here, make_plans, openmp_environment
 from deployments.engine.vllm import cpu_dtype
 
 BUNDLED = Path(deployments.__file__).parent / "workers" / f"{MODEL}.toml"
@@ -146,13 +146,10 @@ def engine_environment(subject: Subject) -> dict[str, str]:
     }
     if subject.gpus:
         return environment
-    environment |= {
-        "KMP_BLOCKTIME": OPENMP_SPIN,
+    return environment | {
         "OMP_NUM_THREADS": str(cores_here()),
         # Measured against `nobind`, with and without the worker in the engine's process: 1.4 times the single
         # texts per second of the next best.
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        **openmp_environment(cores_here()),
     }
-    if library := intel_openmp():
-        environment["LD_PRELOAD"] = library
-    return environment

@@ -315,9 +315,7 @@ def _ray_actor_options(
     options: dict[str, Any] = {"num_cpus": cores}
     if device == "gpu":
         options["num_gpus"] = bundles[0].get("GPU", 0.0) if bundles else 1.0
-    elif preload := intel_openmp():
-        # Only an environment that exists before the process does can preload a library.
-        environment = {"LD_PRELOAD": preload, "KMP_BLOCKTIME": OPENMP_SPIN, "OMP_NUM_THREADS": str(cores)}
+    elif environment := openmp_environment(cores):
         options["runtime_env"] = {"env_vars": environment}
     if not bundles:
         options["resources"] = dict(wanted.resources)
@@ -326,10 +324,15 @@ def _ray_actor_options(
     return options
 
 
-def intel_openmp() -> str | None:
-    """Return the path of `libiomp5.so`, which vLLM's CPU wheels bring along; None where it isn't."""
+def openmp_environment(threads: int) -> dict[str, str]:
+    """Return what makes a process compute with Intel's OpenMP, which vLLM's CPU wheels bring along.
+
+    Only an environment that exists before the process does can preload a library. Empty where it isn't.
+    """
     library = Path(sys.prefix, "lib", "libiomp5.so")
-    return str(library) if library.is_file() else None
+    if not library.is_file():
+        return {}
+    return {"LD_PRELOAD": str(library), "KMP_BLOCKTIME": OPENMP_SPIN, "OMP_NUM_THREADS": str(threads)}
 
 
 def _engine_args(worker: Worker, device: Device, files: ModelFiles | None) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Turns:
         rows, begin = [], 0
         async with self._bulk:
             while begin < len(batch):
-                if self._pressing:  # a slice that enters with them would make their step longer
+                if self._pressing:  # a slice would make their step longer, or their answers late
                     await asyncio.wait(self._pressing.copy())
                 end = self._slice_end(batch, begin)
                 rows.append(await self._embed_slice(batch[begin:end]))
