@@ -75,6 +75,9 @@ class Metrics:
         self.tokens = counter("tokens", "Tokens of successful requests", "worker")
         self.call_inputs = histogram("call_inputs", "Inputs of one call to a replica", INPUTS, "worker")
         self.call_tokens = histogram("call_tokens", "Tokens of one call to a replica", TOKENS, "worker")
+        self.local_calls = counter(
+            "local_calls", "Calls to a replica on the same node, over its own socket", "worker"
+        )
         self.joined = counter("joined_parts", "Parts that left together with others", "worker")
         self.split = counter("split_parts", "Parts that requests were split into", "worker")
         self.shared = counter(

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import ray
 
 from deployments.config.plan import WorkerPlan
-from deployments.engine import VERSION, ModelCard, make_engine
+from deployments.engine import ADDRESS, VERSION, ModelCard, make_engine
 from deployments.engine.batch import NOBODY, CallContext, Embedded, TokenBatch
 from deployments.engine.cl100k import read_cl100k
 from deployments.engine.turns import ANSWER_SECONDS, Turns
@@ -26,6 +27,7 @@ from deployments.errors import (
     ModelChangedError,
     NonFiniteEmbeddingError,
 )
+from deployments.local_calls import LocalServer
 from deployments.scaling import ReplicaLoad
 
 logger = logging.getLogger("ray.serve")
@@ -50,6 +52,7 @@ class Replica:
         """Start the engine, warm it up, embed the canary. Raises EngineStartError with one line."""
         self._plan = plan
         self._load = ReplicaLoad()
+        self._server = LocalServer(self.embed)  # for callers on this node; others come by Serve's handle
         self._answered = 0  # calls, so that a health check can tell a busy engine from one that hangs
         await self._await_probes()
         self._engine = make_engine(plan, ray_cpus())
@@ -63,6 +66,7 @@ class Replica:
             self._canary = TokenBatch.of([[self._card.vocab_size - token for token in tokens]])
             await self._embed(TokenBatch.of([self._canary.ids.tolist()] * WARM_UP_INPUTS))
             self._canary_vector = (await self._embed(self._canary)).vectors[0]
+            await self._server.start()
         except EmbeddingError as error:
             # Serve shows the last line of a replica's failure: it has to say all.
             raise EngineStartError(f"worker {plan.name}: {error.message}") from None
@@ -104,8 +108,11 @@ class Replica:
         return self._card
 
     def record_replica_metadata(self) -> dict[str, Any]:
-        """Tell the routers which version this is. Ray Serve asks once, when the replica is ready."""
-        return {VERSION: self._plan.engine_version}
+        """Tell the routers which version this is and where its node may call it.
+
+        Ray Serve asks once, when the replica is ready.
+        """
+        return {VERSION: self._plan.engine_version, ADDRESS: self._server.address}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Tell Ray Serve's controller of the load, for `TokenPolicy`."""
@@ -133,8 +140,23 @@ class Replica:
         if float(vector @ self._canary_vector) < CANARY_MIN_COSINE * norms:
             raise EngineError("the canary embeds to another vector than at the start")
 
-    def __del__(self) -> None:
-        """Stop the engine and its processes when Serve lets go of the replica."""
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """Stop the engine and its processes when Serve lets go of the replica.
+
+        Serve has waited for the calls that it knows of. Those that came without it remain: it awaits what
+        this returns.
+        """
+        server = getattr(self, "_server", None)
+        if server is not None and server.is_busy:
+            return self._drain()
+        self._stop()
+        return None
+
+    async def _drain(self) -> None:
+        await self._server.drain()
+        self._stop()
+
+    def _stop(self) -> None:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             engine.stop()

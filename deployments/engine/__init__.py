@@ -9,8 +9,8 @@ from deployments.config.plan import WorkerPlan
 from deployments.config.worker import FakeEngineArgs
 from deployments.engine.batch import TokenBatch
 
-# The key under which a replica tells the routers its version.
-VERSION = "version"
+# The keys under which a replica tells the routers its version, and where it can be called on its own node.
+VERSION, ADDRESS = "version", "address"
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from deployments.gateway.lanes import Lanes
 from deployments.gateway.meter import DrainMeter, RetryBudget
 from deployments.gateway.router import CallId, TokenRouter
 from deployments.gateway.work import MAX_CALL_INPUTS, Input, Lane, Outstanding, Part
+from deployments.local_calls import LocalClient
 from deployments.metrics import Metrics
 
 # Serve takes a moment to notice a death; asking again at once meets the same replica.
@@ -76,6 +77,7 @@ class Calls:
         self._budget = budget
         self._metrics = metrics
         self._settle = settle
+        self._local = LocalClient()
         self._lanes = Lanes()
         self._meter = DrainMeter()
         self._flying = dict.fromkeys(Lane, 0)
@@ -212,7 +214,7 @@ class Calls:
         call_id: CallId = call.sender, call.number
         batch = TokenBatch.join([each.ids for each in part.inputs])
         begun = time.perf_counter()
-        answer = asyncio.ensure_future(_result(self._embed.remote(batch, call)))
+        answer = self._begin(batch, call, call_id)
         try:
             while True:
                 await asyncio.wait({answer}, timeout=self._share(part))
@@ -228,11 +230,25 @@ class Calls:
                 if router is not None and router.suspect(call_id):
                     self._metrics.cuts.labels(self.worker.name).inc()
                     raise EngineDeadError("the replica hangs")
+        except EngineDeadError:
+            if answer.done() and (router := TokenRouter.of(self.worker.name)) is not None:
+                router.suspect(call_id)  # Serve takes a while to notice that it is gone
+            raise
         finally:
             answered = answer.done() and not answer.cancelled() and answer.exception() is None
             answer.cancel()
             if (router := TokenRouter.of(self.worker.name)) is not None:
                 router.forget(call_id, answered)
+
+    def _begin(self, batch: TokenBatch, call: CallContext, call_id: CallId) -> "asyncio.Future[Embedded]":
+        """Send a call: to a replica on this node over its own socket, else by Serve's handle."""
+        router = TokenRouter.of(self.worker.name)
+        best = router.best_address(call.version) if router is not None else None
+        if router is None or best is None or not self._local.reaches(best[1]):
+            return asyncio.ensure_future(_result(self._embed.remote(batch, call)))
+        router.take(best[0], batch.tokens, call_id)
+        self._metrics.local_calls.labels(self.worker.name).inc()
+        return self._local.call(best[1], batch, call)
 
     def _learn(self, speed: float) -> None:
         """Size parts by the engine's speed in tokens per second, as the replicas know it."""

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import ray
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from deployments.engine import VERSION
+from deployments.engine import ADDRESS, VERSION
 from deployments.engine.batch import NOBODY, CallContext, TokenBatch
 
 # How long a replica that hung is chosen last. After that one call finds out whether it is back.
@@ -55,9 +55,9 @@ class TokenRouter(RequestRouter):
     def initialize_state(self, **_: Any) -> None:
         """Ray Serve's constructor for subclasses."""
         self._outstanding: dict[ReplicaID, int] = {}
-        self._calls: dict[str, _Call] = {}
+        self._calls: dict[str | CallId, _Call] = {}
         self._places: dict[CallId, ReplicaID] = {}
-        self._by_call_id: dict[CallId, str] = {}
+        self._by_call_id: dict[CallId, str | CallId] = {}
         self._versions: dict[ReplicaID, str] = {}
         self._seen: list[str] = []
         self._suspects: dict[ReplicaID, _Suspicion] = {}
@@ -105,6 +105,18 @@ class TokenRouter(RequestRouter):
             self._take(ranked[0].replica_id, pending_request)
         return [[replica] for replica in ranked]
 
+    def best_address(self, version: str) -> tuple[ReplicaID, str] | None:
+        """Return the replica that a call would go to and its address, if that can be called on this node."""
+        best = min(self.curr_replicas.values(), key=lambda each: self._cost(each, version), default=None)
+        if best is None or best.node_id != self._node_id:
+            return None
+        address = best.replica_metadata.get(ADDRESS)
+        return (best.replica_id, address) if address else None
+
+    def take(self, replica: ReplicaID, tokens: int, call_id: CallId) -> None:
+        """Count the tokens of a call that goes to the replica without Serve."""
+        self._count(call_id, _Call(replica, tokens, call_id))
+
     def _cost(self, replica: RunningReplica, version: str) -> tuple[bool, bool, int, bool]:
         identity = replica.replica_id
         other = bool(version) and self._versions.get(identity, version) != version
@@ -118,15 +130,17 @@ class TokenRouter(RequestRouter):
         self._release(request.metadata.internal_request_id)
         context = _context(request.args)
         call_id = (context.sender, context.number) if context.sender else None
-        call = _Call(replica, _tokens(request.args), call_id)
-        self._calls[request.metadata.internal_request_id] = call
-        if call.call_id is not None:
-            self._by_call_id[call.call_id] = request.metadata.internal_request_id
-            self._places[call.call_id] = replica
-        self._outstanding[replica] = self._outstanding.get(replica, 0) + call.tokens
+        self._count(request.metadata.internal_request_id, _Call(replica, _tokens(request.args), call_id))
 
-    def _release(self, internal_request_id: str) -> None:
-        call = self._calls.pop(internal_request_id, None)
+    def _count(self, key: str | CallId, call: _Call) -> None:
+        self._calls[key] = call
+        if call.call_id is not None:
+            self._by_call_id[call.call_id] = key
+            self._places[call.call_id] = call.replica
+        self._outstanding[call.replica] = self._outstanding.get(call.replica, 0) + call.tokens
+
+    def _release(self, key: str | CallId) -> None:
+        call = self._calls.pop(key, None)
         if call is None:
             return
         if call.replica in self._outstanding:
@@ -146,8 +160,8 @@ class TokenRouter(RequestRouter):
 
     def forget(self, call_id: CallId, answered: bool) -> None:
         """The call has ended; a replica that answered is no suspect any more."""
-        if (internal_request_id := self._by_call_id.get(call_id)) is not None:
-            self._release(internal_request_id)  # Serve tells nothing of a call that was never sent
+        if (key := self._by_call_id.get(call_id)) is not None:
+            self._release(key)  # Serve tells nothing of a call that was never sent
         place = self._places.pop(call_id, None)
         if answered and place is not None:
             self._suspects.pop(place, None)

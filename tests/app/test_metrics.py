@@ -20,6 +20,7 @@ FAMILIES = {
     "embedding_call_inputs": "histogram",
     "embedding_call_tokens": "histogram",
     "embedding_batch_lines": "counter",
+    "embedding_local_calls": "counter",
     "embedding_joined_parts": "counter",
     "embedding_split_parts": "counter",
     "embedding_shared_inputs": "counter",

@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 COUNTED = {
     "embedding_requests_total",
     "embedding_inputs_total",
+    "embedding_local_calls_total",
+    "embedding_call_inputs_count",
     "embedding_replicas",
     "embedding_replica_states",
     "embedding_retries_total",
@@ -106,6 +108,10 @@ def test_metrics_agree_with_what_was_sent(server: Server) -> None:
     after = counts(f"{server.url}/metrics")
     assert after["embedding_requests_total a"] - before.get("embedding_requests_total a", 0) == 200
     assert after["embedding_inputs_total a"] - before.get("embedding_inputs_total a", 0) == 400
+    # All but what was sent while the connections were made.
+    local = after["embedding_local_calls_total a"] - before.get("embedding_local_calls_total a", 0)
+    calls = after["embedding_call_inputs_count a"] - before.get("embedding_call_inputs_count a", 0)
+    assert calls / 2 < local <= calls
     assert after["embedding_replicas a"] == after["embedding_replica_states a running"] == 2
     own = counts(f"http://127.0.0.1:{server.metrics_port}/metrics")
     assert own["embedding_inputs_total a"] == after["embedding_inputs_total a"]

@@ -31,7 +31,7 @@ LAYERS = [
     ["deployments.batches.store", "deployments.batches.plan"],
     ["deployments.batches.job"],
     ["deployments.batches.runner"],
-    ["deployments.scaling"],
+    ["deployments.scaling", "deployments.local_calls"],
     [
         "deployments.replica",
         "deployments.gateway.router",

@@ -1,0 +1,251 @@
+"""Calls between two processes of one machine, over a socket of their own.
+
+arguments → frame → Unix socket → the answering coroutine → frame → result or error
+
+Ray Serve's handle brings a call to any replica on any node, and takes a millisecond each way for it on busy
+cores, through gRPC's threads or Ray's. A call that stays on the machine needs none of them.
+"""
+
+import asyncio
+import functools
+import itertools
+import logging
+import os
+import pickle
+import socket
+import struct
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+from deployments.errors import EmbeddingError, EngineDeadError
+
+logger = logging.getLogger("ray.serve")
+
+# Number of the call, bytes of the body that follows. A request without a body takes the call back.
+_HEAD = struct.Struct("<QQ")
+_PEER = struct.Struct("3i")  # pid, uid, gid, as the kernel knows them
+
+
+class _Frames(asyncio.BufferedProtocol):
+    """Cuts what arrives into frames, without a copy: the body is read into the buffer that it ends up in."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.WriteTransport | None = None
+        self._number: int | None = None  # of the frame whose body is being read
+        self._view, self._filled = memoryview(bytearray(_HEAD.size)), 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Refuse other users: frames are pickles, which run what they are told to."""
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's isn't a subclass
+        if _peer_uid(transport.get_extra_info("socket")) != os.getuid():
+            self._transport.abort()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Return where the next bytes belong."""
+        return self._view[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Count bytes that have come; a full buffer is a head or a body."""
+        self._filled += nbytes
+        if self._filled < len(self._view):
+            return
+        if self._number is not None:
+            number, body = self._number, self._view
+            self._begin_head()
+            self.received(number, body)
+            return
+        number, size = _HEAD.unpack(self._view)
+        if size:
+            self._number, self._view, self._filled = number, memoryview(bytearray(size)), 0
+        else:
+            self._begin_head()
+            self.received(number, self._view[:0])
+
+    def received(self, number: int, body: memoryview) -> None:
+        """Take one frame."""
+        raise NotImplementedError
+
+    def send(self, number: int, body: bytes) -> None:
+        """Write one frame, unless the other side has gone."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.writelines((_HEAD.pack(number, len(body)), body))
+
+    def _begin_head(self) -> None:
+        self._number = None
+        self._view, self._filled = memoryview(bytearray(_HEAD.size)), 0
+
+
+# --- the side that answers ------------------------------------------------------------------------------
+
+
+class LocalServer:
+    """Answers calls with a coroutine function, on a socket that only this user's processes may use."""
+
+    def __init__(self, answer: Callable[..., Awaitable[Any]]) -> None:
+        """Listen on nothing yet."""
+        self._answer = answer
+        self._server: asyncio.Server | None = None
+        self._running: set[asyncio.Task[None]] = set()
+        self.address = ""
+
+    async def start(self) -> None:
+        """Listen at `address`, which stays empty where there is no such socket, as outside of Linux."""
+        # In the abstract namespace: no file that a killed process would leave behind.
+        address = f"embedding-cluster-{uuid.uuid4().hex}"
+        make = functools.partial(_Answers, self._answer, self._running)
+        try:
+            self._server = await asyncio.get_running_loop().create_unix_server(make, _path(address))
+        except (OSError, ValueError) as error:
+            logger.warning("calls on this node go the way of all others: %s", error)
+            return
+        self.address = address
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is under way."""
+        return bool(self._running)
+
+    async def drain(self) -> None:
+        """Wait until every call has been answered; those that come meanwhile too."""
+        while self._running:
+            await asyncio.wait(self._running.copy())
+
+
+class _Answers(_Frames):
+    """One caller's connection, as the answering side sees it."""
+
+    def __init__(self, answer: Callable[..., Awaitable[Any]], running: set[asyncio.Task[None]]) -> None:
+        super().__init__()
+        self._answer = answer
+        self._running = running
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+
+    def received(self, number: int, body: memoryview) -> None:
+        """Begin a call, or take one back."""
+        if not body:
+            if (begun := self._tasks.get(number)) is not None:
+                begun.cancel()
+            return
+        task = asyncio.get_running_loop().create_task(self._call(number, body))
+        self._tasks[number] = task
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        task.add_done_callback(lambda _: self._tasks.pop(number, None))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nobody waits for these calls any more."""
+        for task in self._tasks.values():
+            task.cancel()
+
+    async def _call(self, number: int, body: memoryview) -> None:
+        try:
+            result: Any = await self._answer(*pickle.loads(body))  # noqa: S301 - of this user's own process
+        except Exception as error:
+            result = error
+        try:
+            body_back = pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
+        except Exception:  # whatever it is, somebody waits for an answer
+            body_back = pickle.dumps(EmbeddingError("internal error"), pickle.HIGHEST_PROTOCOL)
+            logger.exception("an answer can't be pickled")
+        self.send(number, body_back)
+
+
+# --- the side that asks ---------------------------------------------------------------------------------
+
+
+class LocalClient:
+    """Calls to the servers of one machine, by address. Lives on one event loop."""
+
+    def __init__(self) -> None:
+        """Connect to nothing yet."""
+        self._connections: dict[str, _Calls] = {}
+        self._connecting: dict[str, asyncio.Task[None]] = {}
+
+    def reaches(self, address: str) -> bool:
+        """Whether a call can be made now. Where not, a connection is begun for later ones."""
+        if address in self._connections:
+            return True
+        if address not in self._connecting:
+            task = asyncio.get_running_loop().create_task(self._connect(address))
+            self._connecting[address] = task
+            task.add_done_callback(lambda _: self._connecting.pop(address, None))
+        return False
+
+    def call(self, address: str, *arguments: Any) -> "asyncio.Future[Any]":
+        """Call a server that is reached. Cancelling the future takes the call back.
+
+        The future raises what the other side raised, and EngineDeadError where it went away.
+        """
+        return self._connections[address].call(arguments)
+
+    async def _connect(self, address: str) -> None:
+        loop = asyncio.get_running_loop()
+        # uvloop connects to no abstract address by itself.
+        connection = socket.socket(socket.AF_UNIX)
+        connection.setblocking(False)
+        try:
+            await loop.sock_connect(connection, _path(address))
+            _, calls = await loop.create_unix_connection(_Calls, sock=connection)
+        except OSError:
+            connection.close()  # the replica has gone; whoever names its address will notice
+            return
+        if not calls.is_lost:
+            self._connections[address] = calls
+            calls.when_lost = lambda: self._connections.pop(address, None)
+
+
+class _Calls(_Frames):
+    """One connection, as the asking side sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers = itertools.count()
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self.is_lost = False
+        self.when_lost: Callable[[], object] = lambda: None
+
+    def call(self, arguments: tuple[Any, ...]) -> "asyncio.Future[Any]":
+        """Send a call."""
+        number = next(self._numbers)
+        future = self._waiting[number] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda _: self._end(number))
+        self.send(number, pickle.dumps(arguments, pickle.HIGHEST_PROTOCOL))
+        return future
+
+    def received(self, number: int, body: memoryview) -> None:
+        """Hand a result to whoever waits for it."""
+        future = self._waiting.pop(number, None)
+        if future is None or future.done():
+            return
+        try:
+            result = pickle.loads(body)  # noqa: S301 - of this user's own process
+        except Exception as error:
+            result = error
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fail what is under way."""
+        self.is_lost = True
+        self.when_lost()
+        for future in list(self._waiting.values()):
+            if not future.done():
+                future.set_exception(EngineDeadError("the replica is gone"))
+
+    def _end(self, number: int) -> None:
+        """A future is done; if it still waited for an answer, it was cancelled."""
+        if self._waiting.pop(number, None) is not None:
+            self.send(number, b"")
+
+
+def _path(address: str) -> str:
+    return "\0" + address
+
+
+def _peer_uid(connection: Any) -> int:
+    """Return the user whose process is at the other end."""
+    _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return int(uid)
