@@ -58,7 +58,10 @@ async def test_who_waits_goes_between_two_slices() -> None:
 
 
 async def test_bulk_calls_are_whole_again_soon_after_many_who_came_quickly() -> None:
-    """But not so soon after one who comes seldom, who would else always wait for a whole one."""
+    """But not so soon after one who comes seldom, who would else always wait for a whole one.
+
+    A single long pause is no habit: it is where the work of a while began.
+    """
     now = 100.0
     engine = RecordingEngine()
     turns = Turns(engine, clock=lambda: now)
@@ -76,6 +79,7 @@ async def test_bulk_calls_are_whole_again_soon_after_many_who_came_quickly() -> 
 
     assert await slices_after(0.02, RECENT_PAUSES + 1, MIN_CALM_SECONDS / 2) > 1
     assert await slices_after(0.02, RECENT_PAUSES + 1, MIN_CALM_SECONDS * 1.1) == 1
+    assert await slices_after(10.0, 1, 2.0) == 1
     assert await slices_after(1.0, 1, 2.0) > 1
     assert await slices_after(1.0, 1, MAX_CALM_SECONDS * 1.1) == 1
 
