@@ -4,6 +4,7 @@ Serve's own counts requests, and a request may be two tokens or two hundred thou
 every process that holds a handle; it knows the tokens that this process has sent.
 """
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -55,6 +56,7 @@ class TokenRouter(RequestRouter):
     def initialize_state(self, **_: Any) -> None:
         """Ray Serve's constructor for subclasses."""
         self._outstanding: dict[ReplicaID, int] = {}
+        self._lock = threading.Lock()  # of the counts: Serve's loop may be another thread than the calls'
         self._calls: dict[str | CallId, _Call] = {}
         self._places: dict[CallId, ReplicaID] = {}
         self._by_call_id: dict[CallId, str | CallId] = {}
@@ -107,7 +109,8 @@ class TokenRouter(RequestRouter):
 
     def best_address(self, version: str) -> tuple[ReplicaID, str] | None:
         """Return the replica that a call would go to and its address, if that can be called on this node."""
-        best = min(self.curr_replicas.values(), key=lambda each: self._cost(each, version), default=None)
+        replicas = list(self.curr_replicas.values())  # a copy: Serve's loop may be another thread
+        best = min(replicas, key=lambda each: self._cost(each, version), default=None)
         if best is None or best.node_id != self._node_id:
             return None
         address = best.replica_metadata.get(ADDRESS)
@@ -133,20 +136,22 @@ class TokenRouter(RequestRouter):
         self._count(request.metadata.internal_request_id, _Call(replica, _tokens(request.args), call_id))
 
     def _count(self, key: str | CallId, call: _Call) -> None:
-        self._calls[key] = call
-        if call.call_id is not None:
-            self._by_call_id[call.call_id] = key
-            self._places[call.call_id] = call.replica
-        self._outstanding[call.replica] = self._outstanding.get(call.replica, 0) + call.tokens
+        with self._lock:
+            self._calls[key] = call
+            if call.call_id is not None:
+                self._by_call_id[call.call_id] = key
+                self._places[call.call_id] = call.replica
+            self._outstanding[call.replica] = self._outstanding.get(call.replica, 0) + call.tokens
 
     def _release(self, key: str | CallId) -> None:
-        call = self._calls.pop(key, None)
-        if call is None:
-            return
-        if call.replica in self._outstanding:
-            self._outstanding[call.replica] -= call.tokens
-        if call.call_id is not None:
-            self._by_call_id.pop(call.call_id, None)
+        with self._lock:
+            call = self._calls.pop(key, None)
+            if call is None:
+                return
+            if call.replica in self._outstanding:
+                self._outstanding[call.replica] -= call.tokens
+            if call.call_id is not None:
+                self._by_call_id.pop(call.call_id, None)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """A replica has taken the call, perhaps not the one that was ranked first."""
@@ -171,7 +176,8 @@ class TokenRouter(RequestRouter):
         super().update_replicas(replicas)
         alive = {replica.replica_id for replica in replicas}
         self._suspects = {i: suspicion for i, suspicion in self._suspects.items() if i in alive}
-        self._outstanding = {i: tokens for i, tokens in self._outstanding.items() if i in alive}
+        with self._lock:
+            self._outstanding = {i: tokens for i, tokens in self._outstanding.items() if i in alive}
         self._versions = {r.replica_id: r.replica_metadata.get(VERSION, "") for r in replicas}
         for version in self._versions.values():
             if version not in self._seen:
