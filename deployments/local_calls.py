@@ -15,6 +15,7 @@ import pickle
 import socket
 import struct
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -27,13 +28,16 @@ _HEAD = struct.Struct("<QQ")
 _PEER = struct.Struct("3i")  # pid, uid, gid, as the kernel knows them
 
 
-class _Frames(asyncio.BufferedProtocol):
+class _Frames(asyncio.BufferedProtocol, ABC):
     """Cuts what arrives into frames, without a copy: the body is read into the buffer that it ends up in."""
+
+    _number: int | None  # of the frame whose body is being read; None while it is a head
+    _view: memoryview
+    _filled: int
 
     def __init__(self) -> None:
         self._transport: asyncio.WriteTransport | None = None
-        self._number: int | None = None  # of the frame whose body is being read
-        self._view, self._filled = memoryview(bytearray(_HEAD.size)), 0
+        self._expect(None, _HEAD.size)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Refuse other users: frames are pickles, which run what they are told to."""
@@ -50,30 +54,27 @@ class _Frames(asyncio.BufferedProtocol):
         self._filled += nbytes
         if self._filled < len(self._view):
             return
-        if self._number is not None:
-            number, body = self._number, self._view
-            self._begin_head()
-            self.received(number, body)
-            return
-        number, size = _HEAD.unpack(self._view)
-        if size:
-            self._number, self._view, self._filled = number, memoryview(bytearray(size)), 0
-        else:
-            self._begin_head()
-            self.received(number, self._view[:0])
+        number, body = self._number, self._view
+        if number is None:
+            number, size = _HEAD.unpack(body)
+            if size:
+                self._expect(number, size)
+                return
+            body = body[:0]
+        self._expect(None, _HEAD.size)
+        self.received(number, body)
 
+    @abstractmethod
     def received(self, number: int, body: memoryview) -> None:
         """Take one frame."""
-        raise NotImplementedError
 
     def send(self, number: int, body: bytes) -> None:
         """Write one frame, unless the other side has gone."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.writelines((_HEAD.pack(number, len(body)), body))
 
-    def _begin_head(self) -> None:
-        self._number = None
-        self._view, self._filled = memoryview(bytearray(_HEAD.size)), 0
+    def _expect(self, number: int | None, size: int) -> None:
+        self._number, self._view, self._filled = number, memoryview(bytearray(size)), 0
 
 
 # --- the side that answers ------------------------------------------------------------------------------
