@@ -28,6 +28,7 @@ from deployments.errors import (
     ContextLengthError,
     DeadlineExceededError,
     EmbeddingError,
+    FatalInputError,
     InvalidRequestError,
     ModelNotFoundError,
     ModelUnavailableError,
@@ -179,12 +180,16 @@ class Connection:
         except EmbeddingError as error:
             if len(texts) == 1:
                 return Attempt(np.empty((0, 0), np.float32), {0: _bare(error)})
-        middle = len(texts) // 2
-        halves = [
-            await self._narrow_down(half, served, how, caller) for half in (texts[:middle], texts[middle:])
-        ]
-        second = {middle + row: error for row, error in halves[1].errors.items()}
-        return _joined(halves, halves[0].errors | second)
+            # Each try of a text that ends engines costs two of them.
+            size = 1 if isinstance(error, FatalInputError) else -(-len(texts) // 2)
+        pieces = [texts[begin : begin + size] for begin in range(0, len(texts), size)]
+        attempts = [await self._narrow_down(piece, served, how, caller) for piece in pieces]
+        errors = {
+            number * size + row: error
+            for number, attempt in enumerate(attempts)
+            for row, error in attempt.errors.items()
+        }
+        return _joined(attempts, errors)
 
     async def _patiently(self, texts: Sequence[str], served: Served, how: How, caller: str) -> Attempt:
         """Try a chunk for as long as its patience lasts: a full queue and a model that is away pass."""

@@ -175,10 +175,18 @@ class StorageUnavailableError(ModelUnavailableError):
 # --- ours to mend ------------------------------------------------------------------------------
 
 
-class NonFiniteEmbeddingError(EmbeddingError):
-    """The engine gave a vector with NaN or infinity in it. Not retried: the input would do it again."""
+class HarmfulInputError(EmbeddingError):
+    """The input itself is at fault. Not retried: it would do it again."""
+
+
+class NonFiniteEmbeddingError(HarmfulInputError):
+    """The engine gave a vector with NaN or infinity in it."""
 
     code = "non_finite_embedding"
+
+
+class FatalInputError(HarmfulInputError):
+    """Two engines ended while they had this input."""
 
 
 class EngineError(EmbeddingError):
@@ -191,6 +199,10 @@ class ModelChangedError(EmbeddingError):
 
 class EngineDeadError(EngineError):
     """The engine is gone; its replica has to be replaced."""
+
+
+class EngineCrashError(EngineDeadError):
+    """The engine ended, or hung, with this call in it: the call may be why."""
 
 
 class EngineStartError(EngineError):

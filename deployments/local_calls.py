@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
-from deployments.errors import EmbeddingError, EngineDeadError
+from deployments.errors import EmbeddingError, EngineCrashError
 
 logger = logging.getLogger("ray.serve")
 
@@ -176,7 +176,7 @@ class LocalClient:
     def call(self, address: str, *arguments: Any) -> "asyncio.Future[Any]":
         """Call a server that is reached. Cancelling the future takes the call back.
 
-        The future raises what the other side raised, and EngineDeadError where it went away.
+        The future raises what the other side raised, and EngineCrashError where it went away.
         """
         return self._connections[address].call(arguments)
 
@@ -234,7 +234,7 @@ class _Calls(_Frames):
         self.when_lost()
         for future in list(self._waiting.values()):
             if not future.done():
-                future.set_exception(EngineDeadError("the replica is gone"))
+                future.set_exception(EngineCrashError("the replica is gone"))
 
     def _end(self, number: int) -> None:
         """A future is done; if it still waited for an answer, it was cancelled."""

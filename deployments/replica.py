@@ -25,7 +25,6 @@ from deployments.errors import (
     EngineError,
     EngineStartError,
     ModelChangedError,
-    NonFiniteEmbeddingError,
 )
 from deployments.local_calls import LocalServer
 from deployments.scaling import ReplicaLoad
@@ -53,7 +52,6 @@ class Replica:
         self._plan = plan
         self._load = ReplicaLoad()
         self._server = LocalServer(self.embed)  # for callers on this node; others come by Serve's handle
-        self._answered = 0  # calls, so that a health check can tell a busy engine from one that hangs
         await self._await_probes()
         self._engine = make_engine(plan, ray_cpus())
         stages = plan.worker.generator.pipeline_parallel_size
@@ -64,7 +62,9 @@ class Replica:
             self._card = replace(card, cl100k=cl100k, version=plan.engine_version)
             tokens = range(1, min(CANARY_TOKENS, self._card.max_model_len) + 1)
             self._canary = TokenBatch.of([[self._card.vocab_size - token for token in tokens]])
-            await self._embed(TokenBatch.of([self._canary.ids.tolist()] * WARM_UP_INPUTS))
+            warm_up = await self._embed(TokenBatch.of([self._canary.ids.tolist()] * WARM_UP_INPUTS))
+            if warm_up.not_finite:
+                raise EngineStartError("the model gives vectors with NaN or infinity in them")
             self._canary_vector = (await self._embed(self._canary)).vectors[0]
             await self._server.start()
         except EmbeddingError as error:
@@ -74,11 +74,14 @@ class Replica:
     async def embed(self, batch: TokenBatch, call: CallContext = NOBODY) -> Embedded:
         """Return float32 vectors of shape (len(batch), dimension), checked, in order.
 
-        Raises ModelChangedError where the ids were made for another version, NonFiniteEmbeddingError,
-        EngineError, or EngineDeadError, after which this replica ends and Serve puts another in its place.
+        Raises ModelChangedError where the ids were made for another version, EngineError, or EngineDeadError,
+        after which this replica ends and Serve puts another in its place.
         """
         if call.version and call.version != self._plan.engine_version:
             raise ModelChangedError("the model has changed")
+        if batch.tokens and not 0 <= batch.ids.min() <= batch.ids.max() < self._card.vocab_size:
+            # Whoever asks by a handle of their own has no gateway that checks; and it would end the engine.
+            raise EngineError(f"a token id is beyond the vocabulary of {self._card.vocab_size}")
         tokens = 0
         self._load.begin(call)
         try:
@@ -95,10 +98,9 @@ class Replica:
         except EngineDeadError as error:
             self._end(error)
             raise
-        self._prove(batch, vectors)
-        self._answered += 1
+        not_finite = self._prove(batch, vectors)
         seconds = time.perf_counter() - begun
-        return Embedded(vectors, batch.tokens, seconds, self._turns.tokens_per_second)
+        return Embedded(vectors, batch.tokens, seconds, self._turns.tokens_per_second, not_finite)
 
     async def describe(self, _: CallContext = NOBODY) -> ModelCard:
         """Return the model's card; the ingress tokenises and checks by it.
@@ -128,16 +130,16 @@ class Replica:
 
     async def check_health(self) -> None:
         """Ray Serve's health check: the canary embeds in time, to the vector that it had at first."""
-        begun = self._answered
+        begun = self._engine.steps
         try:
             async with asyncio.timeout(CANARY_SECONDS):
                 vector = (await self._embed(self._canary)).vectors[0]
         except TimeoutError:
-            if self._answered > begun:  # busy, not ill: the canary waits in line like everybody
+            if self._engine.steps > begun:  # busy, not ill: the canary waits in line like everybody
                 return
             raise EngineError(f"the canary took longer than {CANARY_SECONDS:g} s") from None
         norms = np.linalg.norm(vector) * np.linalg.norm(self._canary_vector)
-        if float(vector @ self._canary_vector) < CANARY_MIN_COSINE * norms:
+        if not float(vector @ self._canary_vector) >= CANARY_MIN_COSINE * norms:  # NaN is less than nothing
             raise EngineError("the canary embeds to another vector than at the start")
 
     def __del__(self) -> Coroutine[Any, Any, None] | None:
@@ -169,12 +171,13 @@ class Replica:
                 logger.warning("%s: waiting for tcp_probes %s", self._plan.name, address)
                 await asyncio.sleep(PROBE_PAUSE_SECONDS)
 
-    def _prove(self, batch: TokenBatch, vectors: np.ndarray) -> None:
+    def _prove(self, batch: TokenBatch, vectors: np.ndarray) -> tuple[int, ...]:
+        """Return the indices of vectors that aren't finite. Raises EngineError for a wrong shape."""
         expected = (len(batch), self._card.dimension)
         if vectors.shape != expected:
             raise EngineError(f"the engine gave shape {vectors.shape} for {expected}")
-        if not np.isfinite(vectors).all():
-            raise NonFiniteEmbeddingError("the model gave a vector with NaN or infinity in it")
+        finite = np.isfinite(vectors)
+        return () if finite.all() else tuple(np.flatnonzero(~finite.all(axis=1)).tolist())
 
     def _end(self, error: EngineDeadError) -> None:
         logger.error("%s: %s; this replica ends", self._plan.name, error.message)

@@ -5,6 +5,9 @@ import json
 import shutil
 from pathlib import Path
 
+# In `make_qwen3_embedding`'s folder: a word whose weights are NaN, and one that the tokenizer alone knows.
+NAN_WORD, NAN_TOKEN = "zeppelin", 22116
+UNKNOWN_WORD = "<unknown>"
 PROMPT = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
 
 
@@ -29,7 +32,8 @@ def sre() -> Path:
 def make_qwen3_embedding(folder: Path) -> Path:
     """Write a random 4-layer Qwen3 in the file layout of Qwen3-Embedding, without a matryoshka flag.
 
-    A causal language model's architecture, last-token pooling, a normalise module, a query prompt.
+    A causal language model's architecture, last-token pooling, a normalise module, a query prompt; and what
+    broken checkpoints have.
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -46,9 +50,17 @@ def make_qwen3_embedding(folder: Path) -> Path:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    for file in ("tokenizer.json", "vocab.txt", "special_tokens_map.json"):
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[NAN_TOKEN] = torch.nan
+    model.save_pretrained(folder)
+    for file in ("vocab.txt", "special_tokens_map.json"):
         shutil.copy(minilm() / file, folder / file)
+    words = json.loads((minilm() / "tokenizer.json").read_text())
+    words["added_tokens"].append(
+        {**words["added_tokens"][-1], "id": config.vocab_size, "content": UNKNOWN_WORD, "special": False}
+    )
+    _write(folder / "tokenizer.json", words)
     tokenizer = json.loads((minilm() / "tokenizer_config.json").read_text())
     tokenizer["model_max_length"] = 2048
     _write(folder / "tokenizer_config.json", tokenizer)

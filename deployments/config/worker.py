@@ -52,6 +52,7 @@ class FakeEngineArgs(Table):
     """`[generator.engine_args]` of the stand-in engine; times in seconds. Another seed is another model.
 
     In `calls_folder` each engine keeps a file, named by its process, with a line for each call: its tokens.
+    An input with `nan_token` in it has no vector, and `fatal_token` ends the engine.
     """
 
     dimension: Count = 64
@@ -61,6 +62,8 @@ class FakeEngineArgs(Table):
     start_seconds: Annotated[float, Field(ge=0)] = 0.0
     start_error: str = ""
     calls_folder: str = ""
+    nan_token: int = -1
+    fatal_token: int = -1
 
 
 class Generator(Table):

@@ -33,7 +33,12 @@ class ModelCard:
 
 
 class Engine(Protocol):
-    """One model, loaded once. `start` comes first, `stop` last; `embed` may be called concurrently."""
+    """One model, loaded once. `start` comes first, `stop` last; `embed` may be called concurrently.
+
+    `steps` counts what the engine has computed, whoever asked for it: one that hangs makes none.
+    """
+
+    steps: int
 
     def start(self) -> ModelCard:
         """Load the model and return its card. Blocks; raises EngineStartError with one line."""
@@ -41,8 +46,9 @@ class Engine(Protocol):
     async def embed(self, batch: TokenBatch) -> np.ndarray:
         """Return float32 vectors of shape (len(batch), dimension), in the order of the batch.
 
-        Raises EngineError where this call failed, EngineDeadError where every later one will.
-        Cancelling the call frees its work.
+        A row that isn't finite is what the model gives for that input, whatever was embedded beside or before
+        it. Raises EngineError where this call failed, EngineDeadError where every later one will, and
+        EngineCrashError where this one may be the cause. Cancelling the call frees its work.
         """
 
     def check(self) -> None:

@@ -11,12 +11,14 @@ class Embedded:
     """A replica's answer: float32 vectors of shape (inputs, dimension), tokens, seconds in the engine.
 
     `tokens_per_second` is what the replica's engine does at its best, 0 where that isn't known yet.
+    `not_finite` holds the indices of vectors with NaN or infinity in them, which are nobody's answer.
     """
 
     vectors: np.ndarray
     tokens: int
     engine_seconds: float
     tokens_per_second: float
+    not_finite: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from deployments.config.worker import FakeEngineArgs
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
 from deployments.engine.tokenizer import byte_tokenizer
-from deployments.errors import EngineDeadError, EngineStartError
+from deployments.errors import EngineCrashError, EngineDeadError, EngineStartError
 
 VOCAB_SIZE = 256
 MAX_MODEL_LEN = 8192
@@ -41,6 +41,8 @@ class FakeEngine:
         self._max_model_len = max_model_len or MAX_MODEL_LEN
         self._device = asyncio.Lock()
         self._stopped = False
+        self._crashed = False
+        self.steps = 0
 
     def start(self) -> ModelCard:
         """Wait for the set time, as if weights were loaded; fail if told to."""
@@ -50,7 +52,7 @@ class FakeEngine:
         return ModelCard(byte_tokenizer(), self._arguments.dimension, self._max_model_len, VOCAB_SIZE)
 
     async def embed(self, batch: TokenBatch) -> np.ndarray:
-        """Return `fake_vectors` after the service time."""
+        """Return `fake_vectors` after the service time; NaN for an input with `nan_token` in it."""
         self.check()
         if self._arguments.calls_folder:
             self._record(batch)
@@ -58,16 +60,23 @@ class FakeEngine:
         if seconds:
             async with self._device:
                 await asyncio.sleep(seconds)
-        return fake_vectors(batch, self._arguments.dimension, self._arguments.seed)
+        if self._arguments.fatal_token in batch.ids:
+            self._crashed = True
+            raise EngineCrashError("the engine has ended: it met its fatal token")
+        vectors = fake_vectors(batch, self._arguments.dimension, self._arguments.seed)
+        if self._arguments.nan_token in batch.ids:
+            vectors[[self._arguments.nan_token in ids for ids in batch]] = np.nan
+        self.steps += 1
+        return vectors
 
     def _record(self, batch: TokenBatch) -> None:
         with Path(self._arguments.calls_folder, str(os.getpid())).open("a") as file:
             file.write(f"{batch.tokens}\n")
 
     def check(self) -> None:
-        """Raise once stopped."""
-        if self._stopped:
-            raise EngineDeadError("the engine was stopped")
+        """Raise once stopped, or at its end."""
+        if self._stopped or self._crashed:
+            raise EngineDeadError(f"the engine {'has ended' if self._crashed else 'was stopped'}")
 
     def metrics(self) -> bytes:
         """Return nothing: it counts nothing."""

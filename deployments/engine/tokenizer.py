@@ -1,5 +1,6 @@
 """Text → token ids, outside the engine: once per request, all texts in one call into Rust."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from deployments.config.model_files import ModelFiles
 from deployments.errors import EngineStartError, InvalidRequestError
+
+logger = logging.getLogger("ray.serve")
 
 
 class TextTokenizer:
@@ -75,6 +78,21 @@ def read_tokenizer(folder: str, files: ModelFiles | None) -> str:
             lowercase.append(tokenizer.normalizer)
         tokenizer.normalizer = normalizers.Sequence(lowercase)
     return str(tokenizer.to_str())
+
+
+def check_vocabulary(serialized: str, vocab_size: int) -> None:
+    """Hold a tokenizer against the model's table, which has a row for each of `vocab_size` ids.
+
+    Raises EngineStartError where every text has an id beyond it; warns where some may, which are refused.
+    """
+    tokenizer = Tokenizer.from_str(serialized)
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if last < vocab_size:
+        return
+    what = f"the tokenizer has ids up to {last}, and the model's embedding table {vocab_size} rows"
+    if max(tokenizer.encode("a").ids, default=0) >= vocab_size:
+        raise EngineStartError(f"{what}: no text can be embedded")
+    logger.warning("%s: texts with ids beyond it are refused", what)
 
 
 def byte_tokenizer() -> str:

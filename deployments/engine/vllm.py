@@ -12,6 +12,7 @@ import os
 import platform
 import queue
 import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +25,8 @@ from deployments.config.plan import WorkerPlan
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
 from deployments.engine.cores import CoreClaim, sharers
-from deployments.engine.tokenizer import read_tokenizer
-from deployments.errors import EngineDeadError, EngineError, EngineStartError
+from deployments.engine.tokenizer import check_vocabulary, read_tokenizer
+from deployments.errors import EngineCrashError, EngineDeadError, EngineError, EngineStartError
 from deployments.metrics import vllm_text
 from deployments.priority import behind_requests
 
@@ -35,12 +36,13 @@ BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 @dataclass(eq=False)
 class _Job:
-    """One call of `embed`: its requests, the rows that are there, and who waits for them."""
+    """One call of `embed`: its requests, the rows that are there and how many aren't, who waits for them."""
 
     inputs: list[list[int]]
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[np.ndarray]"
     rows: list[np.ndarray | None] = field(default_factory=list)
+    missing: int = 0
     pending: set[str] = field(default_factory=set)
 
     def settle(self, result: np.ndarray | None, error: BaseException | None) -> None:
@@ -70,6 +72,10 @@ class VllmEngine:
         self._ray_cpus = ray_cpus
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._running: dict[str, tuple[_Job, int]] = {}
+        self._doubtful: deque[tuple[_Job, int]] = deque()  # rows that weren't finite, to be tried once more
+        self._tried_again: str | None = None  # the request that is such a row's second try
+        self._is_tainted = False  # whether a KV cache may hold what isn't finite
+        self.steps = 0
         self._started = threading.Event()
         self._card: ModelCard | None = None
         self._failure: BaseException | None = None
@@ -128,7 +134,7 @@ class VllmEngine:
             self._serve(engine)
         except BaseException as failure:
             self._failure = failure
-            self._fail_all(EngineDeadError(f"the engine has ended: {_one_line(failure)}"))
+            self._fail_all(EngineCrashError(f"the engine has ended: {_one_line(failure)}"))
         finally:
             if engine is not None:
                 engine.engine_core.shutdown()
@@ -169,8 +175,10 @@ class VllmEngine:
         arguments["served_model_name"] = self._plan.name  # the label of its metrics
         engine = LLMEngine.from_engine_args(EngineArgs(model=folder, **arguments))
         config = engine.vllm_config.model_config
+        tokenizer = read_tokenizer(arguments.get("tokenizer") or folder, files)
+        check_vocabulary(tokenizer, int(config.get_vocab_size()))
         card = ModelCard(
-            tokenizer=read_tokenizer(arguments.get("tokenizer") or folder, files),
+            tokenizer=tokenizer,
             dimension=int(config.embedding_size),
             max_model_len=int(config.max_model_len),
             vocab_size=int(config.get_vocab_size()),
@@ -203,39 +211,74 @@ class VllmEngine:
 
         parameters = PoolingParams(task="embed")
         while True:
-            while not self._running or not self._jobs.empty():
-                job = self._jobs.get()
-                if job is None:
-                    self._fail_all(EngineDeadError("the engine was stopped"))
-                    return
-                self._add(engine, job, parameters)
+            if self._is_tainted or self._doubtful or self._tried_again is not None:
+                # Nobody new comes in until what runs has ended.
+                if not self._running:
+                    self._clean(engine, parameters)
+            else:
+                while not self._running or not self._jobs.empty():
+                    job = self._jobs.get()
+                    if job is None:
+                        self._fail_all(EngineDeadError("the engine was stopped"))
+                        return
+                    self._add(engine, job, parameters)
             self._drop_cancelled(engine)
-            for output in engine.step():
-                self._collect(output)
+            if self._running:
+                for output in engine.step():
+                    self._collect(output)
+                self.steps += 1
+
+    def _clean(self, engine: Any, parameters: Any) -> None:
+        """Take what isn't finite out of the caches, and try one of the rows that weren't once more, alone.
+
+        A KV cache keeps it, and zero times NaN is NaN: whoever gets those blocks next gives NaN too, however
+        good the input. Nothing may run meanwhile, since a long input's beginning lies in the cache.
+        """
+        self._tried_again = None
+        if self._is_tainted:
+            engine.collective_rpc(zero_caches)
+            engine.reset_prefix_cache()
+            self._is_tainted = False
+        while self._doubtful and self._tried_again is None:
+            job, row = self._doubtful.popleft()
+            if not job.future.cancelled():
+                self._tried_again = self._request(engine, job, row, parameters)
 
     def _add(self, engine: Any, job: _Job, parameters: Any) -> None:
         if job.future.cancelled():
             return
-        job.rows = [None] * len(job.inputs)
-        for row, ids in enumerate(job.inputs):
-            self._next_id += 1
-            request_id = str(self._next_id)
+        job.missing = len(job.inputs)
+        job.rows = [None] * job.missing
+        for row in range(len(job.inputs)):
             try:
-                prompt = {"type": "token", "prompt_token_ids": ids}
-                engine.add_request(request_id, prompt, parameters)
+                self._request(engine, job, row, parameters)
             except ValueError as error:  # vLLM's refusal of this one prompt
                 self._forget(engine, job)
                 job.settle(None, EngineError(f"vLLM refused an input: {_one_line(error)}"))
                 return
-            self._running[request_id] = (job, row)
-            job.pending.add(request_id)
+
+    def _request(self, engine: Any, job: _Job, row: int, parameters: Any) -> str:
+        self._next_id += 1
+        request_id = str(self._next_id)
+        prompt = {"type": "token", "prompt_token_ids": job.inputs[row]}
+        engine.add_request(request_id, prompt, parameters)
+        self._running[request_id] = (job, row)
+        job.pending.add(request_id)
+        return request_id
 
     def _collect(self, output: Any) -> None:
         job, row = self._running.pop(output.request_id)
         job.pending.discard(output.request_id)
         # The tensor may be a view into the batch's buffer, which the next step writes over.
-        job.rows[row] = np.array(output.outputs.data.numpy(), dtype=np.float32, copy=True)
-        if not job.pending:
+        vector = np.array(output.outputs.data.numpy(), dtype=np.float32, copy=True)
+        if not np.isfinite(vector).all():
+            self._is_tainted = True
+            if output.request_id != self._tried_again:
+                self._doubtful.append((job, row))
+                return
+        job.rows[row] = vector
+        job.missing -= 1
+        if not job.missing:
             try:
                 job.settle(np.stack(job.rows), None)  # type: ignore[arg-type]
             except ValueError:  # an aborted request comes back as an empty row
@@ -251,14 +294,24 @@ class VllmEngine:
             del self._running[request_id]
         job.pending.clear()
 
-    def _fail_all(self, error: EngineError) -> None:
-        jobs = {job for job, _ in self._running.values()}
+    def _fail_all(self, error: EngineDeadError) -> None:
+        """Fail the calls that were in the engine with the error, and those that waited with its reason."""
+        for job in {job for job, _ in (*self._running.values(), *self._doubtful)}:
+            job.settle(None, error)
+        self._running.clear()
         while not self._jobs.empty():
             if (waiting := self._jobs.get()) is not None:
-                jobs.add(waiting)
-        self._running.clear()
-        for job in jobs:
-            job.settle(None, error)
+                waiting.settle(None, EngineDeadError(error.message))
+
+
+def zero_caches(worker: Any) -> None:
+    """Fill a rank's KV caches with zeros; runs in that rank."""
+    import torch
+
+    with torch.inference_mode():  # as they were made
+        for cache in worker.model_runner.kv_caches:
+            for tensor in cache if isinstance(cache, list | tuple) else (cache,):
+                tensor.zero_()
 
 
 def require_vllm() -> None:

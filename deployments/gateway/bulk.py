@@ -13,8 +13,8 @@ from deployments.batches.store import owner_of
 from deployments.errors import (
     DeadlineExceededError,
     EmbeddingError,
+    HarmfulInputError,
     ModelUnavailableError,
-    NonFiniteEmbeddingError,
     RateLimitError,
 )
 from deployments.gateway.serving import Client, Serving
@@ -80,7 +80,7 @@ class Bulk:
                 pause += error.retry_after or 0.0
             except (ModelUnavailableError, DeadlineExceededError):
                 pass
-            except NonFiniteEmbeddingError:
+            except HarmfulInputError:
                 raise
             except EmbeddingError as error:
                 failures += 1

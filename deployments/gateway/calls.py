@@ -18,13 +18,21 @@ from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
-from ray.exceptions import ObjectLostError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config.worker import Worker
 from deployments.engine.batch import CallContext, Embedded, TokenBatch
-from deployments.errors import EmbeddingError, EngineDeadError, EngineError, ModelUnavailableError
+from deployments.errors import (
+    EmbeddingError,
+    EngineCrashError,
+    EngineDeadError,
+    EngineError,
+    FatalInputError,
+    ModelUnavailableError,
+    NonFiniteEmbeddingError,
+)
 from deployments.gateway.admission import RETRY_AFTER_SECONDS
 from deployments.gateway.broadcast import broadcast
 from deployments.gateway.lanes import Lanes
@@ -54,6 +62,11 @@ UNKNOWN_CUT_SECONDS = 15.0
 # A large answer lies on the node that made it, and is lost with it before it is fetched.
 RETRYABLE = (RayActorError, ObjectLostError, EngineDeadError, DeploymentUnavailableError)
 
+# What may have ended because of the call. One replica's death may be chance; two in a row with the same call
+# are its doing, and a third would die of it as well.
+CRASHES = (EngineCrashError, ActorDiedError)
+MAX_CRASHES = 2
+
 # Called with an input and its vector of shape (dimension,), or the error that it met.
 Settle = Callable[[Input, "np.ndarray | EmbeddingError"], None]
 
@@ -79,6 +92,8 @@ class Calls:
         self._settle = settle
         self._local = LocalClient()
         self._lanes = Lanes()
+        self._apart: dict[Lane, deque[Part]] = {lane: deque() for lane in Lane}
+        self._apart_flies = False
         self._meter = DrainMeter()
         self._flying = dict.fromkeys(Lane, 0)
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_CALLS)
@@ -101,7 +116,7 @@ class Calls:
     @property
     def queued_tokens(self) -> int:
         """Tokens that wait for a place in flight."""
-        return self._lanes.tokens
+        return self._lanes.tokens + sum(part.tokens for line in self._apart.values() for part in line)
 
     @property
     def is_bare(self) -> bool:
@@ -164,25 +179,43 @@ class Calls:
 
     def _pump(self) -> None:
         """Send parts as long as there are places in flight, the interactive ones first."""
-        loop = asyncio.get_running_loop()
+        if not self._apart_flies and (part := self._take_apart()) is not None:
+            self._apart_flies = True
+            self._fly(part)
         for lane in Lane:
             while self._flying[lane] < CALLS_PER_REPLICA * self.replicas:
                 part = self._lanes.take(lane, self.part_tokens)
                 if part is None:
                     break
-                self._flying[lane] += 1
-                part.large = self._is_large(part)
-                self._meter.begin(loop.time(), part.large, self.replicas)
-                # An empty context: Serve would take the calls of one request for one call.
-                part.task = loop.create_task(self._call(part), context=contextvars.Context())
-                part.task.add_done_callback(functools.partial(self._landed, part))
-                for each in part.inputs:
-                    each.part = part
+                self._fly(part)
+
+    def _take_apart(self) -> Part | None:
+        """Take the next part that may be at fault. One flies at a time: none shall end another's engine."""
+        for waiting in self._apart.values():
+            while waiting:
+                part = waiting.popleft()
+                part.drop_unwanted()
+                if part.inputs:
+                    return part
+        return None
+
+    def _fly(self, part: Part) -> None:
+        loop = asyncio.get_running_loop()
+        self._flying[part.lane] += 1
+        part.large = self._is_large(part)
+        self._meter.begin(loop.time(), part.large, self.replicas)
+        # An empty context: Serve would take the calls of one request for one call.
+        part.task = loop.create_task(self._call(part), context=contextvars.Context())
+        part.task.add_done_callback(functools.partial(self._landed, part))
+        for each in part.inputs:
+            each.part = part
 
     def _landed(self, part: Part, _: "asyncio.Task[None]") -> None:
         """Give the place in flight back, however the call ended."""
         part.task = None
         self._flying[part.lane] -= 1
+        if part.alone:
+            self._apart_flies = False
         now = asyncio.get_running_loop().time()
         self._meter.done(part.tokens if part.answered else 0, now, part.large, self.replicas)
         self._pump()
@@ -191,7 +224,14 @@ class Calls:
         """Embed one part and settle its inputs; on failure try it again, elsewhere."""
         self._count(part)
         try:
-            vectors = await self._ask(part)
+            embedded = await self._ask(part)
+        except CRASHES:
+            part.crashes += 1
+            if part.crashes < MAX_CRASHES:
+                self._try_again(part)
+            else:
+                what = "two replicas ended while they embedded this request; it isn't tried again"
+                self._fail(part, FatalInputError(what))
         except RETRYABLE:
             self._try_again(part)
         except EngineError as error:
@@ -204,10 +244,13 @@ class Calls:
         else:
             part.answered = True
             self._budget.earn()
-            for each, vector in zip(part.inputs, vectors, strict=True):
-                self._settle(each, vector)
+            results: list[np.ndarray | EmbeddingError] = list(embedded.vectors)
+            for row in embedded.not_finite:
+                results[row] = NonFiniteEmbeddingError("the model gave a vector with NaN or infinity in it")
+            for each, result in zip(part.inputs, results, strict=True):
+                self._settle(each, result)
 
-    async def _ask(self, part: Part) -> np.ndarray:
+    async def _ask(self, part: Part) -> Embedded:
         """Call a replica; cut the call off when its replica hangs and there is another one."""
         bulk = part.lane is Lane.BULK
         call = CallContext(self._sender, next(self._numbers), part.version, bulk, *astuple(self.outstanding))
@@ -219,17 +262,17 @@ class Calls:
             while True:
                 await asyncio.wait({answer}, timeout=self._share(part))
                 if answer.done():
-                    embedded = answer.result()
+                    embedded: Embedded = answer.result()
                     seconds = time.perf_counter() - begun
                     self._recent.append((seconds, part.tokens))
                     self._learn(embedded.tokens_per_second)
                     self._observe("call", seconds)
                     self._observe("engine", embedded.engine_seconds)
-                    return embedded.vectors
+                    return embedded
                 router = TokenRouter.of(self.worker.name)
                 if router is not None and router.suspect(call_id):
                     self._metrics.cuts.labels(self.worker.name).inc()
-                    raise EngineDeadError("the replica hangs")
+                    raise EngineCrashError("the replica hangs")
         except EngineDeadError:
             if answer.done() and (router := TokenRouter.of(self.worker.name)) is not None:
                 router.suspect(call_id)  # Serve takes a while to notice that it is gone
@@ -283,7 +326,12 @@ class Calls:
 
         def queue() -> None:
             part.since = time.perf_counter()
-            self._lanes.put(part, first=True)
+            if part.alone:
+                self._apart[part.lane].append(part)
+            elif part.crashes:
+                self._apart[part.lane].extend(part.by_request())
+            else:
+                self._lanes.put(part, first=True)
             self._pump()
 
         pause = min(FIRST_PAUSE_SECONDS * 2 ** (part.attempts - 1), MAX_PAUSE_SECONDS)
@@ -297,7 +345,7 @@ class Calls:
         middle = len(part.inputs) // 2
         for inputs in (part.inputs[:middle], part.inputs[middle:]):
             half = replace(part, inputs=inputs, alone=True, joined=1, since=time.perf_counter())
-            self._lanes.put(half, first=True)
+            self._apart[part.lane].append(half)
 
     def _fail(self, part: Part, error: EmbeddingError) -> None:
         for each in part.inputs:

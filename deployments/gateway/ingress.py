@@ -31,6 +31,7 @@ from deployments.batches.store import BatchPlace
 from deployments.config.worker import Worker
 from deployments.errors import (
     EmbeddingError,
+    HarmfulInputError,
     IncompleteError,
     InvalidKeyError,
     InvalidRequestError,
@@ -384,6 +385,8 @@ def error_response(error: EmbeddingError) -> Response:
         headers["retry-after"] = str(max(1, round(error.retry_after)))
     if isinstance(error, InvalidKeyError):
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, HarmfulInputError):
+        headers["x-should-retry"] = "false"  # OpenAI's clients try every 500 again otherwise
     return Response(error_body(error), error.status, headers, "application/json")
 
 

@@ -33,9 +33,9 @@ class Lanes:
         while (caller := next(iter(self._lanes[lane]), None)) is not None:
             waiting = self._lanes[lane][caller]
             part = waiting[0]
-            part.inputs = [each for each in part.inputs if each.waiters]
+            part.drop_unwanted()
             if joined is not None and part.inputs:
-                if part.alone or tokens + part.tokens > part_tokens:
+                if tokens + part.tokens > part_tokens:
                     return joined
                 if (part.attempts, part.version) != (joined.attempts, joined.version):
                     return joined
@@ -47,8 +47,6 @@ class Lanes:
             tokens += part.tokens
             if joined is None:
                 joined = part
-                if part.alone:
-                    return part
             else:
                 joined.inputs += part.inputs
                 joined.joined += part.joined

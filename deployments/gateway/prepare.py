@@ -60,7 +60,9 @@ async def prepare(
     cut = functools.partial(tokenizer.truncate, framed=bool(texts))
     inputs, longest, truncated = _truncate(inputs, request, task, card, cut)
     _check_lengths(inputs, longest, limits, field)
-    return Prepared(TokenBatch.of(inputs), truncated)
+    batch = TokenBatch.of(inputs)
+    _check_vocabulary(batch, card.vocab_size, field)
+    return Prepared(batch, truncated)
 
 
 async def _tokenise(texts: Sequence[str], tokenizer: TextTokenizer) -> list[list[int]]:
@@ -176,6 +178,14 @@ def _check_lengths(inputs: list[list[int]], longest: int, limits: Limits, field:
         raise ContextLengthError(
             f"{total} tokens are more than the {limits.max_request_tokens} of one request", field
         )
+
+
+def _check_vocabulary(batch: TokenBatch, size: int, field: str) -> None:
+    """Refuse what the model's embedding table has no row for: it would end the engine."""
+    if batch.ids.max() < size:
+        return
+    index = next(index for index, ids in enumerate(batch) if ids.max() >= size)
+    raise InvalidRequestError(f"`{field}[{index}]` holds a token id beyond the vocabulary of {size}", field)
 
 
 def _check_dimensions(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> None:

@@ -3,8 +3,8 @@
 import asyncio
 import enum
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -67,9 +67,10 @@ class Input:
 
 @dataclass(eq=False, slots=True)
 class Part:
-    """Inputs that travel together. `alone` parts are not joined with others: one in them is at fault.
+    """Inputs that travel together. `alone` parts are not joined with others: one in them may be at fault.
 
-    `version` is that of the model that they were tokenised for; parts of two versions aren't joined.
+    `crashes` counts the engines that ended with them. `version` is that of the model that they were tokenised
+    for; parts of two versions aren't joined.
     `since` is when it was queued, on `time.perf_counter`; `joined` how many parts became this one;
     `large` is set as it leaves, `answered` when its vectors are there.
     """
@@ -79,12 +80,23 @@ class Part:
     lane: Lane
     version: str = ""
     attempts: int = 0
+    crashes: int = 0
     alone: bool = False
     task: "asyncio.Task[None] | None" = None
     since: float = 0.0
     joined: int = 1
     large: bool = False
     answered: bool = False
+
+    def by_request(self) -> "Iterator[Part]":
+        """Yield a part of its own for each request that still waits for some of the inputs."""
+        self.drop_unwanted()
+        for _, inputs in itertools.groupby(self.inputs, key=lambda each: each.waiters[0][0]):
+            yield replace(self, inputs=list(inputs), alone=True, joined=1)
+
+    def drop_unwanted(self) -> None:
+        """Take out the inputs that nobody waits for any more."""
+        self.inputs = [each for each in self.inputs if each.waiters]
 
     @property
     def is_awaited(self) -> bool:

@@ -12,6 +12,7 @@ from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 from deployments.errors import (
     ContextLengthError,
     DeadlineExceededError,
+    EngineCrashError,
     EngineDeadError,
     EngineError,
     ModelUnavailableError,
@@ -78,8 +79,21 @@ async def test_a_model_that_is_away_is_waited_for(handles: dict[str, LocalHandle
         await embed(connection, ["z"], timeout_s=0.3)
 
 
-async def test_one_text_that_the_engine_fails_on_is_found(handles: dict[str, LocalHandle]) -> None:
-    """The others are embedded."""
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (EngineError, "the engine can't"),
+        (
+            EngineCrashError,
+            "two replicas ended while they embedded this request; it isn't tried again",
+        ),
+    ],
+)
+async def test_one_text_that_the_engine_fails_on_is_found(
+    handles: dict[str, LocalHandle], error: type[EngineError], message: str
+) -> None:
+    """The others are embedded; one that ends engines costs four of them, however many texts came with it."""
+    failed = []
     ((bad,),) = TextTokenizer(byte_tokenizer()).encode(["!"])
 
     class Picky(LocalHandle):
@@ -91,7 +105,8 @@ async def test_one_text_that_the_engine_fails_on_is_found(handles: dict[str, Loc
 
             async def call(batch: Any, *more: Any) -> Any:
                 if name == "embed" and bad in batch.ids:
-                    raise EngineError("the engine can't")
+                    failed.append(batch)
+                    raise error("the engine can't")
                 return await whole(batch, *more)
 
             method.remote = call
@@ -100,9 +115,9 @@ async def test_one_text_that_the_engine_fails_on_is_found(handles: dict[str, Loc
     picky = connect(Picky(handles["a"]._plan))
     texts = [f"text {number}{'!' if number in (3, 77) else ''}" for number in range(100)]
     attempt = await embed(picky, texts)
-    assert {row: error.message for row, error in attempt.errors.items()} == dict.fromkeys(
-        (3, 77), "the engine can't"
-    )
+    assert {row: error.message for row, error in attempt.errors.items()} == dict.fromkeys((3, 77), message)
+    if error is EngineCrashError:
+        assert len(failed) <= 4 + 2  # two of the chunk, and two of each text
     assert np.array_equal(attempt.vectors, expected([text for text in texts if "!" not in text]))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.config.load import load_workers
 from deployments.config.plan import Machine, make_plans
@@ -16,7 +17,10 @@ from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import fake_vectors
 from deployments.errors import (
     DeadlineExceededError,
+    EngineCrashError,
+    EngineDeadError,
     EngineError,
+    FatalInputError,
     ModelUnavailableError,
     NonFiniteEmbeddingError,
     QueueFullError,
@@ -40,6 +44,8 @@ class RecordingHandle(LocalHandle):
         self.batches: list[TokenBatch] = []
         self.cancelled = 0
         self.poison: set[int] = set()
+        self.fatal: set[int] = set()
+        self._death = asyncio.Event()  # of the engine that there is now
 
     def __getattr__(self, name: str) -> Any:
         """Record what `embed` is called with."""
@@ -51,6 +57,8 @@ class RecordingHandle(LocalHandle):
                 self.batches.append(arguments[0])
                 if self.poison & set(arguments[0].ids.tolist()):
                     raise NonFiniteEmbeddingError("not finite")
+                if self.fatal:
+                    return await self._until_death(inner(*arguments), arguments[0])
             try:
                 return await inner(*arguments, **keywords)
             except asyncio.CancelledError:
@@ -59,6 +67,21 @@ class RecordingHandle(LocalHandle):
 
         method.remote = call
         return method
+
+    async def _until_death(self, answer: Any, batch: TokenBatch) -> Any:
+        """Answer, unless one of the calls under way is fatal: then all of them meet the engine's end."""
+        death = self._death
+        ended = asyncio.ensure_future(death.wait())
+        answering = asyncio.ensure_future(answer)
+        await asyncio.wait({ended, answering}, return_when=asyncio.FIRST_COMPLETED)
+        if self.fatal & set(batch.ids.tolist()) and not death.is_set():
+            self._death = asyncio.Event()  # the next engine's
+            death.set()
+        ended.cancel()
+        if death.is_set():
+            answering.cancel()
+            raise EngineCrashError("the engine has ended")
+        return await answering
 
 
 @pytest.fixture
@@ -257,7 +280,7 @@ async def test_retries_are_bounded(make: Make) -> None:
     """`http_request_retries` more calls, then 503's error with a Retry-After."""
     dispatch = make(retries=2)
     await dispatch.model(soon())
-    handle_of(dispatch).failures = [ActorDiedError() for _ in range(10)]
+    handle_of(dispatch).failures = [EngineDeadError("it has ended before") for _ in range(10)]
     with pytest.raises(ModelUnavailableError) as caught:
         await dispatch.embed(inputs(1), soon())
     assert caught.value.retry_after
@@ -266,14 +289,49 @@ async def test_retries_are_bounded(make: Make) -> None:
 
 
 async def test_a_poisonous_input_fails_alone(make: Make) -> None:
-    """What was joined with it is embedded all the same."""
-    dispatch = make("call_seconds = 0.01")
+    """What was joined with it is embedded all the same, in the same call: 59 of 60 strangers are served."""
+    dispatch = make("call_seconds = 0.01, nan_token = 30")
     await dispatch.model(soon())
-    handle_of(dispatch).poison = {255}
-    tasks = [asyncio.ensure_future(check(dispatch, inputs(1, start=n))) for n in range(100)]
-    with pytest.raises(NonFiniteEmbeddingError):
-        await dispatch.embed(TokenBatch.of([[255]]), soon())
-    await asyncio.gather(*tasks)
+    tasks = [asyncio.ensure_future(check(dispatch, inputs(1, start=n))) for n in range(60)]
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results if result is not None] == [NonFiniteEmbeddingError]
+    assert isinstance(results[30], NonFiniteEmbeddingError)
+    assert sum(map(len, handle_of(dispatch).batches)) == 60
+
+
+async def test_inputs_that_end_engines_are_tried_twice_each(make: Make) -> None:
+    """The second time without the strangers that died with them, all of whom are served: people or bulk."""
+    dispatch = make("call_seconds = 0.005")
+    await dispatch.model(soon())
+    handle = handle_of(dispatch)
+    handle.fatal = {20, 40}
+    tasks = [
+        asyncio.ensure_future(check(dispatch, inputs(1, start=n), lane=Lane(n // 2 % 2))) for n in range(60)
+    ]
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {n: type(each) for n, each in enumerate(results) if each is not None} == {
+        20: FatalInputError,
+        40: FatalInputError,
+    }
+    for fatal in handle.fatal:
+        tries = [len(batch) for batch in handle.batches if fatal in batch.ids]
+        assert len(tries) == 2
+        assert tries[1] == 1
+    await check(dispatch, inputs(60, start=100))
+    await asyncio.sleep(0)
+    assert not any(dispatch._calls._flying.values())
+
+
+async def test_chance_doesnt_fail_a_call_that_met_no_death(make: Make) -> None:
+    """An engine that had ended before, a replica that Serve doesn't find: neither is the call's doing."""
+    dispatch = make()
+    await dispatch.model(soon())
+    handle_of(dispatch).failures = [
+        EngineDeadError("ended"),
+        DeploymentUnavailableError(None),
+        ActorDiedError(),
+    ]
+    await check(dispatch, inputs(3))
 
 
 async def test_an_engine_error_reaches_the_client_as_such(make: Make) -> None:

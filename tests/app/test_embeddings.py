@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from deployments.api.encoding import truncate
 from deployments.engine.batch import TokenBatch
-from deployments.errors import EngineDeadError, EngineError
+from deployments.errors import EngineCrashError, EngineDeadError, EngineError
 from tests.app.conftest import MAX_BODY_BYTES, NAMES, LocalHandle, expected
 
 
@@ -141,16 +141,53 @@ async def test_paths_and_methods_that_dont_exist_answer_json(client: httpx.Async
 
 
 @pytest.mark.parametrize(
-    "failure", [ActorDiedError(), ActorUnavailableError("gone", None), EngineDeadError("gone")]
+    "failures",
+    [
+        [ActorDiedError()],
+        [EngineCrashError("gone")],
+        [ActorUnavailableError("gone", None)] * 2,
+        [EngineDeadError("gone")] * 2,
+        [EngineDeadError("gone"), ActorDiedError()],
+    ],
 )
 async def test_a_call_is_repeated_when_its_replica_dies(
-    client: httpx.AsyncClient, handles: dict[str, LocalHandle], failure: Exception
+    client: httpx.AsyncClient, handles: dict[str, LocalHandle], failures: list[Exception]
 ) -> None:
     """The client sees the right answer and nothing else."""
     await embed(client, input="x")
-    handles["a"].failures = [failure, failure]
+    handles["a"].failures = failures.copy()
     assert np.array_equal(await embed(client, input="x"), expected(["x"]))
     assert not handles["a"].failures
+
+
+async def test_a_request_that_two_replicas_died_of_ends_no_third(
+    client: httpx.AsyncClient, handles: dict[str, LocalHandle]
+) -> None:
+    """Nor do clients bring it again, which they do with every other 500."""
+    await embed(client, input="x")
+    handles["a"].failures = [ActorDiedError()] * 3
+    response = await client.post("/embeddings", json={"model": "a", "input": "x"})
+    assert (response.status_code, response.json()["code"]) == (500, "internal_error")
+    assert response.headers["x-should-retry"] == "false"
+    assert len(handles["a"].failures) == 1
+
+
+async def test_a_text_whose_token_the_model_hasnt_is_refused_by_field(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokenizer knows more tokens than the model has weights for; in every dialect, the others served."""
+    monkeypatch.setattr("deployments.engine.fake.VOCAB_SIZE", 200)
+    for path, body, field in (
+        ("/embeddings", {"input": ["x", "x y"]}, "input"),
+        ("/semantic_embed", {"prompt": "x y", "representation": "query"}, "prompt"),
+        ("/v2/embed", {"texts": ["x y"], "input_type": "search_query"}, "texts"),
+        ("/embed", {"inputs": ["x y"]}, "inputs"),
+    ):
+        response = await client.post(path, json={"model": "a", **body})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, field), path
+        assert "holds a token id beyond the vocabulary of 200" in error["message"]
+    assert np.array_equal(await embed(client, input="x"), expected(["x"]))
 
 
 async def test_a_model_without_replicas_answers_503(

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from deployments.config.load import load_workers
 from deployments.config.plan import Machine, make_plans
 from deployments.engine import ADDRESS
 from deployments.engine.batch import NOBODY, TokenBatch
 from deployments.engine.fake import fake_vectors
+from deployments.errors import EngineError, EngineStartError
 from deployments.local_calls import LocalClient
 from deployments.replica import Replica
 from tests import workers
@@ -18,13 +20,19 @@ from tests import workers
 BATCH = TokenBatch.of([[1, 2, 3], [4, 5]])
 
 
-async def test_the_engine_stops_after_the_last_answer(tmp_path: Path) -> None:
-    """Ray Serve awaits what the destructor returns; calls that came without it are under way until then."""
+async def start(tmp_path: Path, engine_args: str = "") -> Any:
+    """Return a replica that has started."""
     file = tmp_path / "m.toml"
-    file.write_text(workers.fake("m", "call_seconds = 0.2"))
+    file.write_text(workers.fake("m", engine_args))
     (plan,) = make_plans(load_workers(file, environ={}), Machine(2, 0, 2))
     replica: Any = Replica.__new__(Replica)
     await replica.__init__(plan)
+    return replica
+
+
+async def test_the_engine_stops_after_the_last_answer(tmp_path: Path) -> None:
+    """Ray Serve awaits what the destructor returns; calls that came without it are under way until then."""
+    replica = await start(tmp_path, "call_seconds = 0.2")
     stopped = asyncio.Event()
     replica._engine.stop = stopped.set
     address = replica.record_replica_metadata()[ADDRESS]
@@ -45,3 +53,20 @@ async def test_the_engine_stops_after_the_last_answer(tmp_path: Path) -> None:
         await ending
     assert stopped.is_set()
     assert replica.__del__() is None
+
+
+async def test_an_id_beyond_the_vocabulary_never_reaches_the_engine(tmp_path: Path) -> None:
+    """From a handle of somebody's own there is no gateway before it; the engine lives on."""
+    replica = await start(tmp_path)
+    made = replica._engine.steps
+    for token in (-1, 256):
+        with pytest.raises(EngineError, match="vocabulary of 256"):
+            await replica.embed(TokenBatch.of([[1, token]]))
+    assert replica._engine.steps == made
+    await replica.embed(BATCH)
+
+
+async def test_a_model_of_nan_doesnt_start(tmp_path: Path) -> None:
+    """It could answer nobody."""
+    with pytest.raises(EngineStartError, match="worker m: the model gives vectors with NaN"):
+        await start(tmp_path, "nan_token = 255")

@@ -1,5 +1,6 @@
 """In float32 the vectors are sentence-transformers' own; the published example serves a Qwen3."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,3 +87,51 @@ def test_the_published_example_embeds_with_prompt_and_last_token(
     body = {"model": QWEN, "input": "a", "dimensions": 64}
     refused = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60)
     assert refused.json()["error"]["param"] == "dimensions"
+
+
+async def test_of_sixty_strangers_only_the_one_whose_vector_is_nan_fails(
+    server: Server, qwen3: Path, sentences: list[str]
+) -> None:
+    """And nothing of it stays in the caches of a causal model: who comes next is served right."""
+    replicas = server.titled(f"ServeReplica:default:{QWEN}")
+    texts = sentences[:60]
+    texts[30] = f"{checkpoints.NAN_WORD} {sentences[60]} {sentences[61]}"
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
+
+    async def ask(text: str) -> np.ndarray | openai.APIStatusError:
+        try:
+            return vectors_of(await client.embeddings.create(model=QWEN, input=text))[0]
+        except openai.APIStatusError as error:
+            return error
+
+    right = encode(qwen3, sentences[:60])
+    for _ in range(3):
+        answers = await asyncio.gather(*map(ask, texts))
+        failed = {n: each for n, each in enumerate(answers) if not isinstance(each, np.ndarray)}
+        assert {n: (each.status_code, each.code) for n, each in failed.items()} == {
+            30: (500, "non_finite_embedding")
+        }
+        good = [n for n in range(60) if n != 30]
+        assert cosines(np.stack([answers[n] for n in good]), right[good]).min() >= 0.999
+    assert server.titled(f"ServeReplica:default:{QWEN}") == replicas
+
+
+def test_a_text_with_a_token_beyond_the_table_is_refused_by_field(server: Server, qwen3: Path) -> None:
+    """It would end the engine, and the next one; its neighbours are served, by the same replica."""
+    replicas = server.titled(f"ServeReplica:default:{QWEN}")
+    assert len(replicas) == 1
+    for text in (checkpoints.UNKNOWN_WORD, f"a {checkpoints.UNKNOWN_WORD}"):
+        body = {"model": QWEN, "input": ["a", text]}
+        refused = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60)
+        assert (refused.status_code, refused.json()["error"]) == (
+            400,
+            {
+                "message": "`input[1]` holds a token id beyond the vocabulary of 30522",
+                "type": "invalid_request_error",
+                "param": "input",
+                "code": "invalid_request",
+            },
+        )
+    served = httpx.post(f"{server.url}/v1/embeddings", json={"model": QWEN, "input": ["a"]}, timeout=60)
+    assert served.status_code == 200
+    assert server.titled(f"ServeReplica:default:{QWEN}") == replicas

@@ -79,7 +79,7 @@ UPWARD = {
 }
 # Modules that are heavy, and the only ones that may import them.
 HEAVY = {
-    "torch": set(),
+    "torch": {"deployments.engine.vllm"},
     "vllm": {"deployments.engine.vllm"},
     "transformers": {"deployments.engine.tokenizer"},
     "ray": {
