@@ -51,6 +51,7 @@ class Replica:
         """Start the engine, warm it up, embed the canary. Raises EngineStartError with one line."""
         self._plan = plan
         self._load = ReplicaLoad()
+        self._silence = -1, 0.0  # the steps that the engine had made at a health check, and since when
         self._server = LocalServer(self.embed)  # for callers on this node; others come by Serve's handle
         await self._await_probes()
         self._engine = make_engine(plan, ray_cpus())
@@ -65,6 +66,9 @@ class Replica:
             warm_up = await self._embed(TokenBatch.of([self._canary.ids.tolist()] * WARM_UP_INPUTS))
             if warm_up.not_finite:
                 raise EngineStartError("the model gives vectors with NaN or infinity in them")
+            # A full step takes no longer for each token than this small one did.
+            full = plan.engine_args.get("max_num_batched_tokens", 0) / warm_up.tokens
+            self._longest_step = max(CANARY_SECONDS, warm_up.engine_seconds * full)
             self._canary_vector = (await self._embed(self._canary)).vectors[0]
             await self._server.start()
         except EmbeddingError as error:
@@ -129,15 +133,21 @@ class Replica:
         self._engine.check()
 
     async def check_health(self) -> None:
-        """Ray Serve's health check: the canary embeds in time, to the vector that it had at first."""
-        begun = self._engine.steps
+        """Ray Serve's health check: the canary embeds in time, to the vector that it had at first.
+
+        It waits in line like everybody, behind however much there is: ill is an engine that makes no step.
+        """
+        if self._engine.steps != self._silence[0]:
+            self._silence = self._engine.steps, time.monotonic()
         try:
             async with asyncio.timeout(CANARY_SECONDS):
                 vector = (await self._embed(self._canary)).vectors[0]
         except TimeoutError:
-            if self._engine.steps > begun:  # busy, not ill: the canary waits in line like everybody
+            steps, since = self._silence
+            seconds = time.monotonic() - since
+            if self._engine.steps != steps or seconds < self._longest_step:
                 return
-            raise EngineError(f"the canary took longer than {CANARY_SECONDS:g} s") from None
+            raise EngineError(f"the engine has made no step for {seconds:.0f} s") from None
         norms = np.linalg.norm(vector) * np.linalg.norm(self._canary_vector)
         if not float(vector @ self._canary_vector) >= CANARY_MIN_COSINE * norms:  # NaN is less than nothing
             raise EngineError("the canary embeds to another vector than at the start")

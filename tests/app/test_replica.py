@@ -55,6 +55,61 @@ async def test_the_engine_stops_after_the_last_answer(tmp_path: Path) -> None:
     assert replica.__del__() is None
 
 
+class Steps:
+    """In an engine's place: a call of a step for each input, which the test lets end one by one."""
+
+    def __init__(self, replica: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Take the place, of which the replica's health checks know nothing."""
+        self._engine = replica._engine
+        self.next = asyncio.Semaphore(0)
+        monkeypatch.setattr(self._engine, "embed", self.embed)
+
+    async def embed(self, batch: TokenBatch) -> np.ndarray:
+        """Make a step whenever the test says so."""
+        for _ in range(len(batch)):
+            await self.next.acquire()
+            self._engine.steps += 1
+        return fake_vectors(batch, 64)
+
+
+async def test_a_replica_is_healthy_for_as_long_as_its_engine_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a call is that the canary waits behind; ill is one that makes no step."""
+    monkeypatch.setattr("deployments.replica.CANARY_SECONDS", 0.05)
+    replica = await start(tmp_path)
+    steps = Steps(replica, monkeypatch)
+    call = asyncio.ensure_future(replica.embed(TokenBatch.of([[n] for n in range(100)])))
+    for _ in range(3):
+        check = asyncio.ensure_future(replica.check_health())
+        await asyncio.sleep(0)
+        steps.next.release()
+        await check
+    with pytest.raises(EngineError, match="no step"):
+        await replica.check_health()
+    for _ in range(200):
+        steps.next.release()
+    await call
+    await replica.check_health()
+
+
+async def test_a_step_may_take_as_long_as_a_full_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the warm-up tells of this model on this machine: on a slow one it may take minutes."""
+    monkeypatch.setattr("deployments.replica.CANARY_SECONDS", 0.05)
+    replica = await start(tmp_path)
+    steps = Steps(replica, monkeypatch)
+    replica._longest_step = 3600.0
+    call = asyncio.ensure_future(replica.embed(BATCH))
+    for _ in range(3):
+        await replica.check_health()
+    replica._longest_step = 0.0
+    with pytest.raises(EngineError, match="no step"):
+        await replica.check_health()
+    steps.next.release()
+    steps.next.release()
+    await call
+
+
 async def test_an_id_beyond_the_vocabulary_never_reaches_the_engine(tmp_path: Path) -> None:
     """From a handle of somebody's own there is no gateway before it; the engine lives on."""
     replica = await start(tmp_path)
