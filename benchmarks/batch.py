@@ -326,7 +326,7 @@ def site(folder: Path, more: dict[str, str] | None = None) -> Iterator[Site]:
         (config / f"{name}.toml").write_text(content)
     with nodes(folder) as cluster:
         cluster.start(HEAD, "--num-cpus", "2")
-        cluster.start(SECOND, "--num-cpus", "1")
+        cluster.start(SECOND, "--num-cpus", "1", "--resources", '{"second": 1}')
         with serve_on(cluster, config) as server:
             replicas = lambda: len(server.titled("ServeReplica:default:m"))  # noqa: E731
             wait_for(lambda: replicas() == 2, 120, "two replicas")

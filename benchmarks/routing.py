@@ -67,11 +67,10 @@ class Caller:
     async def lone(self, name: str, count: int) -> tuple[list[float], list[float]]:
         """Return what single inputs take through the dispatch, and straight through the handle, in turns."""
         from deployments.gateway.dispatch import Dispatch
-        from deployments.gateway.meter import RetryBudget
         from deployments.metrics import Metrics
 
         handle, loop = self._handles[name], asyncio.get_running_loop()
-        dispatch = Dispatch(self._plans[name].worker, handle, RetryBudget(), Metrics())
+        dispatch = Dispatch(self._plans[name].worker, handle, Metrics())
 
         async def joined(batch: TokenBatch) -> None:
             await dispatch.embed(batch, loop.time() + 60)

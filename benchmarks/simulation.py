@@ -34,7 +34,6 @@ from deployments.config.load import load_workers
 from deployments.engine.batch import Embedded, TokenBatch
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.gateway.dispatch import Dispatch
-from deployments.gateway.meter import RetryBudget
 from deployments.gateway.router import TokenRouter
 from deployments.metrics import Metrics
 from tests import workers
@@ -181,7 +180,7 @@ def dispatched(ids: list[list[int]], vectors: np.ndarray) -> None:
         worker = load_workers(file, environ={})[0]
 
     async def embed() -> None:
-        dispatch = Dispatch(worker, _Answers(vectors), RetryBudget(), Metrics())  # type: ignore[arg-type]
+        dispatch = Dispatch(worker, _Answers(vectors), Metrics())  # type: ignore[arg-type]
         batch = TokenBatch.of(ids)
         await dispatch.embed(batch, asyncio.get_running_loop().time() + 60)
 

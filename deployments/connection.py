@@ -35,9 +35,9 @@ from deployments.errors import (
     QueueFullError,
 )
 from deployments.gateway.applications import applications
+from deployments.gateway.broadcast import answer_of
 from deployments.gateway.catalog import Catalog, Served
 from deployments.gateway.dispatch import Dispatch
-from deployments.gateway.meter import RetryBudget
 from deployments.gateway.prepare import prepare
 from deployments.gateway.window import TOKENS_PER_CHARACTER, Window
 from deployments.gateway.work import Lane
@@ -313,7 +313,7 @@ class Connections:
         self._loop = asyncio.new_event_loop()
         self._known: dict[tuple[str, ...], Connection] = {}
         self._finding = asyncio.Lock()
-        self._budget, self._metrics = RetryBudget(), Metrics()
+        self._metrics = Metrics()
         threading.Thread(target=self._loop.run_forever, name="embedding-client", daemon=True).start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
@@ -345,7 +345,7 @@ class Connections:
         for application in found:
             ingress = await asyncio.to_thread(serve.get_deployment_handle, INGRESS_NAME, application)
             async with asyncio.timeout(ASK_SECONDS):
-                files = await ingress.workers.remote()
+                files = await answer_of(ingress.workers.remote())
             workers = [Worker.model_validate(data) for data in files.values()]
             for worker in workers:
                 if model in worker.queue.models:
@@ -359,7 +359,7 @@ class Connections:
         key = (*place, worker.name)
         if key not in self._known:
             handle = await asyncio.to_thread(serve.get_deployment_handle, worker.name, place[1])
-            self._known[key] = Connection(worker, Dispatch(worker, handle, self._budget, self._metrics))
+            self._known[key] = Connection(worker, Dispatch(worker, handle, self._metrics))
         connection = self._known[key]
         connection.update(worker)
         return connection

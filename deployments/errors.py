@@ -30,6 +30,16 @@ class EmbeddingError(Exception):
         return self.message
 
 
+def as_raised(error: BaseException) -> BaseException:
+    """Return an error of ours as it was raised, any other as it is.
+
+    Ray hands out an instance of a class that it derives from ours and its own: with another constructor, and
+    the server's traceback as its text.
+    """
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, EmbeddingError) else error
+
+
 # --- the client can mend these ---------------------------------------------------------------
 
 

@@ -52,7 +52,7 @@ class FakeEngineArgs(Table):
     """`[generator.engine_args]` of the stand-in engine; times in seconds. Another seed is another model.
 
     In `calls_folder` each engine keeps a file, named by its process, with a line for each call: its tokens.
-    An input with `nan_token` in it has no vector, and `fatal_token` ends the engine.
+    An input with `nan_token` has no vector, a call with `error_token` fails, `fatal_token` ends the engine.
     """
 
     dimension: Count = 64
@@ -63,6 +63,7 @@ class FakeEngineArgs(Table):
     start_error: str = ""
     calls_folder: str = ""
     nan_token: int = -1
+    error_token: int = -1
     fatal_token: int = -1
 
 

@@ -16,7 +16,7 @@ from deployments.config.worker import FakeEngineArgs
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
 from deployments.engine.tokenizer import byte_tokenizer
-from deployments.errors import EngineCrashError, EngineDeadError, EngineStartError
+from deployments.errors import EngineCrashError, EngineDeadError, EngineError, EngineStartError
 
 VOCAB_SIZE = 256
 MAX_MODEL_LEN = 8192
@@ -60,6 +60,8 @@ class FakeEngine:
         if seconds:
             async with self._device:
                 await asyncio.sleep(seconds)
+        if self._arguments.error_token in batch.ids:
+            raise EngineError("the engine met its error token")
         if self._arguments.fatal_token in batch.ids:
             self._crashed = True
             raise EngineCrashError("the engine has ended: it met its fatal token")

@@ -34,7 +34,7 @@ from deployments.errors import (
     NonFiniteEmbeddingError,
 )
 from deployments.gateway.admission import RETRY_AFTER_SECONDS
-from deployments.gateway.broadcast import broadcast
+from deployments.gateway.broadcast import answer_of, broadcast
 from deployments.gateway.lanes import Lanes
 from deployments.gateway.meter import DrainMeter, RetryBudget
 from deployments.gateway.router import CallId, TokenRouter
@@ -78,7 +78,6 @@ class Calls:
         self,
         worker: Worker,
         handle: DeploymentHandle[Any],
-        budget: RetryBudget,
         metrics: Metrics,
         settle: Settle,
     ) -> None:
@@ -87,7 +86,7 @@ class Calls:
         self.outstanding = Outstanding()
         self._handle = handle
         self._embed = handle.embed  # taking it makes the router, which knows the replicas
-        self._budget = budget
+        self._budget = RetryBudget()
         self._metrics = metrics
         self._settle = settle
         self._local = LocalClient()
@@ -108,10 +107,14 @@ class Calls:
         return self._meter.rate
 
     @property
+    def _router(self) -> TokenRouter | None:
+        """The router of the replicas in this process, once the handle has been used."""
+        return TokenRouter.of(self._handle.deployment_id)
+
+    @property
     def known_replicas(self) -> int:
         """How many replicas there are, as far as this process knows."""
-        router = TokenRouter.of(self.worker.name)
-        return router.num_replicas if router is not None else 0
+        return self._router.num_replicas if self._router is not None else 0
 
     @property
     def queued_tokens(self) -> int:
@@ -121,8 +124,7 @@ class Calls:
     @property
     def is_bare(self) -> bool:
         """Whether it is known that there is no replica."""
-        router = TokenRouter.of(self.worker.name)
-        return router is not None and not router.num_replicas
+        return self._router is not None and not self._router.num_replicas
 
     @property
     def replicas(self) -> int:
@@ -148,14 +150,13 @@ class Calls:
     @property
     def version(self) -> str | None:
         """The model's version that calls should be prepared for; None while no replica is known."""
-        router = TokenRouter.of(self.worker.name)
-        return (router.version or None) if router is not None else None
+        return (self._router.version or None) if self._router is not None else None
 
     async def ask_any(self, method: str, *arguments: Any) -> Any:
         """Call a method of any replica, again when that one dies. Raises ModelUnavailableError."""
         for attempt in range(self.worker.queue.http_request_retries + 1):
             try:
-                return await getattr(self._handle, method).remote(*arguments)
+                return await answer_of(getattr(self._handle, method).remote(*arguments))
             except RETRYABLE:
                 await asyncio.sleep(min(FIRST_PAUSE_SECONDS * 2**attempt, MAX_PAUSE_SECONDS))
         raise self.unavailable("its replicas are gone")
@@ -269,26 +270,25 @@ class Calls:
                     self._observe("call", seconds)
                     self._observe("engine", embedded.engine_seconds)
                     return embedded
-                router = TokenRouter.of(self.worker.name)
-                if router is not None and router.suspect(call_id):
+                if self._router is not None and self._router.suspect(call_id):
                     self._metrics.cuts.labels(self.worker.name).inc()
                     raise EngineCrashError("the replica hangs")
         except EngineDeadError:
-            if answer.done() and (router := TokenRouter.of(self.worker.name)) is not None:
-                router.suspect(call_id)  # Serve takes a while to notice that it is gone
+            if answer.done() and self._router is not None:
+                self._router.suspect(call_id)  # Serve takes a while to notice that it is gone
             raise
         finally:
             answered = answer.done() and not answer.cancelled() and answer.exception() is None
             answer.cancel()
-            if (router := TokenRouter.of(self.worker.name)) is not None:
-                router.forget(call_id, answered)
+            if self._router is not None:
+                self._router.forget(call_id, answered)
 
     def _begin(self, batch: TokenBatch, call: CallContext, call_id: CallId) -> "asyncio.Future[Embedded]":
         """Send a call: to a replica on this node over its own socket, else by Serve's handle."""
-        router = TokenRouter.of(self.worker.name)
+        router = self._router
         best = router.best_address(call.version) if router is not None else None
         if router is None or best is None or not self._local.reaches(best[1]):
-            return asyncio.ensure_future(_result(self._embed.remote(batch, call)))
+            return asyncio.ensure_future(answer_of(self._embed.remote(batch, call)))
         router.take(best[0], batch.tokens, call_id)
         self._metrics.local_calls.labels(self.worker.name).inc()
         return self._local.call(best[1], batch, call)
@@ -364,9 +364,3 @@ class Calls:
 
     def _observe(self, stage: str, seconds: float) -> None:
         self._metrics.stage_seconds.labels(self.worker.name, stage).observe(seconds)
-
-
-async def _result(response: Any) -> Embedded:
-    """Await a handle's response, as a coroutine that can be cancelled."""
-    embedded: Embedded = await response
-    return embedded

@@ -25,7 +25,6 @@ from deployments.errors import (
 from deployments.gateway.admission import Admission
 from deployments.gateway.cache import VectorCache
 from deployments.gateway.calls import Calls
-from deployments.gateway.meter import RetryBudget
 from deployments.gateway.work import Input, Job, Lane, Part, split
 from deployments.metrics import Metrics
 
@@ -42,11 +41,9 @@ Prepare = Callable[[ModelCard, TextTokenizer], Awaitable[TokenBatch]]
 class Dispatch:
     """Lets requests in, and brings each the vectors that it waits for."""
 
-    def __init__(
-        self, worker: Worker, handle: DeploymentHandle[Any], budget: RetryBudget, metrics: Metrics
-    ) -> None:
-        """Call nothing yet. `budget` and `metrics` are shared by all workers."""
-        self._calls = Calls(worker, handle, budget, metrics, self._settle)
+    def __init__(self, worker: Worker, handle: DeploymentHandle[Any], metrics: Metrics) -> None:
+        """Call nothing yet. `metrics` are shared by all workers."""
+        self._calls = Calls(worker, handle, metrics, self._settle)
         self._outstanding = self._calls.outstanding
         self._admission = Admission(self._outstanding)
         self._metrics = metrics

@@ -44,7 +44,7 @@ from deployments.errors import (
 from deployments.gateway.auth import Access, Auth, key_of
 from deployments.gateway.batch_routes import add_batch_routes
 from deployments.gateway.batches import BatchAccess, BatchServing
-from deployments.gateway.broadcast import broadcast
+from deployments.gateway.broadcast import answer_of, broadcast
 from deployments.gateway.catalog import Catalog
 from deployments.gateway.documentation import add_documentation, answers, plain
 from deployments.gateway.metrics_port import MetricsPort
@@ -108,7 +108,7 @@ class Admission:
             return Access(ring, LocalRates())
 
         async def take(*arguments: Any) -> Grant:
-            grant: Grant = await handle.take.remote(*arguments)
+            grant: Grant = await answer_of(handle.take.remote(*arguments))
             return grant
 
         return Access(ring, LeasedRates(take))
@@ -236,7 +236,7 @@ class Ingress:
             return []
         try:
             async with asyncio.timeout(GATHER_SECONDS):
-                return [await getattr(self._batches.runner, method).remote(*arguments)]
+                return [await answer_of(getattr(self._batches.runner, method).remote(*arguments))]
         except (TimeoutError, RayError, DeploymentUnavailableError):
             return []
 

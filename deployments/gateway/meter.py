@@ -46,7 +46,8 @@ class DrainMeter:
 class RetryBudget:
     """Retries are a fraction of the calls that succeed, so that a failing cluster isn't finished off.
 
-    One for each process that sends; a burst is allowed, since one dead replica fails many calls at once.
+    One for each worker, so that a failing model leaves the others theirs; a burst is allowed, since one dead
+    replica fails many calls at once.
     """
 
     BURST = 100.0

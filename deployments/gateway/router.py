@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import ray
+from ray.serve._private.common import DeploymentID
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from deployments.engine import ADDRESS, VERSION
@@ -51,7 +52,7 @@ class TokenRouter(RequestRouter):
     was prepared for: replicas of another version come after all others.
     """
 
-    _by_deployment: ClassVar[WeakValueDictionary[str, "TokenRouter"]] = WeakValueDictionary()
+    _by_deployment: ClassVar[WeakValueDictionary[DeploymentID, "TokenRouter"]] = WeakValueDictionary()
 
     def initialize_state(self, **_: Any) -> None:
         """Ray Serve's constructor for subclasses."""
@@ -64,11 +65,11 @@ class TokenRouter(RequestRouter):
         self._seen: list[str] = []
         self._suspects: dict[ReplicaID, _Suspicion] = {}
         self._node_id = ray.get_runtime_context().get_node_id()
-        self._by_deployment[self._deployment_id.name] = self
+        self._by_deployment[self._deployment_id] = self
 
     @classmethod
-    def of(cls, deployment: str) -> "TokenRouter | None":
-        """Return this process's router of a deployment, once its handle has been used."""
+    def of(cls, deployment: DeploymentID) -> "TokenRouter | None":
+        """Return this process's router of an application's deployment, once its handle has been used."""
         return cls._by_deployment.get(deployment)
 
     @property

@@ -8,7 +8,6 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.config.worker import Worker
 from deployments.gateway.dispatch import Dispatch
-from deployments.gateway.meter import RetryBudget
 from deployments.gateway.serving import Serving
 
 
@@ -19,7 +18,6 @@ class Workers:
         """Serve nothing yet; `handles` are those that were bound with this deployment."""
         self._handles = handles
         self._serving = serving
-        self._budget = RetryBudget()
 
     def take(self, config: Mapping[str, Any]) -> dict[str, Worker]:
         """Take over the worker files in `config["workers"]`, plain data by the worker's name; return them.
@@ -34,7 +32,7 @@ class Workers:
                 dispatches[name] = known[name]
                 dispatches[name].worker = worker
             else:
-                dispatches[name] = Dispatch(worker, self._handle(name), self._budget, self._serving.metrics)
+                dispatches[name] = Dispatch(worker, self._handle(name), self._serving.metrics)
         self._serving.catalog.update(dispatches)
         return workers
 

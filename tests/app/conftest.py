@@ -13,7 +13,6 @@ from deployments.config.plan import Machine, WorkerPlan, make_plans
 from deployments.gateway.catalog import Catalog
 from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.ingress import make_app
-from deployments.gateway.meter import RetryBudget
 from deployments.gateway.rates import Rates
 from deployments.gateway.serving import Serving
 from deployments.metrics import Metrics
@@ -104,8 +103,8 @@ def handles(plans: tuple[WorkerPlan, ...]) -> dict[str, LocalHandle]:
 
 def make_serving(handles: dict[str, LocalHandle], rates: Rates | None = None) -> Serving:
     """Return what serves the workers behind the handles."""
-    budget, metrics = RetryBudget(), Metrics()
-    catalog = Catalog({name: Dispatch(h._plan.worker, h, budget, metrics) for name, h in handles.items()})  # type: ignore[arg-type]
+    metrics = Metrics()
+    catalog = Catalog({name: Dispatch(h._plan.worker, h, metrics) for name, h in handles.items()})  # type: ignore[arg-type]
     return Serving(catalog, metrics, MAX_BODY_BYTES, rates)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import RayTaskError
 
 from deployments.config.worker import Worker
 from deployments.connection import Connection, How
@@ -12,13 +13,13 @@ from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 from deployments.errors import (
     ContextLengthError,
     DeadlineExceededError,
+    EmbeddingError,
     EngineCrashError,
     EngineDeadError,
     EngineError,
     ModelUnavailableError,
 )
 from deployments.gateway.dispatch import Dispatch
-from deployments.gateway.meter import RetryBudget
 from deployments.gateway.window import Window
 from deployments.metrics import Metrics
 from tests.app.conftest import LocalHandle, expected
@@ -33,7 +34,7 @@ def connect(handle: LocalHandle, queue: Any = None, limits: Any = None) -> Conne
             "limits": worker.limits.model_copy(update=limits or {}),
         }
     )
-    return Connection(worker, Dispatch(worker, handle, RetryBudget(), Metrics()))  # type: ignore[arg-type]
+    return Connection(worker, Dispatch(worker, handle, Metrics()))  # type: ignore[arg-type]
 
 
 async def embed(connection: Connection, texts: list[Any], name: str = "a", **how: Any) -> Any:
@@ -119,6 +120,32 @@ async def test_one_text_that_the_engine_fails_on_is_found(
     if error is EngineCrashError:
         assert len(failed) <= 4 + 2  # two of the chunk, and two of each text
     assert np.array_equal(attempt.vectors, expected([text for text in texts if "!" not in text]))
+
+
+async def test_an_error_in_rays_clothes_is_the_texts_own(handles: dict[str, LocalHandle]) -> None:
+    """From a replica on another node it comes as an instance of a class that Ray derives from ours."""
+    handle = handles["a"]
+    connection = connect(handle)
+    await embed(connection, ["x"])
+    for error in (EngineError("it can't", "input", 2.0), EmbeddingError("internal error")):
+        handle.failures = [RayTaskError("embed", "a traceback", error).as_instanceof_cause()]
+        attempt = await embed(connection, ["y"])
+        if type(error) is EngineError:
+            (got,) = attempt.errors.values()
+            assert (type(got), str(got), got.param, got.retry_after) == (
+                EngineError,
+                "it can't",
+                "input",
+                2.0,
+            )
+        else:
+            assert np.array_equal(attempt.vectors, expected(["y"]))  # what may pass is tried again
+    handle.failures = [
+        RayTaskError("describe", "a traceback", ModelUnavailableError("m")).as_instanceof_cause()
+    ]
+    with pytest.raises(ModelUnavailableError) as caught:
+        await connect(handle).dispatch.model(asyncio.get_running_loop().time() + 10)
+    assert type(caught.value) is ModelUnavailableError
 
 
 async def test_a_window_lets_in_by_turn() -> None:

@@ -26,7 +26,6 @@ from deployments.errors import (
     QueueFullError,
 )
 from deployments.gateway.dispatch import Dispatch
-from deployments.gateway.meter import RetryBudget
 from deployments.gateway.work import Input, Job, Lane, split
 from deployments.metrics import Metrics
 from tests import workers
@@ -93,7 +92,7 @@ def make(tmp_path: Path) -> Make:
         file = tmp_path / "m.toml"
         file.write_text(text.replace("[queue]", f"[queue]\nhttp_request_retries = {retries}"))
         (plan,) = make_plans(load_workers(file, environ={}), Machine(2, 0, 2))
-        return Dispatch(plan.worker, RecordingHandle(plan), RetryBudget(), Metrics())  # type: ignore[arg-type]
+        return Dispatch(plan.worker, RecordingHandle(plan), Metrics())  # type: ignore[arg-type]
 
     return make
 

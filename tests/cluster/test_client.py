@@ -1,17 +1,21 @@
 """`EmbeddingClient` and `embedding-cluster embed` on a real cluster: driver, task, actor, Ray Data, kills."""
 
 import asyncio
+import json
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+from ray import serve
 
 from benchmarks.batch import Site, environ, kill_job, site
+from deployments.app import BuildArguments, build
 from deployments.client import EmbeddingClient, embed_dataset
-from deployments.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
+from deployments.errors import ContextLengthError, EngineError, InvalidRequestError, ModelNotFoundError
 from tests import workers
 from tests.fake import expected
 from tests.server import program
@@ -22,13 +26,17 @@ TEXTS = [f"text number {number}" for number in range(3000)]
 
 @pytest.fixture(scope="module")
 def where(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Two nodes with a replica of `m` on each, and a model with a single one that little may wait for.
+    """Two nodes with a replica of `m` on each; this process joins them as a driver.
 
-    This process joins them as a driver.
+    `narrow` has a single one that little may wait for, `second` one on the second node, which fails on `!`.
     """
     limits = "[limits]\nmax_outstanding_tokens = 500"
     task = 'prompts = {query = "find: "}'
-    more = {"narrow": workers.fake("narrow", "call_seconds = 0.01", limits, task)}
+    second = "[deployment.resources]\nsecond = 0.1"
+    more = {
+        "narrow": workers.fake("narrow", "call_seconds = 0.01", limits, task),
+        "second": workers.fake("second", "error_token = 0", second),
+    }
     with site(tmp_path_factory.mktemp("client"), more) as where:
         ray.init(address=where.address, log_to_driver=False)
         try:
@@ -71,6 +79,47 @@ def test_mistakes_name_the_row(where: Site) -> None:
     assert np.array_equal(attempt.vectors, expected(["a", "c"]))
     cut = EmbeddingClient("m", truncation="start").embed(["a" + "b" * 512])
     assert np.array_equal(cut, expected(["b" * 512]))
+
+
+def test_an_error_from_another_node_is_the_rows_own(where: Site) -> None:
+    """Of its own kind, without the server's traceback; the other rows are embedded, and a job goes on."""
+    client = EmbeddingClient("second")
+    texts = ["a", "b!", "c"]
+    attempt = client.attempt(texts)
+    assert np.array_equal(attempt.vectors, expected(["a", "c"]))
+    assert {row: (type(error), str(error)) for row, error in attempt.errors.items()} == {
+        1: (EngineError, "the engine met its error token")
+    }
+    with pytest.raises(EngineError, match=r"^row 1: the engine met its error token$"):
+        client.embed(texts)
+    source, output = where.folder / "bad.csv", where.folder / "bad.parquet"
+    source.write_text("\n".join(["text", *texts]))
+    command = [program("embedding-cluster"), "embed", str(source), str(output), "--model", "second"]
+    done = subprocess.run(command, env=environ(where.address), capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    errors = [
+        json.loads(line) for line in (where.folder / "bad.parquet.errors.jsonl").read_text().splitlines()
+    ]
+    assert [error["row"] for error in errors] == [1]
+
+
+def test_two_applications_may_have_a_worker_of_one_name(where: Site, tmp_path: Path) -> None:
+    """Each model's texts go to its own replicas, from one process."""
+    file = tmp_path / "m.toml"
+    file.write_text(
+        workers.fake("m", "seed = 1")
+        .replace('models."m"', 'models."twin"')
+        .replace("[queue]", "[queue]\nversion = 2")
+    )
+    arguments = BuildArguments(config=str(file), batches="off")
+    serve.run(build(arguments), name="twins", route_prefix="/twins")
+    try:
+        for _ in range(3):
+            for name, seed in (("twin", 1), ("m", 0)):
+                vectors = EmbeddingClient(name).embed(TEXTS[:20])
+                assert np.array_equal(vectors, expected(TEXTS[:20], seed=seed)), name
+    finally:
+        serve.delete("twins")
 
 
 def test_a_hundred_callers_of_one_replica_wait_their_turn(where: Site) -> None:
