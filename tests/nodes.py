@@ -19,6 +19,7 @@ from pathlib import Path
 from deployments.launch import switches
 from tests.server import (
     MARK,
+    PATIENCE,
     START_SECONDS,
     STOP_SECONDS,
     Server,
@@ -157,4 +158,4 @@ def serve_on(cluster: Nodes, config: Path, ingress_replicas: int = 1) -> Iterato
         yield Server(url, process, log, cluster.environ[MARK])
     finally:
         process.send_signal(signal.SIGTERM)  # it ignores SIGINT in the background
-        process.wait(STOP_SECONDS)
+        process.wait(PATIENCE * STOP_SECONDS)

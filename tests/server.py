@@ -19,6 +19,9 @@ import psutil
 
 from deployments.launch import free_ports
 
+# A limit ends what hangs, and costs what is fast nothing: it is for a machine so many times slower than that
+# on which the seconds below and at the callers were set.
+PATIENCE = 5
 START_SECONDS = 180
 STOP_SECONDS = 60
 MARK = "EMBEDDING_CLUSTER_TEST"
@@ -30,7 +33,11 @@ def free_port() -> int:
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str | Path | Callable[[], str]) -> None:
-    """Wait until the condition holds; fail with `what`, or what that file holds, after so many seconds."""
+    """Wait until the condition holds; fail with `what`, or what that file holds, after so many seconds.
+
+    That is on a quick machine: nothing follows from how long it takes.
+    """
+    seconds *= PATIENCE
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -82,10 +89,10 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
-            self.process.wait(STOP_SECONDS)
+            self.process.wait(PATIENCE * STOP_SECONDS)
             for node in reversed(self.nodes):
                 node.terminate()
-                node.wait(STOP_SECONDS)
+                node.wait(PATIENCE * STOP_SECONDS)
             # What Ray starts beside a raylet asks once a minute at worst whether the head is still there.
             wait_for(lambda: not self.processes(), 2 * STOP_SECONDS, self._left)
         finally:

@@ -12,7 +12,7 @@ import pytest
 from tests import workers
 from tests.server import Server, serve, wait_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.cluster
 BODY = {"model": "m", "input": "x"}
 MIB = 2**20
 

@@ -18,7 +18,7 @@ from tests import workers
 from tests.fake import expected
 from tests.server import Server, serve, wait_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.cluster
 LINES, DIMENSION = 5000, 16
 # Some 110,000 tokens on two replicas: half a minute, in which a killed ingress comes back.
 MODEL = f"dimension = {DIMENSION}, call_seconds = 0.005, token_seconds = 0.0006"

@@ -15,7 +15,7 @@ from tests import workers
 from tests.fake import expected
 from tests.server import Server, serve, wait_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.cluster
 REPLICAS = "[deployment]\nnum_replicas = 2\n"
 ENGINE = "call_seconds = 0.01, token_seconds = 0.00005"
 

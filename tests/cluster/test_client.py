@@ -20,7 +20,7 @@ from tests import workers
 from tests.fake import expected
 from tests.server import program
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.cluster
 TEXTS = [f"text number {number}" for number in range(3000)]
 
 

@@ -20,7 +20,7 @@ import yaml
 from tests import fake, workers
 from tests.server import MARK, Server, free_port, is_ready, wait_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.cluster
 BIN = Path(sys.executable).parent
 
 

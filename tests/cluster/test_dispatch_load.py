@@ -17,7 +17,7 @@ from benchmarks.workloads import Workload
 from tests import workers
 from tests.server import Server, serve
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")

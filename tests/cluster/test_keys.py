@@ -15,7 +15,7 @@ from deployments.keys import Key, create_key
 from tests import workers
 from tests.server import Server, serve
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.cluster
 REQUESTS, CLIENTS = 10_000, 8
 SECRET, TEXT = "never-to-be-logged-key", "never-to-be-logged-text"
 BODY = f'{{"model": "m", "input": "{TEXT}"}}'.encode()

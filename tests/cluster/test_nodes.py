@@ -12,7 +12,7 @@ from tests import workers
 from tests.nodes import SECOND, nodes, serve_on
 from tests.server import Server, wait_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.cluster
 
 
 def on_second_node(server: Server, title: str = "") -> list[int]:

@@ -23,7 +23,7 @@ from tests import workers
 from tests.fake import expected
 from tests.server import MARK, Server, free_port, program, serve, wait_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.cluster
 COUNTED = {
     "embedding_requests_total",
     "embedding_inputs_total",

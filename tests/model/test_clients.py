@@ -28,7 +28,7 @@ from tests import checkpoints, workers
 from tests.model.conftest import MINILM, encode
 from tests.server import Server, program, serve
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.model
 TEXTS = ["The cat sits on the mat.", "Ein Satz über Größe und 東京 🙂", "stock markets fell"]
 QUERY, INSTRUCTION = "query: ", "Find {instruction}: "
 # The same model by another name, for clients that send OpenAI's token ids.

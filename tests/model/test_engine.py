@@ -8,7 +8,7 @@ import pytest
 
 from tests import checkpoints, workers
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.model
 
 # In a process of its own, as in a replica: an engine binds its threads and sets variables for vLLM.
 PROGRAM = """

@@ -15,7 +15,7 @@ from tests.model.conftest import cosines, encode
 from tests.model.test_two_models import token_ids, vectors_of
 from tests.server import Server, serve
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.model
 QWEN = "qwen3-embedding-8b"
 
 

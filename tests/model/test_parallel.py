@@ -20,7 +20,7 @@ from tests.model.conftest import cosines
 from tests.model.test_two_models import token_ids
 from tests.server import free_port, wait_for
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.model
 TEXTS = ["What is the capital of China?", "Explain gravity", "a", "The quick brown fox jumps. " * 20]
 
 

@@ -17,7 +17,7 @@ from deployments.config.load import load_workers
 from tests.model.conftest import MINILM
 from tests.server import Server
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.model
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8000"

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.batch import BESIDE, address_of, beside, in_process, rss_at
 from tests.server import Server
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.model
 
 
 def test_a_client_is_timed(two_models: Server) -> None:

@@ -17,7 +17,7 @@ from tests import checkpoints
 from tests.model.conftest import MINILM, cosines, encode
 from tests.server import Server
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.model
 MODEL = MINILM
 TEXT = "Input text to be embedded"
 
