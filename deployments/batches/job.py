@@ -5,6 +5,7 @@ goes on after what the progress names, and writes what isn't named there anew, i
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -31,15 +32,20 @@ from deployments.batches.records import (
     Order,
     Plan,
     Progress,
+    sum_up,
 )
 from deployments.batches.store import Files, batch_folder, load, waiting_path
-from deployments.errors import EmbeddingError, FileMissingError
+from deployments.errors import EmbeddingError, FileMissingError, StorageUnavailableError
 from deployments.keys import Key
 
 logger = logging.getLogger("ray.serve")
 
 # One is embedded while another is read or stored.
 BLOCKS_AT_ONCE = 2
+# How often lines that have ended are counted, whatever a block takes.
+TELL_SECONDS = 2.0
+# Whether a batch whose lines all name that model, or several of them, may go on.
+MayWork = Callable[[str | None], bool]
 # A line's body without nulls, and the key that the work is for → the answer, and how many tokens were read.
 Embed = Callable[[dict[str, Any], Key | None], Awaitable[tuple[bytes, int]]]
 ID_LENGTH = 24
@@ -54,12 +60,19 @@ class Outcome:
     error: bytes = b""
     tokens: int = 0
 
+    @property
+    def done(self) -> Done:
+        """The line, counted."""
+        return Done(completed=bool(self.output), failed=bool(self.error), tokens=self.tokens)
+
 
 class Job:
-    """Runs a batch from where it is to its end."""
+    """Runs a batch from where it is to its end, or no further than its plan where it may not work."""
 
-    def __init__(self, owner: str, name: str, files: Files, embed: Embed, clock: Clock) -> None:
-        """Do nothing yet. `key` has to be kept up to date."""
+    def __init__(  # noqa: PLR0913, PLR0917 - what a batch is, what it is run with
+        self, owner: str, name: str, files: Files, embed: Embed, clock: Clock, writer: str, may_work: MayWork
+    ) -> None:
+        """Do nothing yet. `key` has to be kept up to date; `writer` is whose objects its lines go into."""
         self.owner = owner
         self.name = name
         self.key: Key | None = None
@@ -68,17 +81,25 @@ class Job:
         self._folder = batch_folder(owner, name)
         self._embed = embed
         self._clock = clock
+        self._writer = writer
+        self._may_work = may_work
         self._saving = asyncio.Lock()
         self._lines: set[asyncio.Task[Outcome]] = set()
         self._ending: Status | None = None
         self._errors: tuple[BatchError, ...] = ()
         self._order: Order | None = None
         self._progress = Progress()
+        self._told = Done()
 
     @property
     def is_over(self) -> bool:
         """Whether its time has run out."""
         return self._order is not None and self._order.expires_at <= self._clock()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self._progress.is_final
 
     def end(self, status: Status, *errors: BatchError) -> None:
         """Let what is done be kept, and no more be done."""
@@ -88,16 +109,20 @@ class Job:
                 line.cancel()
 
     async def run(self) -> None:
-        """Return when the batch has ended. Cancelled, it can be run again, by anybody."""
+        """Return when the batch has ended, or may not work. Cancelled, it can be run again, by anybody."""
         self._order = await load(self._storage, f"{self._folder}/order.json", Order)
         if self._order is None:
             return
         self._progress = await load(self._storage, f"{self._folder}/progress.json", Progress) or Progress()
+        self._told = self._progress.shown
         if not self._progress.is_final:
             if self.is_over:
                 self.end("expired")
             try:
-                await self._work(self._order)
+                plan = await self._planned(self._order)
+                if self._ending is None and not self._may_work(plan.model):
+                    return
+                await self._work(plan)
             except BatchFailed as error:
                 self.end("failed", *error.errors)
             except (FileNotFoundError, FileMissingError):
@@ -105,21 +130,39 @@ class Job:
             await self._finish(self._order)
         await self._storage.remove(waiting_path(self.owner, self.name))
 
-    async def _work(self, order: Order) -> None:
+    async def _work(self, plan: Plan) -> None:
         """Embed what isn't done, up to the end that there is."""
-        plan = await self._planned(order)
         if self._progress.status == "validating":
             await self._save(
                 status="in_progress", in_progress_at=self._now(), total=plan.total, model=plan.model
             )
         todo = iter([number for number in range(len(plan.blocks)) if number not in self._progress.done])
         workers = [asyncio.ensure_future(self._blocks(plan, todo)) for _ in range(BLOCKS_AT_ONCE)]
+        telling = asyncio.ensure_future(self._tell())
         try:
             await asyncio.gather(*workers)
         finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            for task in (telling, *workers):
+                task.cancel()
+            await asyncio.gather(telling, *workers, return_exceptions=True)
+
+    async def _tell(self) -> None:
+        """Count what has ended of the blocks under way, every now and then, for whoever looks."""
+        while True:
+            await asyncio.sleep(TELL_SECONDS)
+            if self._under_way() != self._progress.under_way:
+                with contextlib.suppress(StorageUnavailableError):  # the blocks will meet it too
+                    await self._save()
+
+    def _under_way(self) -> Done:
+        """Count lines that have ended and aren't stored, and no fewer than were told of before a restart."""
+        now = sum_up(line.result().done for line in self._lines if line.done() and not line.cancelled())
+        stored = sum_up(self._progress.done.values())
+        return Done(
+            completed=max(now.completed, self._told.completed - stored.completed),
+            failed=max(now.failed, self._told.failed - stored.failed),
+            tokens=max(now.tokens, self._told.tokens - stored.tokens),
+        )
 
     async def _planned(self, order: Order) -> Plan:
         path = f"{self._folder}/plan.json"
@@ -140,22 +183,20 @@ class Job:
             block = plan.blocks[number]
             content = _once(self._storage.read_range(plan.pieces[0], block.start, block.end))
             lines = [line async for line in read_lines(content, block.start, block.first)]
-            await self._store(number, await self._outcomes(lines, repeated))
-
-    async def _outcomes(self, lines: list[RawLine], repeated: frozenset[int]) -> list[Outcome]:
-        """Return what became of the lines; those that the end cut off have nothing."""
-        tasks = [asyncio.ensure_future(self._line(line, line.number in repeated)) for line in lines]
-        self._lines.update(tasks)
-        try:
-            await asyncio.wait(tasks)
-        finally:
-            self._lines.difference_update(tasks)
-            for task in tasks:
-                task.cancel()
-        return [
-            self._cut(line) if task.cancelled() else task.result()
-            for line, task in zip(lines, tasks, strict=True)
-        ]
+            tasks = [asyncio.ensure_future(self._line(line, line.number in repeated)) for line in lines]
+            self._lines.update(tasks)
+            try:
+                await asyncio.wait(tasks)
+                outcomes = [
+                    self._cut(line) if task.cancelled() else task.result()
+                    for line, task in zip(lines, tasks, strict=True)
+                ]
+                done = await self._store(number, outcomes)
+            finally:
+                self._lines.difference_update(tasks)
+                for task in tasks:
+                    task.cancel()
+            await self._save(done={**self._progress.done, number: done})
 
     async def _line(self, line: RawLine, repeated: bool) -> Outcome:
         """Embed a line, or say why not."""
@@ -195,27 +236,20 @@ class Job:
         """Return the same id for the same line, however often it is run."""
         return hashlib.sha256(f"{self.name}:{line.number}".encode()).hexdigest()[:ID_LENGTH]
 
-    async def _store(self, number: int, outcomes: list[Outcome]) -> None:
-        """Store a block's lines, then that it is done."""
+    async def _store(self, number: int, outcomes: list[Outcome]) -> Done:
+        """Store a block's lines; return what then is done."""
         output = b"".join(each.output for each in outcomes)
         errors = b"".join(each.error for each in outcomes)
-        for content, path in ((output, self._output(number)), (errors, self._error(number))):
+        own = {"output_bytes": len(output), "error_bytes": len(errors), "writer": self._writer}
+        done = sum_up(each.done for each in outcomes).model_copy(update=own)
+        for name, content in (("output", output), ("errors", errors)):
             if content:
-                await self._storage.write(path, content)
-        done = Done(
-            completed=sum(bool(each.output) for each in outcomes),
-            failed=sum(bool(each.error) for each in outcomes),
-            tokens=sum(each.tokens for each in outcomes),
-            output_bytes=len(output),
-            error_bytes=len(errors),
-        )
-        await self._save(done={**self._progress.done, number: done})
+                await self._storage.write(self._piece(name, number, done), content)
+        return done
 
-    def _output(self, number: int) -> str:
-        return f"{self._folder}/output/{number:06d}"
-
-    def _error(self, number: int) -> str:
-        return f"{self._folder}/errors/{number:06d}"
+    def _piece(self, name: str, number: int, done: Done) -> str:
+        """Return where a block's lines lie."""
+        return f"{self._folder}/{name}/{number:06d}{'-' if done.writer else ''}{done.writer}"
 
     # --- the end --------------------------------------------------------------------------------------
 
@@ -225,8 +259,8 @@ class Job:
         if status in ("completed", "expired"):
             await self._save(status="finalizing", finalizing_at=self._now())
         done = sorted(self._progress.done.items())
-        outputs = {self._output(n): each.output_bytes for n, each in done if each.output_bytes}
-        errors = {self._error(n): each.error_bytes for n, each in done if each.error_bytes}
+        outputs = {self._piece("output", n, each): each.output_bytes for n, each in done if each.output_bytes}
+        errors = {self._piece("errors", n, each): each.error_bytes for n, each in done if each.error_bytes}
         await self._save(
             status=status,
             errors=self._errors,
@@ -255,6 +289,8 @@ class Job:
     async def _save(self, **changes: Any) -> None:
         # Changed at once, and written by one at a time: the last one to write knows of all.
         self._progress = self._progress.model_copy(update=changes)
+        under_way = Done() if self._progress.is_final else self._under_way()
+        self._progress = self._progress.model_copy(update={"under_way": under_way})
         async with self._saving:
             await self._storage.write(f"{self._folder}/progress.json", self._progress.text())
 

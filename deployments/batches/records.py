@@ -7,7 +7,7 @@ each; the runner writes the plan once, and the progress over and over.
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -104,22 +104,41 @@ class Plan(Record):
 
 
 class Done(Record):
-    """What came out of a block; its lines are stored by then."""
+    """What came out of a block; its lines are stored by then, in objects that end in `writer`.
+
+    Each runner writes objects of its own, so that what one counts is never what another one wrote.
+    """
 
     completed: int = 0
     failed: int = 0
     tokens: int = 0
     output_bytes: int = 0
     error_bytes: int = 0
+    writer: str = ""
+
+
+def sum_up(done: Iterable[Done]) -> Done:
+    """Return what came out of several blocks."""
+    done = tuple(done)
+    return Done(
+        completed=sum(each.completed for each in done),
+        failed=sum(each.failed for each in done),
+        tokens=sum(each.tokens for each in done),
+    )
 
 
 class Progress(Record):
-    """How far a batch is. `done` holds the blocks that are, by their number."""
+    """How far a batch is. `done` holds the blocks that are, by their number.
+
+    `under_way` counts lines of other blocks that have ended: they are shown, and run again where their block
+    never comes to be stored.
+    """
 
     status: Status = "validating"
     total: int = 0
     model: str | None = None
     done: dict[int, Done] = {}
+    under_way: Done = Done()
     errors: tuple[BatchError, ...] = ()
     output_file_id: str | None = None
     error_file_id: str | None = None
@@ -131,6 +150,11 @@ class Progress(Record):
     cancelled_at: int | None = None
 
     @property
+    def shown(self) -> Done:
+        """What of the batch is done, as it is told."""
+        return sum_up([*self.done.values(), self.under_way])
+
+    @property
     def is_final(self) -> bool:
         """Whether nothing more will happen."""
         return self.status in FINAL
@@ -138,12 +162,11 @@ class Progress(Record):
 
 def batch_object(order: Order, progress: Progress, cancellation: Cancellation | None) -> Batch:
     """Return a batch as it is shown."""
-    done = progress.done.values()
-    tokens = sum(each.tokens for each in done)
+    done = progress.shown
     cancelling = cancellation is not None and not progress.is_final
     cancelled = cancellation is not None and (cancelling or progress.status == "cancelled")
     return Batch(
-        **progress.model_dump(exclude={"status", "total", "done", "errors"}),
+        **progress.model_dump(exclude={"status", "total", "done", "under_way", "errors"}),
         id=order.id,
         endpoint=ENDPOINT,
         completion_window=WINDOW,
@@ -154,12 +177,8 @@ def batch_object(order: Order, progress: Progress, cancellation: Cancellation | 
         status="cancelling" if cancelling else progress.status,
         cancelling_at=cancellation.cancelling_at if cancellation and cancelled else None,
         errors=BatchErrors(data=list(progress.errors)) if progress.errors else None,
-        request_counts=RequestCounts(
-            total=progress.total,
-            completed=sum(each.completed for each in done),
-            failed=sum(each.failed for each in done),
-        ),
-        usage=BatchUsage(input_tokens=tokens, total_tokens=tokens),
+        request_counts=RequestCounts(total=progress.total, completed=done.completed, failed=done.failed),
+        usage=BatchUsage(input_tokens=done.tokens, total_tokens=done.tokens),
     )
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import secrets
 from collections import Counter
@@ -28,7 +29,8 @@ logger = logging.getLogger("ray.serve")
 
 # How often the storage is looked at, where nobody says that there is something new.
 LOOK_SECONDS = 2.0
-# Batches that are run at once; their owners take turns.
+# Batches that are run at once, but for one of each owner and model, which always is: batches may stand for
+# hours, as while their key's rate is used up or their model has no replica, and keep nobody else waiting.
 MAX_RUNNING = 4
 # A batch that met a failing storage is run again after that time.
 AGAIN_SECONDS = 10.0
@@ -51,8 +53,8 @@ class Lease(Record):
 class Runner:
     """Runs all batches of a storage; of several runners the one that came last, until it is silent.
 
-    Two at once, as while a node is cut off, would do work twice, and harm nothing: what they write is the
-    same, in the same places.
+    Two at once, as while a node is cut off, would do work twice, and harm nothing: each writes lines into
+    objects of its own, and the progress names those that it counts, whoever wrote it last.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Runner:
         self._name = secrets.token_hex(8)
         self._woken = asyncio.Event()
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
+        self._models: dict[str, str | None] = {}  # of batches whose plan has been seen
         self._not_before: dict[str, float] = {}
         self._has_come = self._is_idle = False
         self._swept = 0.0
@@ -147,30 +150,51 @@ class Runner:
     # --- what waits ----------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        """Start what waits, the oldest of the owner who has the fewest running."""
+        """Start what waits, the oldest of the owner and model that have the fewest running."""
         now = self._clock()
         waiting = []
         for name in await self._storage.names("waiting"):
             owner, _, batch = name.rpartition("+")
             if is_id(batch, BATCH) and name not in self._running and self._not_before.get(name, 0.0) <= now:
                 waiting.append((owner, batch))
-        while waiting and len(self._running) < MAX_RUNNING:
+        while waiting:
             having = Counter(job.owner for job, _ in self._running.values())
-            owner, batch = min(waiting, key=lambda each: (having[each[0]], each[1]))
+            moving = self._groups()
+            owner, batch = min(
+                waiting, key=lambda each: (moving[self._group(*each)], having[each[0]], each[1])
+            )
+            if len(self._running) >= MAX_RUNNING and moving[self._group(owner, batch)]:
+                return
             waiting.remove((owner, batch))
             if await load(self._storage, f"{batch_folder(owner, batch)}/order.json", Order) is None:
                 if now - made_at(batch) > ORPHAN_SECONDS:
                     await self._storage.remove(waiting_path(owner, batch))
                 continue
-            job = Job(owner, batch, self._files, self._embed, self._clock)
-            await self._look(job)
             name = f"{owner}+{batch}"
+            may_work = functools.partial(self._may_work, name)
+            job = Job(owner, batch, self._files, self._embed, self._clock, self._name, may_work)
+            await self._look(job)
             self._running[name] = job, asyncio.create_task(self._run(name, job))
+
+    def _group(self, owner: str, batch: str) -> tuple[str, str | None]:
+        """Return whose batch it is and its model: None while that isn't known, or where there are several."""
+        return owner, self._models.get(f"{owner}+{batch}")
+
+    def _groups(self) -> Counter[tuple[str, str | None]]:
+        return Counter(self._group(job.owner, job.name) for job, _ in self._running.values())
+
+    def _may_work(self, name: str, model: str | None) -> bool:
+        """Whether a batch has a place among those that run, now that its model is known."""
+        self._models[name] = model
+        job, _ = self._running[name]
+        return len(self._running) <= MAX_RUNNING or self._groups()[self._group(job.owner, job.name)] == 1
 
     async def _run(self, name: str, job: Job) -> None:
         try:
             await job.run()
             self._not_before.pop(name, None)
+            if job.has_ended:
+                self._models.pop(name, None)
         except Exception as error:  # whatever it is, the other batches go on
             logger.warning("batch %s waits: %s", job.name, type(error).__name__, exc_info=True)
             self._not_before[name] = self._clock() + AGAIN_SECONDS

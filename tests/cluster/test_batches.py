@@ -49,9 +49,12 @@ BAD: dict[int, tuple[bytes, str | None, str]] = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A worker file, and a folder in which files and batches outlive a server."""
+    """Worker files, of which one never gets a replica, and where files and batches outlive a server."""
     folder = tmp_path_factory.mktemp("batches")
-    (folder / "m.toml").write_text(workers.fake("m", MODEL, "[deployment]\nnum_replicas = 2"))
+    (folder / "workers").mkdir()
+    (folder / "workers" / "m.toml").write_text(workers.fake("m", MODEL, "[deployment]\nnum_replicas = 2"))
+    none = "[deployment.autoscaling]\nmin_replicas = 0\n[deployment.resources]\nnowhere = 1"
+    (folder / "workers" / "away.toml").write_text(workers.fake("away", more=none))
     return folder
 
 
@@ -59,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(place: Path) -> Iterator[tuple[Server, openai.OpenAI]]:
     """Serve over the same folder, with two ingress replicas."""
     data = {"XDG_DATA_HOME": str(place / "data")}
-    with serve(place / "m.toml", place, data, ingress_replicas=2) as server:
+    with serve(place / "workers", place, data, ingress_replicas=2) as server:
         yield server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=5)
 
 
@@ -122,6 +125,10 @@ def test_a_batch_survives_its_runner_the_ingress_and_the_whole_server(place: Pat
         assert len({each["id"] for each in output + errors}) == LINES
         counted = 'embedding_batch_lines_total{model="m",outcome="ok"}'
         assert counted in httpx.get(f"{server.url}/metrics", timeout=30).text
+        # More batches than run at once stand, since their model has no replica; those of others go on.
+        body = {"model": "away", "input": "x"}
+        standing = [create(client, line(0, body=body)) for _ in range(6)]
+        wait_for(lambda: client.batches.retrieve(standing[3].id).status == "in_progress", SECONDS, "four")
         # One that is cancelled keeps what is done.
         batch = create(client, b"\n".join(map(line, range(LINES))))
         wait_until_completed(client, batch, 1)
@@ -130,4 +137,6 @@ def test_a_batch_survives_its_runner_the_ingress_and_the_whole_server(place: Pat
         cancelled = client.batches.retrieve(batch.id)
         assert 0 < cancelled.request_counts.completed < LINES
         assert len(read(client, cancelled.output_file_id)) == cancelled.request_counts.completed
-        assert [each.id for each in client.batches.list()] == [cancelled.id, ended.id]
+        shown = {each.id: each.status for each in client.batches.list()}
+        assert list(shown) == [cancelled.id, *(each.id for each in reversed(standing)), ended.id]
+        assert {shown[each.id] for each in standing} <= {"validating", "in_progress"}

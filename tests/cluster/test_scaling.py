@@ -90,7 +90,7 @@ def decisions(server: Server, direction: str) -> list[float]:
 
 
 def test_from_one_to_three_and_back(server: Server) -> None:
-    """Decided by the worker file's intervals, not by Serve's; the third replica stays as long as the load does."""
+    """Decided by the worker file's intervals, not Serve's; the third replica stays while the load does."""
     assert count(server, "m") == 1
     begun = time.time()
     with load(server, 12) as seen:

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -308,6 +309,84 @@ async def test_a_restart_goes_on_after_the_last_block(cluster: Cluster, free: in
     output = await cluster.read(batch.output_file_id)
     assert [each["custom_id"] for each in output] == [f"c{n}" for n in range(22)]
     assert before + len(cluster.asked[before:]) <= 22 + 4 * job.BLOCKS_AT_ONCE
+
+
+async def test_counts_move_with_the_lines(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a block takes; they never fall, whoever goes on with it, and are exact in the end."""
+    monkeypatch.setattr(job, "TELL_SECONDS", 0.001)
+    cluster.gate.clear()
+    cluster.free = 6
+    batch = await cluster.create(lines(*map(request, range(8))))
+    first = cluster.runner()
+    await cluster.until(first, batch, lambda b: b.request_counts.completed == 6)
+    await first.stop()
+    cluster.free = 1
+    second = cluster.runner()
+    for _ in range(20):
+        found = await cluster.until(second, batch, lambda _: True)
+        assert found.request_counts.completed >= 6
+    cluster.gate.set()
+    found = await cluster.until(second, batch, ended)
+    assert found.request_counts.model_dump() == {"total": 8, "completed": 8, "failed": 0}
+    assert found.usage.total_tokens == 24
+
+
+async def test_two_runners_never_mix_their_lines(cluster: Cluster) -> None:
+    """Both work, as while a node is cut off: each line is whole, of either, and the size is the file's."""
+    batch = await cluster.create(lines(*map(request, range(22))))
+    waiting = [0, 0]
+
+    def of(number: int) -> Embed:
+        async def embed(fields: dict[str, Any], _: Key | None) -> tuple[bytes, int]:
+            waiting[number] += 1
+            await asyncio.sleep(0.001 * (waiting[number] % 5))
+            return json.dumps(fields["input"] + number * " and more").encode(), 3
+
+        return embed
+
+    first, second = cluster.runner(of(0)), cluster.runner(of(1))
+    await first.turn()
+    await second.turn()
+    while first._running or second._running:  # noqa: ASYNC110 - neither looks who else there is
+        await asyncio.sleep(0.001)
+    assert min(waiting) == 22
+    found = await cluster.batches.find(NOBODY, batch.id)
+    assert found.status == "completed"
+    output = await cluster.read(found.output_file_id)  # holds its size against its content
+    assert [each["custom_id"] for each in output] == [f"c{n}" for n in range(22)]
+    assert {each["response"]["body"].removesuffix(" and more") for each in output} == {
+        f"text {n}" for n in range(22)
+    }
+
+
+async def test_batches_that_stand_keep_nobody_waiting(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many of one model that has no replica: another model's and another owner's end beside them."""
+    monkeypatch.setattr(runner, "MAX_RUNNING", 2)
+
+    async def embed(fields: dict[str, Any], _: Key | None) -> tuple[bytes, int]:
+        if fields["model"] == "away":
+            await asyncio.Event().wait()
+        return b"{}", 1
+
+    body = {"input": "x"}
+    for owner in ("greedy", NOBODY):
+        for _ in range(5):
+            await cluster.create(lines(request(1, body=body | {"model": "away"})), owner)
+            cluster.now += 1
+    late = [
+        await cluster.create(lines(request(2, body=body | {"model": model})), NOBODY)
+        for model in ("here", "there", "here")
+    ]
+    worker = cluster.runner(embed)
+    for each in late:
+        assert (await cluster.until(worker, each, ended)).status == "completed"
+    assert Counter(found.owner for found, _ in worker._running.values()) == {"greedy": 1, NOBODY: 1}
+    other = await cluster.create(lines(request(3, body=body | {"model": "here"})), "third")
+    monkeypatch.setattr(cluster, "owner", lambda _: "third")
+    assert (await cluster.until(worker, other, ended)).status == "completed"
+    await worker.stop()
 
 
 async def test_cancelling_keeps_what_is_done(cluster: Cluster) -> None:
