@@ -41,7 +41,7 @@ class NewBatch:
     output_seconds: int | None
 
 
-def parse_create(body: bytes) -> NewBatch:
+def parse_create(body: read.Body) -> NewBatch:
     """Parse a body. Raises InvalidRequestError whose `param` names the field."""
     fields = read.read_object(body)
     file_id = read.required_string(fields, "input_file_id")

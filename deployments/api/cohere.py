@@ -65,7 +65,7 @@ def is_mine(fields: Mapping[str, Any]) -> bool:
     return items or any(name in fields for name in ("texts", "images", "embedding_types", "input_type"))
 
 
-def parse_request(body: bytes) -> CohereRequest:
+def parse_request(body: read.Body) -> CohereRequest:
     """Parse a body of `POST /v2/embed`."""
     return parse_fields(read.read_object(body))
 

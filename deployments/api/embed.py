@@ -6,7 +6,7 @@ from deployments.api.request import EmbeddingRequest
 from deployments.errors import InvalidRequestError
 
 
-def parse_request(body: bytes) -> EmbeddingRequest:
+def parse_request(body: read.Body) -> EmbeddingRequest:
     """Parse a body of Cohere's or text-embeddings-inference's; Pharia's asks for what vLLM can't do."""
     fields = read.read_object(body)
     if cohere.is_mine(fields):

@@ -3,14 +3,38 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import orjson
 
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
 Fields = Mapping[str, Any]
+Body = bytes | bytearray
+PIECE_BYTES = 2**18
 
 
-def read_object(body: bytes) -> dict[str, Any]:
+def count_values(body: Body) -> int:
+    """Return how many values a JSON body holds at most, without making any of them.
+
+    In pieces, by loops that let other threads run: a parser keeps them all out until it is through.
+    """
+    count, inside, rest = 1, False, b""
+    for start in range(0, len(body), PIECE_BYTES):
+        piece = rest + body[start : start + PIECE_BYTES]
+        # What a last lone backslash escapes stands in the next piece.
+        lone = (len(piece) - len(piece.rstrip(b"\\"))) % 2
+        piece, rest = piece[: len(piece) - lone], piece[len(piece) - lone :]
+        raw = np.frombuffer(piece.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
+        if not len(raw):
+            continue
+        within = np.logical_xor.accumulate(raw == ord('"')) ^ inside
+        begins = (raw == ord(",")) | (raw == ord("[")) | (raw == ord("{"))
+        count += int(np.count_nonzero(begins & ~within))
+        inside = bool(within[-1])
+    return count
+
+
+def read_object(body: Body) -> dict[str, Any]:
     """Return the body's fields; null means absent. Raises InvalidRequestError."""
     try:
         fields = orjson.loads(body)

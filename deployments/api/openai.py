@@ -44,7 +44,7 @@ class OpenAIRequest(EmbeddingRequest):
         )
 
 
-def parse_request(body: bytes) -> OpenAIRequest:
+def parse_request(body: read.Body) -> OpenAIRequest:
     """Parse a body. Raises InvalidRequestError whose `param` names the field."""
     return parse_fields(read.read_object(body))
 

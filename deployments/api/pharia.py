@@ -46,14 +46,14 @@ class PhariaRequest(EmbeddingRequest):
         )
 
 
-def parse_semantic(body: bytes) -> PhariaRequest:
+def parse_semantic(body: read.Body) -> PhariaRequest:
     """Parse a body of `POST /semantic_embed`."""
     fields = read.read_object(body)
     texts, ids = _read_prompt(fields.get("prompt"), "prompt", "prompt")
     return PhariaRequest(texts=texts, token_ids=ids, **_semantic(fields, "prompt"))
 
 
-def parse_batch(body: bytes) -> PhariaRequest:
+def parse_batch(body: read.Body) -> PhariaRequest:
     """Parse a body of `POST /batch_semantic_embed`."""
     fields = read.read_object(body)
     prompts = read.not_empty(fields.get("prompts"), "prompts")
@@ -69,7 +69,7 @@ def parse_batch(body: bytes) -> PhariaRequest:
     return PhariaRequest(texts=texts, token_ids=ids, batch=True, **_semantic(fields, "prompts"))
 
 
-def parse_instructable(body: bytes) -> PhariaRequest:
+def parse_instructable(body: read.Body) -> PhariaRequest:
     """Parse a body of `POST /instructable_embed`."""
     fields = read.read_object(body)
     texts, ids = _read_prompt(fields.get("input"), "input", "input")
@@ -166,7 +166,7 @@ class TokenizeRequest:
     tags: frozenset[str]
 
 
-def parse_tokenize(body: bytes) -> TokenizeRequest:
+def parse_tokenize(body: read.Body) -> TokenizeRequest:
     """Parse a body of `POST /tokenize`."""
     fields = read.read_object(body)
     read.any_string(fields, "hosting")
@@ -205,7 +205,7 @@ class DetokenizeRequest:
     tags: frozenset[str]
 
 
-def parse_detokenize(body: bytes) -> DetokenizeRequest:
+def parse_detokenize(body: read.Body) -> DetokenizeRequest:
     """Parse a body of `POST /detokenize`."""
     fields = read.read_object(body)
     read.any_string(fields, "hosting")

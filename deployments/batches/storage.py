@@ -6,9 +6,11 @@ starts after a crash. Every call goes to a thread, since all of this may wait fo
 
 import asyncio
 import contextlib
+import functools
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +21,8 @@ from deployments.errors import ConfigError, StorageUnavailableError
 
 T = TypeVar("T")
 CHUNK_BYTES = 2**20
+# Of its own: a disk or network that hangs takes them all, and shall take nobody else's.
+_threads = ThreadPoolExecutor(16, thread_name_prefix="storage")
 PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
 
 
@@ -99,7 +103,8 @@ class Storage:
             await self._do(file.close)
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is the one to tell
-                await asyncio.shield(asyncio.to_thread(self._discard, file, full))
+                loop = asyncio.get_running_loop()
+                await asyncio.shield(loop.run_in_executor(_threads, self._discard, file, full))
             raise
         return size
 
@@ -118,7 +123,8 @@ class Storage:
 
     async def _do(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
         try:
-            return await asyncio.to_thread(function, *arguments, **options)
+            call = functools.partial(function, *arguments, **options)
+            return await asyncio.get_running_loop().run_in_executor(_threads, call)
         except FileNotFoundError:
             raise
         except OSError as error:

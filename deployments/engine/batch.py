@@ -1,5 +1,6 @@
 """What travels to a replica and back: token ids, flat; who calls; vectors."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ class TokenBatch:
         """Join token id sequences."""
         lengths = np.fromiter(map(len, inputs), np.int32, len(inputs))
         total = int(lengths.sum())
-        ids = np.fromiter((token for tokens in inputs for token in tokens), np.int32, total)
+        ids = np.fromiter(itertools.chain.from_iterable(inputs), np.int32, total)
         return cls(ids, lengths)
 
     @classmethod

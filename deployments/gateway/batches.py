@@ -107,9 +107,11 @@ class BatchServing:
         arrival = asyncio.get_running_loop().time()
         key = key_of(request.scope)
         await self._serving.charge(key, REQUESTS)
-        wanted = parse_create(
-            await self._serving.read(request, arrival + min(BODY_SECONDS, wanted_seconds(request)))
-        )
+        deadline = arrival + min(BODY_SECONDS, wanted_seconds(request))
+        with self._serving.in_hand.hold() as take:
+            wanted = await self._serving.parse(
+                parse_create, await self._serving.read(request, deadline, take)
+            )
         batch = await self._batches.create(owner_of(key), wanted)
         self._wake()
         return _json(batch)

@@ -36,6 +36,8 @@ CHANGE_PAUSE_SECONDS = 0.05
 Model = tuple[ModelCard, TextTokenizer]
 # Makes token ids of a request, for the model that answers it.
 Prepare = Callable[[ModelCard, TextTokenizer], Awaitable[TokenBatch]]
+# Uses up so many tokens of what the caller may have. Raises RateLimitError.
+Charge = Callable[[int], Awaitable[None]]
 
 
 class Dispatch:
@@ -76,7 +78,12 @@ class Dispatch:
         return self._calls.flying_tokens
 
     async def embed_by(
-        self, prepare: Prepare, deadline: float, lane: Lane = Lane.INTERACTIVE, caller: str = ""
+        self,
+        prepare: Prepare,
+        deadline: float,
+        lane: Lane = Lane.INTERACTIVE,
+        caller: str = "",
+        charge: Charge | None = None,
     ) -> tuple[TokenBatch, np.ndarray]:
         """As `embed`, of what `prepare` makes of the model; return its batch too.
 
@@ -84,10 +91,16 @@ class Dispatch:
         vectors of two versions, nor one version's token ids with the other's vectors.
         """
         while True:
+            # Who would be refused with a single token is refused before any work is done for it.
+            self._admission.check(1, caller, self.worker.limits, self._calls.rate)
             model = await self.model(deadline)
-            batch = await prepare(*model)
             try:
-                return batch, await self.embed(batch, deadline, lane, caller, model[0].version)
+                async with asyncio.timeout_at(deadline):
+                    batch = await prepare(*model)
+            except TimeoutError:
+                raise self._late() from None
+            try:
+                return batch, await self.embed(batch, deadline, lane, caller, model[0].version, charge)
             except ModelChangedError:
                 self._model = None
                 await asyncio.sleep(CHANGE_PAUSE_SECONDS)
@@ -115,15 +128,16 @@ class Dispatch:
         """Whether a model is the one that most replicas have, as far as is known."""
         return model is not None and self._calls.version in (None, model[0].version)
 
-    async def embed(
+    async def embed(  # noqa: PLR0913, PLR0917 - what a request is, and who asks
         self,
         batch: TokenBatch,
         deadline: float,
         lane: Lane = Lane.INTERACTIVE,
         caller: str = "",
         version: str = "",
+        charge: Charge | None = None,
     ) -> np.ndarray:
-        """Return float32 vectors of shape (len(batch), dimension), in order.
+        """Return float32 vectors of shape (len(batch), dimension), in order; `charge` for what is let in.
 
         Raises QueueFullError at once, DeadlineExceededError or ModelUnavailableError at `deadline`, and
         ModelChangedError where the replicas have another version than that which the ids were made for.
@@ -134,6 +148,8 @@ class Dispatch:
         with self._admission.hold(batch.tokens, caller, small):
             if not small or self._admission.is_flood(caller, self._calls.flying_tokens):
                 lane = Lane.BULK  # what needs several parts lets others in between, in one request or in many
+            if charge is not None:
+                await charge(batch.tokens)
             return await self._send(batch, deadline, Part([], caller, lane, version))
 
     async def _send(self, batch: TokenBatch, deadline: float, like: Part) -> np.ndarray:

@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from deployments.api import pharia
+from deployments.api.fields import Body
 from deployments.engine import ModelCard
 from deployments.engine.tokenizer import TextTokenizer
-from deployments.errors import InvalidRequestError, ModelUnavailableError
+from deployments.errors import ContextLengthError, InvalidRequestError, ModelUnavailableError
 from deployments.gateway.auth import key_of
 from deployments.gateway.catalog import Served
-from deployments.gateway.prepare import INLINE_CHARACTERS, takes_instructions
+from deployments.gateway.offload import offload
+from deployments.gateway.prepare import GROUP_CHARACTERS, takes_instructions
 from deployments.gateway.rates import REQUESTS
 from deployments.gateway.serving import BODY_SECONDS, Serving, wanted_seconds
 
@@ -33,11 +35,10 @@ class PhariaServing:
     async def tokenize(self, request: Request) -> bytes:
         """Return what the model would read of a text."""
         async with self._asked(request, pharia.parse_tokenize) as (wanted, (_, tokenizer)):
-            if len(wanted.prompt) < INLINE_CHARACTERS:
-                ids, tokens = tokenizer.read(wanted.prompt)
-            else:
-                ids, tokens = await asyncio.to_thread(tokenizer.read, wanted.prompt)
-            return pharia.answer_tokenize(wanted, ids, tokens)
+            if len(wanted.prompt) > GROUP_CHARACTERS:
+                raise ContextLengthError(f"`prompt` may have {GROUP_CHARACTERS} characters", "prompt")
+            ids, tokens = await offload(len(wanted.prompt), tokenizer.read, wanted.prompt)
+            return await offload(len(ids), pharia.answer_tokenize, wanted, ids, tokens)
 
     async def detokenize(self, request: Request) -> bytes:
         """Return the text of token ids."""
@@ -46,7 +47,8 @@ class PhariaServing:
                 raise InvalidRequestError(
                     f"`token_ids` holds an id beyond the vocabulary of {card.vocab_size}", "token_ids"
                 )
-            return pharia.answer_detokenize(await asyncio.to_thread(tokenizer.decode, wanted.token_ids))
+            ids = wanted.token_ids
+            return pharia.answer_detokenize(await offload(len(ids), tokenizer.decode, ids))
 
     async def tokenizer(self, request: Request, name: str) -> str:
         """Return a model's tokenizer in the JSON of Hugging Face's `tokenizers`."""
@@ -61,19 +63,17 @@ class PhariaServing:
 
     @asynccontextmanager
     async def _asked(
-        self, request: Request, parse: Callable[[bytes], Asked]
+        self, request: Request, parse: Callable[[Body], Asked]
     ) -> AsyncIterator[tuple[Asked, tuple[ModelCard, TextTokenizer]]]:
         """Charge, read and count a request of tokens; give what it asks, and the model that it asks."""
         arrival = asyncio.get_running_loop().time()
-        with self._serving.counted(arrival) as counted:
+        with self._serving.counted(arrival) as counted, self._serving.in_hand.hold() as take:
             await self._serving.charge(key_of(request.scope), REQUESTS)
-            wanted = parse(await self._read(request, arrival))
+            deadline = arrival + min(BODY_SECONDS, wanted_seconds(request))
+            wanted = await self._serving.parse(parse, await self._serving.read(request, deadline, take))
             served = self._serving.find(request, wanted.model, wanted.tags)
             counted.model = served.name
             yield wanted, await _model(served, request, arrival)
-
-    async def _read(self, request: Request, arrival: float) -> bytes:
-        return await self._serving.read(request, arrival + min(BODY_SECONDS, wanted_seconds(request)))
 
 
 async def _model(served: Served, request: Request, arrival: float) -> tuple[ModelCard, TextTokenizer]:

@@ -3,10 +3,9 @@
 prompt → tokenise → truncate → count
 """
 
-import asyncio
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from deployments.api.request import EmbeddingRequest
@@ -20,9 +19,12 @@ from deployments.errors import (
     MissingCapabilityError,
     TooManyInputsError,
 )
+from deployments.gateway.offload import offload
 
-# Below this many characters tokenising takes less than the hop to another thread and back.
-INLINE_CHARACTERS = 20_000
+# So much is tokenised at a time, at half a KiB for each token before they are cut or counted. A longer text
+# has no place in a model of up to 31,000 tokens.
+GROUP_CHARACTERS = 1_000_000
+CHARACTERS_PER_TOKEN = 32
 # The prompt that an instruction is put into, and where in it.
 INSTRUCTION = "instruction"
 PLACE = "{instruction}"
@@ -52,23 +54,46 @@ async def prepare(
             f"{len(request)} inputs are more than the {limits.max_inputs} of one request", field
         )
     _check_dimensions(request, task, card)
-    texts = request.texts or _decode(request, task, card)
+    sent = sum(map(len, request.token_ids))
+    texts = request.texts or await offload(sent, _decode, request, task, card)
+    inputs: list[list[int]] = []
+    truncated: list[int] = []
+    total = 0
     if texts:
-        inputs = await _tokenise(_with_prompt(texts, request, task, card), tokenizer)
+        groups = _tokenise(_with_prompt(texts, request, task, card), tokenizer, card, field)
     else:
-        inputs = _check_token_ids(request, task, card)
+        groups = _as_group(await offload(sent, _check_token_ids, request, task, card))
     cut = functools.partial(tokenizer.truncate, framed=bool(texts))
-    inputs, longest, truncated = _truncate(inputs, request, task, card, cut)
-    _check_lengths(inputs, longest, limits, field)
-    batch = TokenBatch.of(inputs)
+    async for group in groups:
+        kept, longest, which = _truncate(group, request, task, card, cut)
+        total = _check_lengths(kept, len(inputs), total, longest, limits, field)
+        truncated += [len(inputs) + index for index in which]
+        inputs += kept
+    batch = await offload(total, TokenBatch.of, inputs)
     _check_vocabulary(batch, card.vocab_size, field)
-    return Prepared(batch, truncated)
+    return Prepared(batch, tuple(truncated))
 
 
-async def _tokenise(texts: Sequence[str], tokenizer: TextTokenizer) -> list[list[int]]:
-    if sum(map(len, texts)) < INLINE_CHARACTERS:
-        return tokenizer.encode(texts)
-    return await asyncio.to_thread(tokenizer.encode, texts)
+async def _tokenise(
+    texts: Sequence[str], tokenizer: TextTokenizer, card: ModelCard, field: str
+) -> AsyncIterator[list[list[int]]]:
+    """Yield the token ids of some texts after the others."""
+    most = max(GROUP_CHARACTERS, CHARACTERS_PER_TOKEN * card.max_model_len)
+    begin = characters = 0
+    for index, text in enumerate(texts):
+        if len(text) > most:
+            raise ContextLengthError(
+                f"`{field}[{index}]` has {len(text)} characters, and a text may have {most}", field
+            )
+        if characters and characters + len(text) > GROUP_CHARACTERS:
+            yield await offload(characters, tokenizer.encode, texts[begin:index])
+            begin, characters = index, 0
+        characters += len(text)
+    yield await offload(characters, tokenizer.encode, texts[begin:])
+
+
+async def _as_group(inputs: list[list[int]]) -> AsyncIterator[list[list[int]]]:
+    yield inputs
 
 
 def _with_prompt(
@@ -164,9 +189,11 @@ def _truncate(
     return inputs, longest, truncated
 
 
-def _check_lengths(inputs: list[list[int]], longest: int, limits: Limits, field: str) -> None:
-    total = 0
-    for index, ids in enumerate(inputs):
+def _check_lengths(  # noqa: PLR0913, PLR0917 - where the inputs stand, and what bounds them
+    inputs: list[list[int]], begin: int, total: int, longest: int, limits: Limits, field: str
+) -> int:
+    """Return the tokens of these inputs and of the `total` before them. Raises the first that is too long."""
+    for index, ids in enumerate(inputs, begin):
         total += len(ids)
         if not ids:
             raise InvalidRequestError(f"`{field}[{index}]` holds nothing that the model can read", field)
@@ -178,6 +205,7 @@ def _check_lengths(inputs: list[list[int]], longest: int, limits: Limits, field:
         raise ContextLengthError(
             f"{total} tokens are more than the {limits.max_request_tokens} of one request", field
         )
+    return total
 
 
 def _check_vocabulary(batch: TokenBatch, size: int, field: str) -> None:

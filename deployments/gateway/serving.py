@@ -6,10 +6,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from deployments.api.encoding import normalize, truncate
+from deployments.api.fields import Body, count_values
 from deployments.api.request import EmbeddingRequest, EmbeddingResult
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
@@ -19,9 +21,13 @@ from deployments.errors import (
     DeadlineExceededError,
     EmbeddingError,
     InvalidRequestError,
+    QueueFullError,
+    TooManyInputsError,
 )
+from deployments.gateway.admission import RETRY_AFTER_SECONDS
 from deployments.gateway.auth import key_of
 from deployments.gateway.catalog import Catalog, Served
+from deployments.gateway.offload import offload
 from deployments.gateway.prepare import prepare
 from deployments.gateway.rates import REQUESTS, TOKENS, Rates
 from deployments.gateway.usage import Usage
@@ -29,8 +35,11 @@ from deployments.gateway.work import Lane
 from deployments.keys import Key
 from deployments.metrics import CANCELLED, NO_MODEL, SUCCESS, Metrics
 
+T = TypeVar("T")
 # Reads a dialect's body.
-Parse = Callable[[bytes], EmbeddingRequest]
+Parse = Callable[[Body], EmbeddingRequest]
+# Counts bytes of a body that have come. Raises QueueFullError.
+Take = Callable[[int], None]
 
 # Ray Serve's own header: a client may lower its request's deadline, never raise it.
 TIMEOUT_HEADER = "x-request-timeout-seconds"
@@ -39,6 +48,38 @@ TIMEOUT_SHARE = 0.1
 TIMEOUT_SECONDS = 0.1
 # Which model it is for, and so its deadline, is known once the body is there.
 BODY_SECONDS = 30.0
+# How many bodies of the largest size may be in hand at a time.
+LARGEST_BODIES = 16
+# What a body may hold beside inputs and their tokens.
+OTHER_VALUES = 1000
+
+
+class BytesInHand:
+    """The bytes of all bodies of requests under way, as they come: one may be large, not all at once."""
+
+    def __init__(self, most: int) -> None:
+        """Have nothing in hand yet."""
+        self._most = most
+        self._bytes = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[Take]:
+        """Keep what is taken until the block ends."""
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            if self._bytes + count > self._most:
+                raise QueueFullError(
+                    "too many bytes of other requests are in hand", "body", RETRY_AFTER_SECONDS
+                )
+            taken += count
+            self._bytes += count
+
+        try:
+            yield take
+        finally:
+            self._bytes -= taken
 
 
 @dataclass
@@ -62,6 +103,7 @@ class Serving:
         self.usage = Usage(metrics)
         self.catalog = catalog
         self.metrics = metrics
+        self.in_hand = BytesInHand(LARGEST_BODIES * max_body_bytes)
         self._max_body_bytes = max_body_bytes
 
     def find(self, request: Request, name: str | None, tags: frozenset[str] = frozenset()) -> Served:
@@ -85,13 +127,14 @@ class Serving:
     async def embed(self, request: Request, parse: Parse) -> bytes:
         """Return the JSON answer in the dialect that `parse` reads, or raise an EmbeddingError."""
         arrival = asyncio.get_running_loop().time()
-        with self.counted(arrival) as counted:
+        with self.counted(arrival) as counted, self.in_hand.hold() as take:
             patience = wanted_seconds(request)
             key = key_of(request.scope)
             await self.charge(key, REQUESTS)
-            body = await self.read(request, arrival + min(BODY_SECONDS, patience))
+            body = await self.read(request, arrival + min(BODY_SECONDS, patience), take)
             with self._timed() as parsing:
-                wanted = parse(body)
+                wanted = await self.parse(parse, body)
+            del body  # its texts are what is worked on
             served = self.find(request, wanted.model, wanted.tags)
             counted.model = served.name
             served.check_embeds()
@@ -114,30 +157,55 @@ class Serving:
             with self._timed(worker.name, "tokenise"):
                 task = served.model.embedding_task
                 prepared = await prepare(wanted, task, worker.limits, card, tokenizer)
-            if not client.charged:  # a model that changes meanwhile costs nothing more
-                await self.charge(client.key, TOKENS, prepared.batch.tokens)
-                client.charged = True
             truncated = prepared.truncated
             return prepared.batch
 
-        batch, vectors = await served.dispatch.embed_by(tokens_for, deadline, client.lane, client.caller)
-        with self._timed(worker.name, "encode"):
-            vectors = truncate(vectors, wanted.dimensions)
+        async def charge(tokens: int) -> None:
+            if not client.charged:  # a model that changes meanwhile costs nothing more
+                await self.charge(client.key, TOKENS, tokens)
+                client.charged = True
+
+        batch, vectors = await served.dispatch.embed_by(
+            tokens_for, deadline, client.lane, client.caller, charge
+        )
+
+        def encode() -> bytes:
+            shown = truncate(vectors, wanted.dimensions)
             if wanted.normalize:
-                vectors = normalize(vectors)
+                shown = normalize(shown)
             version = str(worker.queue.version)
-            answer = wanted.answer(EmbeddingResult(vectors, served.name, batch.tokens, truncated, version))
+            return wanted.answer(EmbeddingResult(shown, served.name, batch.tokens, truncated, version))
+
+        with self._timed(worker.name, "encode"):
+            answer = await offload(vectors.size, encode)
         self.metrics.inputs.labels(worker.name).inc(len(batch))
         self.metrics.tokens.labels(worker.name).inc(batch.tokens)
         if client.key is not None:
             self.usage.count(client.key, served.name, len(batch), batch.tokens)
         return answer, batch.tokens
 
-    async def read(self, request: Request, deadline: float) -> bytes:
-        """Return the body. Raises BodyTooLargeError, or DeadlineExceededError at `deadline`."""
+    async def parse(self, parse: Callable[[Body], T], body: Body) -> T:
+        """Return what a dialect makes of a body. Raises InvalidRequestError by field."""
+        limits = [dispatch.worker.limits for dispatch in self.catalog.dispatches.values()]
+        most = max((each.max_inputs + each.max_request_tokens for each in limits), default=0)
+
+        def bounded() -> T:
+            if len(body) > most + OTHER_VALUES and count_values(body) > most + OTHER_VALUES:
+                raise TooManyInputsError("the body holds more than any model here takes", "body")
+            return parse(body)
+
+        return await offload(len(body), bounded)
+
+    async def read(self, request: Request, deadline: float, take: Take) -> bytearray:
+        """Return the body. Raises BodyTooLargeError, QueueFullError, DeadlineExceededError at `deadline`."""
         try:
             async with asyncio.timeout_at(deadline):
-                return await read_body(request, self._max_body_bytes)
+                # One buffer goes back to the system when it is freed; a thousand small pieces don't.
+                body = bytearray()
+                async for chunk in body_chunks(request, self._max_body_bytes):
+                    take(len(chunk))
+                    body += chunk
+                return body
         except TimeoutError:
             raise DeadlineExceededError("the body took too long to arrive", "body") from None
 
@@ -215,15 +283,6 @@ def caller_of(request: Request) -> str:
         if value := request.headers.get(header):
             return value
     return request.client.host if request.client else ""
-
-
-async def read_body(request: Request, max_body_bytes: int) -> bytes:
-    """Return the whole body. Raises BodyTooLargeError before more than the limit is read."""
-    # One buffer goes back to the system when it is freed; a thousand small pieces don't.
-    body = bytearray()
-    async for chunk in body_chunks(request, max_body_bytes):
-        body += chunk
-    return bytes(body)
 
 
 async def body_chunks(request: Request, max_body_bytes: int) -> AsyncIterator[bytes]:

@@ -1,9 +1,11 @@
 """What is meant to hurt: huge, false, compressed and slow requests are refused; others do not notice."""
 
+import contextlib
 import gzip
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -80,6 +82,74 @@ def test_a_body_of_200_mb_is_refused_without_being_kept(server: Server) -> None:
             assert b" 413 " in connection.recv(4096)
         assert client.post("/v1/embeddings", json=BODY).status_code == 200
         assert ingress_bytes(server) - before < 50 * MIB
+
+
+# What costs much before its size is known: many values, one long text, ids, depth, escapes.
+BODIES = {
+    "texts": (b'{"model": "m", "input": [' + b'"a",' * (31 * MIB // 4) + b'"a"]}', 400, "body"),
+    "long text": (b'{"model": "m", "input": "' + b"a " * (31 * MIB // 2) + b'"}', 400, "input"),
+    "ids": (b'{"model": "m", "input": [' + b"1," * (31 * MIB // 2) + b"1]}", 400, "body"),
+    "depth": (b'{"model": "m", "input": ' + b"[" * (31 * MIB), 400, "body"),
+    "escapes": (b'{"model": "m", "input": ["\\\\\\""' + b',"\\\\"' * (31 * MIB // 7) + b"]}", 400, "body"),
+    "many long texts": (
+        b'{"model": "m", "input": [' + b",".join([b'"%b"' % (b"a " * 8000)] * 1900) + b"]}",
+        400,
+        "input",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(BODIES))
+def test_health_answers_at_once_beside_a_body_that_costs_much(server: Server, name: str) -> None:
+    """Within 0.2 s in the best of three tries, since the machine has other things to do; memory stays."""
+    body, status, param = BODIES[name]
+    slowest = []
+    with httpx.Client(base_url=server.url, timeout=60) as client, ThreadPoolExecutor(1) as pool:
+        before, most = ingress_bytes(server), 0
+        for _ in range(3):
+            sent = pool.submit(send, server, body)
+            times = []
+            while not sent.done():
+                begun = time.perf_counter()
+                assert client.get("/health").status_code == 200
+                times.append(time.perf_counter() - begun)
+                most = max(most, ingress_bytes(server))
+            slowest.append(max(times))
+            answer = sent.result()
+            assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
+    assert min(slowest) < 0.2, slowest
+    assert most - before < 600 * MIB
+
+
+def send(server: Server, body: bytes) -> httpx.Response:
+    """Send a body."""
+    return httpx.post(f"{server.url}/v1/embeddings", content=body, timeout=120)
+
+
+def test_bodies_are_bounded_in_sum(server: Server) -> None:
+    """Sixteen of the largest may be in hand; more are told to come back, until those are done or gone."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        before = ingress_bytes(server)
+        size = 30 * MIB
+        connections = [connect(server, head(size) + b" " * (size - 1)) for _ in range(20)]
+        refused = []
+
+        def answered() -> bool:
+            for connection in connections:
+                connection.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    refused.append(connection.recv(4096))
+            return len(refused) == 3
+
+        wait_for(answered, 30, lambda: str(refused))
+        for answer in refused:
+            assert b" 503 " in answer
+            assert b"retry-after: 5" in answer.lower()
+            assert b'"queue_full"' in answer
+        assert ingress_bytes(server) - before < 700 * MIB
+        for connection in connections:
+            connection.close()
+        wait_for(lambda: client.post("/v1/embeddings", json=BODY).status_code == 200, 30, "room again")
 
 
 def test_a_false_length_and_a_gzip_bomb_are_refused(server: Server) -> None:

@@ -41,6 +41,7 @@ LAYERS = [
         "deployments.gateway.spare",
         "deployments.gateway.applications",
         "deployments.gateway.window",
+        "deployments.gateway.offload",
     ],
     ["deployments.gateway.admission"],
     ["deployments.gateway.lanes", "deployments.gateway.prepare", "deployments.gateway.serve_router"],
