@@ -358,6 +358,51 @@ async def test_a_full_queue_refuses_at_once(make: Make) -> None:
     await check(dispatch, inputs(1))
 
 
+async def test_a_full_queue_costs_nothing(make: Make) -> None:
+    """Neither tokenising where nothing more is let in, nor a key's tokens where this isn't."""
+    dispatch = make("token_seconds = 0.001", "[limits]\nmax_outstanding_tokens = 100")
+    await dispatch.model(soon())
+    prepared: list[int] = []
+    charged: list[int] = []
+
+    async def charge(tokens: int) -> None:
+        charged.append(tokens)
+
+    async def ask(length: int, caller: str = "") -> None:
+        async def prepare(*_: Any) -> TokenBatch:
+            prepared.append(length)
+            return inputs(1, length, start=len(prepared))
+
+        await dispatch.embed_by(prepare, soon(), caller=caller, charge=charge)
+
+    first = [asyncio.ensure_future(ask(44, "first")), asyncio.ensure_future(ask(44, "second"))]
+    while len(charged) < 2:  # noqa: ASYNC110 - nothing tells
+        await asyncio.sleep(0)
+    with pytest.raises(QueueFullError):
+        await ask(13, "third")
+    assert (prepared, charged) == ([44, 44, 13], [44, 44])
+    first.append(asyncio.ensure_future(ask(12, "third")))
+    while len(charged) < 3:  # noqa: ASYNC110 - nothing tells
+        await asyncio.sleep(0)
+    with pytest.raises(QueueFullError):
+        await ask(1, "third")
+    assert (prepared, charged) == ([44, 44, 13, 12], [44, 44, 12])
+    await asyncio.gather(*first)
+
+
+async def test_time_runs_out_while_tokens_are_made(make: Make) -> None:
+    """The deadline is the whole request's."""
+    dispatch = make()
+    await dispatch.model(soon())
+
+    async def prepare(*_: Any) -> TokenBatch:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    with pytest.raises(DeadlineExceededError):
+        await dispatch.embed_by(prepare, soon(0.05))
+
+
 async def test_a_full_queue_has_room_for_another_caller(make: Make) -> None:
     """However much one of them sends."""
     dispatch = make("token_seconds = 0.0005", "[limits]\nmax_outstanding_tokens = 2000")

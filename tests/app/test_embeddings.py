@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import httpx
@@ -10,6 +11,7 @@ import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from deployments.api.encoding import truncate
+from deployments.batches.storage import Storage
 from deployments.engine.batch import TokenBatch
 from deployments.errors import EngineCrashError, EngineDeadError, EngineError
 from tests.app.conftest import MAX_BODY_BYTES, NAMES, LocalHandle, expected
@@ -222,6 +224,40 @@ async def test_an_internal_error_shows_nothing(
     assert "secret" not in response.text
     assert "RuntimeError" in caplog.text
     assert "secret" not in caplog.text
+
+
+async def test_a_storage_that_hangs_slows_nobody(client: httpx.AsyncClient) -> None:
+    """It takes all the threads that it may have; large texts are tokenised on others."""
+    gate = threading.Event()
+    hanging = [asyncio.ensure_future(Storage("memory://hangs")._do(gate.wait)) for _ in range(50)]
+    try:
+        texts = [f"{number} ".ljust(500, "x") for number in range(100)]
+        assert np.array_equal(await embed(client, input=texts), expected(texts))
+    finally:
+        gate.set()
+        await asyncio.gather(*hanging)
+
+
+async def test_a_text_of_many_characters_is_refused_before_it_is_tokenised(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much of it would be cut; many texts are tokenised some at a time, and are what they were."""
+    monkeypatch.setattr("deployments.gateway.prepare.GROUP_CHARACTERS", 1000)
+    monkeypatch.setattr("deployments.gateway.prepare.CHARACTERS_PER_TOKEN", 2)
+    body = {"model": "texts", "input": ["x", "y" * 1025]}
+    response = await client.post("/embeddings", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["message"]) == (
+        400,
+        "context_length_exceeded",
+        "`input[1]` has 1025 characters, and a text may have 1024",
+    )
+    texts = [f"{number} ".ljust(300 + number, "x") for number in range(40)]
+    assert np.array_equal(await embed(client, input=texts), expected(texts))
+    texts[33] = "z" * 600
+    answer = (await client.post("/embeddings", json={"model": "texts", "input": texts})).json()
+    assert answer["truncated"] == [33]
+    assert answer["usage"]["prompt_tokens"] == sum(min(len(text), 512) for text in texts)
 
 
 async def test_requests_at_once_dont_mix(client: httpx.AsyncClient) -> None:

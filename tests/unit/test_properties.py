@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deployments.api import embed, openai, pharia
+from deployments.api import embed, fields, openai, pharia
 from deployments.api.request import EmbeddingResult
 from deployments.errors import EmbeddingError, InvalidRequestError
 from deployments.gateway.work import Input, Job, Lane, split
@@ -149,3 +150,28 @@ def test_what_is_split_comes_back_in_order(
         assert (await job.future)[:, 0].tolist() == list(range(len(lengths)))
 
     asyncio.run(run())
+
+
+def begins(value: Any) -> int:
+    """Return how many values begin after another one or in something that opens."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if not isinstance(value, list):
+        return 0
+    return 1 + max(0, len(value) - 1) + sum(map(begins, value))
+
+
+ODD = st.text('a,[{"\\ é', max_size=8)
+ODD_JSON = st.recursive(
+    st.none() | st.integers(-99, 99) | ODD,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ODD, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(ODD_JSON, st.integers(1, 9))
+def test_values_are_counted_without_being_made(value: Any, piece: int) -> None:
+    """Whatever stands in texts, and wherever the body is cut in pieces."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fields, "PIECE_BYTES", piece)
+        assert fields.count_values(json.dumps(value, ensure_ascii=False).encode()) == 1 + begins(value)
