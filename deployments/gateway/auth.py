@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.errors import EmbeddingError, InvalidKeyError, OperatorOnlyError
-from deployments.gateway.public import OPERATOR, PUBLIC
+from deployments.gateway.public import Audiences
 from deployments.gateway.rates import Rates
 from deployments.keys import Key, KeyRing
 
@@ -44,23 +44,10 @@ def secret_in(scope: Scope) -> bytes:
     return headers.get(b"x-api-key", b"") or headers.get(b"api-key", b"")
 
 
-def _objection(path: str, secret: bytes, key: Key | None) -> EmbeddingError | None:
-    """Return why a request may not go on; None where it may."""
-    if path in PUBLIC:
-        return None
-    if key is None:
-        what = "this key isn't valid" if secret else "a key is needed: Authorization: Bearer KEY"
-        return InvalidKeyError(what)
-    if path in OPERATOR and not key.operator:
-        return OperatorOnlyError("this key may not read the metrics; an operator's may")
-    return None
-
-
 class Auth:
     """Middleware: refuses a request whose path needs a key where it has no valid one.
 
-    The decision is made on the path that will be routed, character by character: what isn't one of the public
-    paths needs a key, whatever it may look like.
+    The decision is made on the route that will be taken: what isn't a public one needs a key.
     """
 
     def __init__(self, app: ASGIApp, access: Access, refuse: Callable[[EmbeddingError], Response]) -> None:
@@ -68,6 +55,7 @@ class Auth:
         self._app = app
         self._access = access
         self._refuse = refuse
+        self._audiences: Audiences | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through with its key, or refuse it."""
@@ -79,13 +67,26 @@ class Auth:
             return
         secret = secret_in(scope)
         key = self._access.ring.find(secret) if secret else None
-        if (error := _objection(scope["path"], secret, key)) is not None:
+        if (error := self._objection(scope, secret, key)) is not None:
             await self._refuse(error)(scope, receive, send)
             return
         scope[SCOPE_KEY] = key
         if key is not None and (key.requests_per_minute or key.tokens_per_minute):
             send = self._with_limits(send, key)
         await self._app(scope, receive, send)
+
+    def _objection(self, scope: Scope, secret: bytes, key: Key | None) -> EmbeddingError | None:
+        """Return why a request may not go on; None where it may."""
+        if self._audiences is None:  # by now all routes are there
+            self._audiences = Audiences(scope["app"].routes)
+        if key is None:
+            if self._audiences.is_public(scope):
+                return None
+            what = "this key isn't valid" if secret else "a key is needed: Authorization: Bearer KEY"
+            return InvalidKeyError(what)
+        if not key.operator and self._audiences.is_for_operators(scope):
+            return OperatorOnlyError("this key may not read the metrics; an operator's may")
+        return None
 
     def _with_limits(self, send: Send, key: Key) -> Send:
         """Put into each answer's headers what is left of the key's limits."""

@@ -1,7 +1,7 @@
 """The OpenAPI document, and the page that shows it without asking another host."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ from fastapi import APIRouter, FastAPI, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from deployments import errors
 from deployments.api.envelope import ErrorResponse, error_body
-from deployments.gateway.public import ASSETS, PUBLIC
+from deployments.gateway.public import Audience, audience_of, public
 
 REFERENCE = "#/components/schemas/{model}"
 Kinds = tuple[type[errors.EmbeddingError], ...]
@@ -38,6 +39,12 @@ EMBEDDING: Kinds = (
     errors.QueueFullError,
     errors.NonFiniteEmbeddingError,
 )
+# The parts of the documentation's page, and what they are.
+ASSETS = {
+    "swagger-ui-bundle.js": "text/javascript",
+    "swagger-ui.css": "text/css",
+    "favicon-32x32.png": "image/png",
+}
 # Any one of them, where the cluster has keys.
 SECURITY = {
     "bearer": {"type": "http", "scheme": "bearer"},
@@ -112,12 +119,17 @@ def document(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
         schema = model.model_json_schema(ref_template=REFERENCE)
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
+    open_paths = {
+        route.path
+        for route in app.routes
+        if isinstance(route, APIRoute) and audience_of(route.endpoint) is Audience.ANYBODY
+    }
     for path, operations in described["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI's own, which no route gives
             for response in operation["responses"].values():
                 _errors_are_json(response["content"])
-            if path in PUBLIC:
+            if path in open_paths:
                 operation["security"] = []
     described["components"]["securitySchemes"] = SECURITY
     described["security"] = [{name: []} for name in SECURITY]
@@ -138,11 +150,13 @@ def add_documentation(app: FastAPI, router: APIRouter, bodies: Sequence[type[Bas
     folder = assets_folder()
     made: dict[str, bytes] = {}
 
+    @public
     async def openapi_json() -> Response:
         if "document" not in made:
             made["document"] = orjson.dumps(document(app, bodies))
         return Response(made["document"], media_type="application/json")
 
+    @public
     async def docs() -> Response:
         # Relative addresses: nothing that a client sends, its Host for one, stands in the page.
         return get_swagger_ui_html(
@@ -154,14 +168,17 @@ def add_documentation(app: FastAPI, router: APIRouter, bodies: Sequence[type[Bas
             swagger_ui_parameters={"validatorUrl": None},  # else the page asks Swagger's own host
         )
 
-    async def asset(name: str) -> Response:
-        if name not in ASSETS:
-            raise errors.RouteNotFoundError("Not Found")
-        return FileResponse(folder / name, media_type=ASSETS[name])
+    def asset(name: str, kind: str) -> Callable[[], Awaitable[Response]]:
+        @public
+        async def send() -> Response:
+            return FileResponse(folder / name, media_type=kind)
+
+        return send
 
     router.add_api_route("/openapi.json", openapi_json, include_in_schema=False)
     router.add_api_route("/docs", docs, include_in_schema=False)
-    router.add_api_route("/docs/{name}", asset, include_in_schema=False)
+    for name, kind in ASSETS.items():
+        router.add_api_route(f"/docs/{name}", asset(name, kind), include_in_schema=False)
 
 
 def assets_folder() -> Path:

@@ -49,6 +49,7 @@ from deployments.gateway.catalog import Catalog
 from deployments.gateway.documentation import add_documentation, answers, plain
 from deployments.gateway.metrics_port import MetricsPort
 from deployments.gateway.pharia import PhariaServing
+from deployments.gateway.public import for_operators, public
 from deployments.gateway.rates import Grant, LeasedRates, LocalRates
 from deployments.gateway.routes import BODIES, add_embedding_routes, add_pharia_routes, add_usage_route
 from deployments.gateway.serving import Serving
@@ -324,10 +325,12 @@ def _routes(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort]) 
         """Show one model."""
         return _json(serving.find(request, name).listing())
 
+    @public
     async def health() -> Response:
         """Say that this process is alive."""
         return _json({"status": "ok"})
 
+    @public
     async def ready(request: Request) -> Response:
         """Say for each worker whether a replica answers; 200 when all do, else 503.
 
@@ -343,10 +346,12 @@ def _routes(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort]) 
         body = {"ready": everything, "models": states} if known else {"ready": everything}
         return _json(body, 200 if everything else 503)
 
+    @for_operators
     async def metrics() -> Response:
         """Prometheus metrics of the whole cluster's gateway."""
         return Response(merge(await gather()), media_type=CONTENT_TYPE)
 
+    @public
     async def version() -> Response:
         """Give the version of the API as plain text."""
         return Response(API_VERSION, media_type="text/plain")

@@ -180,8 +180,28 @@ async def test_nothing_but_the_public_paths_is_open(
     assert "location" not in headers
 
 
+async def test_a_route_prefix_changes_nothing(client: httpx.AsyncClient) -> None:
+    """Ray Serve leaves it on the path: what is open, what needs a key, what an operator's, is the route's."""
+    app = client._transport.app  # type: ignore[attr-defined]
+    for path, headers, wanted in (
+        ("/metrics", bearer("all"), 403),
+        ("/v1/metrics", bearer("all"), 403),
+        ("/metrics", bearer("operator"), 200),
+        ("/metrics", {}, 401),
+        ("/v1/health", {}, 200),
+        ("/docs/swagger-ui.css", {}, 200),
+        ("/v1/models", {}, 401),
+        ("/v1/models", bearer("all"), 200),
+        ("/docs/x", {}, 401),
+    ):
+        for prefix in ("", "/emb", "/health", "/a/metrics"):
+            status, _ = await raw(app, "GET", prefix + path, headers, prefix)
+            assert status == wanted, prefix + path
+    assert (await raw(app, "GET", "/health/v1/models", {}, ""))[0] == 401
+
+
 async def raw(
-    app: Any, method: str, path: str, headers: dict[str, str] | None = None
+    app: Any, method: str, path: str, headers: dict[str, str] | None = None, root_path: str = ""
 ) -> tuple[int, dict[str, str]]:
     """Call the application with a path that no client would leave as it is."""
     path, _, query = path.partition("?")
@@ -192,7 +212,7 @@ async def raw(
         "raw_path": path.encode(),
         "query_string": query.encode(),
         "headers": [(name.encode(), value.encode()) for name, value in (headers or {}).items()],
-        "root_path": "",
+        "root_path": root_path,
         "scheme": "http",
         "server": ("cluster", 80),
         "client": ("127.0.0.1", 1),
