@@ -165,7 +165,9 @@ class CohereBody(BaseModel):
                     "embedding_types": ["float"],
                 }
             ],
-            "anyOf": [{"required": ["texts"]}, {"required": ["inputs"]}],
+            "oneOf": [
+                {"required": [name], "properties": {name: {"type": "array"}}} for name in ("texts", "inputs")
+            ],
         },
     )
 

@@ -302,7 +302,7 @@ class SemanticBody(Semantic):
     prompt: PromptBody
 
 
-class BatchBody(Semantic):
+class BatchSemanticBody(Semantic):
     """The body of `POST /batch_semantic_embed`."""
 
     model_config = ConfigDict(
@@ -339,7 +339,7 @@ class SemanticResponse(BaseModel):
     num_tokens_prompt_total: int
 
 
-class BatchResponse(BaseModel):
+class BatchSemanticResponse(BaseModel):
     """The answer of `/batch_semantic_embed`, in the order of the prompts."""
 
     model_version: str

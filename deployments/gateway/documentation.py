@@ -117,13 +117,13 @@ def document(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
     schemas = described.setdefault("components", {}).setdefault("schemas", {})
     for model in bodies:
         schema = model.model_json_schema(ref_template=REFERENCE)
-        schemas.update(schema.pop("$defs", {}))
-        schemas[model.__name__] = schema
-    open_paths = {
-        route.path
-        for route in app.routes
-        if isinstance(route, APIRoute) and audience_of(route.endpoint) is Audience.ANYBODY
-    }
+        for name, each in {**schema.pop("$defs", {}), model.__name__: schema}.items():
+            # Of two models of one name the document would show one in the place of both.
+            assert schemas.setdefault(name, each) == each, name
+    shown = [route for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema]
+    open_paths = {route.path for route in shown if audience_of(route.endpoint) is Audience.ANYBODY}
+    for route in shown:
+        _restore_examples(route, described["paths"][route.path_format])
     for path, operations in described["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI's own, which no route gives
@@ -136,6 +136,16 @@ def document(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
     schemas.pop("HTTPValidationError", None)
     schemas.pop("ValidationError", None)
     return described
+
+
+def _restore_examples(route: APIRoute, operations: dict[str, Any]) -> None:
+    """Put a route's examples in as they are: FastAPI takes the nulls out of them, which answers have."""
+    for method in route.methods:
+        responses = operations[method.lower()]["responses"]
+        for status, response in route.responses.items():
+            for kind, content in response.get("content", {}).items():
+                examples = {name: value for name, value in content.items() if name.startswith("example")}
+                responses[str(status)]["content"][kind].update(examples)
 
 
 def _errors_are_json(content: dict[str, Any]) -> None:

@@ -84,8 +84,8 @@ EMBEDDING_ROUTES = (
         "/batch_semantic_embed",
         "Embed up to 100 prompts; the answer keeps their order (Pharia).",
         pharia.parse_batch,
-        (pharia.BatchBody,),
-        pharia.BatchResponse,
+        (pharia.BatchSemanticBody,),
+        pharia.BatchSemanticResponse,
         {"model_version": "1", "embeddings": [VECTOR], "num_tokens_prompt_total": 7},
     ),
     EmbeddingRoute(

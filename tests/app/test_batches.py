@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema_rs
 import numpy as np
 import openai
 import pytest
@@ -163,6 +164,29 @@ async def test_files_and_batches_are_listed_and_removed(application: Application
         await client.files.content(batch.output_file_id)
     contents = [p for p in application.folder.glob("**/*") if p.is_file() and p.suffix != ".json"]
     assert contents == []
+
+
+async def test_every_example_fits_its_schema(application: Application) -> None:
+    """In requests and answers of all routes: no schema stands in another one's place."""
+    document = (await application.http.get("/openapi.json")).json()
+    seen = 0
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            parts = [*operation.get("requestBody", {}).get("content", {}).values()]
+            parts += [
+                part for answer in operation["responses"].values() for part in answer["content"].values()
+            ]
+            for part in parts:
+                shown = [each["value"] for each in part.get("examples", {}).values()]
+                shown += [part["example"]] if part.get("example") is not None else []
+                schema = {**part.get("schema", {}), "components": document["components"]}
+                for example in shown:
+                    jsonschema_rs.validate(schema, example)
+                    seen += 1
+    assert seen > 100
+    body = document["paths"]["/v1/batch_semantic_embed"]["post"]["requestBody"]["content"]
+    reference = body["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    assert "prompts" in document["components"]["schemas"][reference]["properties"]
 
 
 async def test_nobody_finds_what_belongs_to_another_key(application: Application) -> None:
