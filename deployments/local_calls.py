@@ -7,16 +7,19 @@ cores, through gRPC's threads or Ray's. A call that stays on the machine needs n
 """
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import logging
 import os
 import pickle
+import shutil
 import socket
 import struct
-import uuid
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, cast
 
 from deployments.errors import EmbeddingError, EngineCrashError
@@ -25,6 +28,8 @@ logger = logging.getLogger("ray.serve")
 
 # Number of the call, bytes of the body that follows. A request without a body takes the call back.
 _HEAD = struct.Struct("<QQ")
+# Where servers make a folder each, and the socket in it.
+PREFIX, SOCKET = "embedding-calls-", "socket"
 _PEER = struct.Struct("3i")  # pid, uid, gid, as the kernel knows them
 
 
@@ -81,26 +86,39 @@ class _Frames(asyncio.BufferedProtocol, ABC):
 
 
 class LocalServer:
-    """Answers calls with a coroutine function, on a socket that only this user's processes may use."""
+    """Answers calls with a coroutine function, on a socket in a folder that is this user's alone.
+
+    A file, not a name in the abstract namespace: that is the network's, which other containers may share.
+    """
 
     def __init__(self, answer: Callable[..., Awaitable[Any]]) -> None:
         """Listen on nothing yet."""
         self._answer = answer
         self._server: asyncio.Server | None = None
         self._running: set[asyncio.Task[None]] = set()
+        self._folder = ""
         self.address = ""
 
     async def start(self) -> None:
-        """Listen at `address`, which stays empty where there is no such socket, as outside of Linux."""
-        # In the abstract namespace: no file that a killed process would leave behind.
-        address = f"embedding-cluster-{uuid.uuid4().hex}"
+        """Listen at `address`, a path, which stays empty where there can be no socket."""
+        _remove_stale()
+        self._folder = tempfile.mkdtemp(prefix=PREFIX)
+        address = str(Path(self._folder, SOCKET))
         make = functools.partial(_Answers, self._answer, self._running)
         try:
-            self._server = await asyncio.get_running_loop().create_unix_server(make, _path(address))
+            self._server = await asyncio.get_running_loop().create_unix_server(make, address)
         except (OSError, ValueError) as error:
             logger.warning("calls on this node go the way of all others: %s", error)
+            self.close()
             return
         self.address = address
+
+    def close(self) -> None:
+        """Let nobody come any more, and remove the socket."""
+        if self._server is not None:
+            self._server.close()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def is_busy(self) -> bool:
@@ -181,16 +199,10 @@ class LocalClient:
         return self._connections[address].call(arguments)
 
     async def _connect(self, address: str) -> None:
-        loop = asyncio.get_running_loop()
-        # uvloop connects to no abstract address by itself.
-        connection = socket.socket(socket.AF_UNIX)
-        connection.setblocking(False)
         try:
-            await loop.sock_connect(connection, _path(address))
-            _, calls = await loop.create_unix_connection(_Calls, sock=connection)
+            _, calls = await asyncio.get_running_loop().create_unix_connection(_Calls, address)
         except OSError:
-            connection.close()  # the replica has gone; whoever names its address will notice
-            return
+            return  # the replica has gone; whoever names its address will notice
         if not calls.is_lost:
             self._connections[address] = calls
             calls.when_lost = lambda: self._connections.pop(address, None)
@@ -242,8 +254,16 @@ class _Calls(_Frames):
             self.send(number, b"")
 
 
-def _path(address: str) -> str:
-    return "\0" + address
+def _remove_stale() -> None:
+    """Remove this user's folders whose process was killed: nobody listens there any more."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            if folder.stat().st_uid != os.getuid():
+                continue
+            try:
+                probe.connect(str(folder / SOCKET))
+            except ConnectionRefusedError:  # one that is being made has no socket yet
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _peer_uid(connection: Any) -> int:

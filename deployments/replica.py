@@ -169,6 +169,9 @@ class Replica:
         self._stop()
 
     def _stop(self) -> None:
+        server = getattr(self, "_server", None)
+        if server is not None:
+            server.close()
         engine = getattr(self, "_engine", None)
         if engine is not None:
             engine.stop()

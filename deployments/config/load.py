@@ -101,6 +101,8 @@ def _read_file(
             problems.append(Problem(problem.file, problem.key, said))
     problems += list(_check_engine_args(str(file), content))
     problems += list(_check_model(file, content, check_models))
+    if worker is not None and worker.deployment.num_gpus == 0:
+        problems += [Problem(str(file), key, reason) for key, reason in worker.cpu_objections()]
     if worker is None or problems:
         return None, sorted(set(problems))
     return _with_absolute_path(worker, file), []

@@ -147,9 +147,20 @@ class WorkerPlan:
 
 
 def make_plans(workers: Iterable[Worker], machine: Machine) -> tuple[WorkerPlan, ...]:
-    """Plan all the workers of a cluster together, since those on CPUs share its cores."""
+    """Plan all the workers of a cluster together, since those on CPUs share its cores.
+
+    Raises ConfigError that lists what can't run on the device that it would run on.
+    """
     workers = tuple(workers)
     devices = {worker.name: _device(worker, machine) for worker in workers}
+    problems = [
+        f"worker `{worker.name}`: {key}: {reason}"
+        for worker in workers
+        if devices[worker.name] == "cpu"
+        for key, reason in worker.cpu_objections()
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
     shared = _shared_cores(workers, devices, machine)
     return tuple(_plan(worker, devices[worker.name], shared) for worker in workers)
 
@@ -363,16 +374,6 @@ def _engine_args(worker: Worker, device: Device, files: ModelFiles | None) -> di
             "ray" if device == "gpu" and _spans_nodes(worker) else "mp"
         )
     if device == "cpu":
-        if generator.world_size > 1 and worker.deployment.placement_group_strategy == "PACK":
-            raise ConfigError(
-                f"worker `{worker.name}`: deployment.placement_group_strategy: `PACK` may put ranks on"
-                " several nodes, which vLLM can't do on CPUs; use `STRICT_PACK`"
-            )
-        if generator.pipeline_parallel_size > 1 and generator.engine_args.get("enforce_eager"):
-            raise ConfigError(
-                f"worker `{worker.name}`: generator.engine_args.enforce_eager: pipeline stages can't run"
-                " eagerly on CPUs; leave it out"
-            )
         # Room for a whole step, and for the block that vLLM sets aside.
         cached = arguments["max_num_batched_tokens"] + SPARE_BLOCKS * BLOCK_SIZE
         kv_bytes = files.kv_bytes_per_token * cached if files else 2**30

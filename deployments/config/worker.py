@@ -5,6 +5,7 @@ extensions (`[generator.engine_args]`, `[deployment]`, `[limits]`, `[queue.model
 Types are strict and unknown keys are errors: a typo must not become a default.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
@@ -271,6 +272,22 @@ class Worker(Table):
                 " parallelism: the placement group of the ranks decides where they go"
             )
         return self
+
+    def cpu_objections(self) -> Iterator[tuple[str, str]]:
+        """Yield each key that stands in the way of running on CPUs, and why."""
+        generator = self.generator
+        if generator.type == "fake":
+            return
+        if generator.world_size > 1 and self.deployment.placement_group_strategy == "PACK":
+            yield (
+                "deployment.placement_group_strategy",
+                "`PACK` may put ranks on several nodes, which vLLM can't do on CPUs; use `STRICT_PACK`",
+            )
+        if generator.pipeline_parallel_size > 1 and generator.engine_args.get("enforce_eager"):
+            yield (
+                "generator.engine_args.enforce_eager",
+                "pipeline stages can't run eagerly on CPUs; leave it out",
+            )
 
     @property
     def reads_cl100k(self) -> bool:

@@ -1,7 +1,10 @@
 """Calls over a socket of one machine: on asyncio's loop, and on uvloop's, which Ray Serve runs."""
 
 import asyncio
+import socket
+import tempfile
 from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,6 +160,33 @@ def test_draining_waits_for_the_last_answer(run: Run) -> None:
             assert await call == 7
 
     run(check())
+
+
+def test_the_socket_is_in_a_folder_of_its_users_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever shares the network alone doesn't find it; nothing is left of it, nor of a killed process's."""
+
+    async def check(temporary: str) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", temporary)
+        killed = Path(temporary, f"{local_calls.PREFIX}killed")
+        killed.mkdir()
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(killed / local_calls.SOCKET))
+        making = Path(temporary, f"{local_calls.PREFIX}making")
+        making.mkdir()
+        server, client = await connected(asyncio.sleep)
+        path = Path(server.address)
+        assert path.is_socket()
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+        assert {each.name for each in Path(temporary).iterdir()} == {path.parent.name, making.name}
+        other = LocalServer(asyncio.sleep)
+        await other.start()
+        await client.call(server.address, 0)  # one that lives isn't taken for a killed one
+        server.close()
+        other.close()
+        assert [each.name for each in Path(temporary).iterdir()] == [making.name]
+
+    with tempfile.TemporaryDirectory(prefix="calls-", dir="/tmp") as temporary:
+        run(check(temporary))
 
 
 def test_another_user_is_turned_away(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,3 +248,35 @@ def test_gpu_workers_are_left_their_cores(tmp_path: Path) -> None:
     plans = make_plans(load_workers(tmp_path, environ={}), ONE_GPU)
     assert plans[0].cores_per_rank == 7
     assert not unplaceable(plans, ONE_GPU)
+
+
+def test_check_tells_what_plan_would_refuse(published: Path) -> None:
+    """Every mistake at once, with file and key, where the file says that it runs on CPUs."""
+    text = published.read_text().replace("pipeline_parallel_size = 1", "pipeline_parallel_size = 2")
+    text = text.replace("[queue]", "engine_args = {enforce_eager = true}\n[queue]", 1)
+    text += '[deployment]\nplacement_group_strategy = "PACK"\n'
+    published.write_text(text)
+    folder = published.parent
+    other = text.replace("qwen3-embedding-8b", "other").replace("4000", "4001")
+    write(folder, "other.toml", other)
+    reasons = [
+        (
+            "deployment.placement_group_strategy",
+            "`PACK` may put ranks on several nodes, which vLLM can't do on CPUs; use `STRICT_PACK`",
+        ),
+        ("generator.engine_args.enforce_eager", "pipeline stages can't run eagerly on CPUs; leave it out"),
+    ]
+    with pytest.raises(ConfigError) as caught:
+        make_plans(load_workers(folder, environ={}), NO_GPU)
+    assert caught.value.message.splitlines() == [
+        f"worker `{name}`: {key}: {reason}"
+        for name in ("qwen3-embedding-8b", "other")
+        for key, reason in reasons
+    ]
+    assert len(make_plans(load_workers(folder, environ={}), ONE_GPU)) == 2
+    published.write_text(f"{text}num_gpus = 0\n")
+    write(folder, "other.toml", f"{other}num_gpus = 0\n")
+    _, problems = read_workers(folder, environ={})
+    assert [(Path(p.file).name, p.key, p.message) for p in problems] == [
+        (name, key, reason) for name in ("config.toml", "other.toml") for key, reason in reasons
+    ]
