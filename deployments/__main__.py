@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.config.load import load_files
-from deployments.config.manifest import WORKERS_FOLDER, Front, ray_service, serve_config
+from deployments.config.manifest import WORKERS_FOLDER, Front, ray_service, serve_config, without_secrets
 from deployments.config.plan import Machine, cores_here, make_plans
 from deployments.config.worker import MAX_PORT, NO_BATCHES
 from deployments.embed_command import add_embed_command
@@ -84,7 +84,10 @@ def _plan(parsed: argparse.Namespace) -> int:
         print(_yaml(serve_config(plans, str(Path(parsed.path).resolve()), front)), end="")
         return 0
     if parsed.format == "rayservice":
-        files = {file.name: file.read_text(encoding="utf-8-sig") for file in workers}
+        files = {
+            file.name: without_secrets(file.read_text(encoding="utf-8-sig"), worker)
+            for file, worker in workers.items()
+        }
         # The keys come from a secret of their own, by the environment.
         front = Front(insecure=parsed.insecure, public=True, batches=parsed.batches)
         inside = _yaml(serve_config(plans, WORKERS_FOLDER, front))

@@ -16,12 +16,16 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 # While this file lies beside the configuration HAProxy isn't started again.
 STOPPED = "stopped"
 # What a client may take for its headers; the body's time is bounded behind us.
 HEADER_SECONDS = 10
+# An HAProxy that ends sooner than this hasn't started: the next one comes after a pause, each twice as long.
+START_SECONDS = 1.0
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.05, 5.0
 
 
 def haproxies(config: str) -> list[int]:
@@ -128,18 +132,30 @@ def write_program(folder: Path, binary: str) -> Path:
     return program
 
 
-def main(server: int, binary: str, arguments: list[str]) -> None:
-    """Become HAProxy, with a guard beside it."""
+def await_end(process: int, seconds: float) -> None:
+    """Wait for the end of a process, for so many seconds at most."""
+    with contextlib.suppress(ProcessLookupError):
+        poll = select.poll()
+        poll.register(os.pidfd_open(process), select.POLLIN)
+        poll.poll(seconds * 1000)
+
+
+def main(server: int, binary: str, arguments: list[str], failures: int = 0) -> None:
+    """Become HAProxy, with a guard beside it; it has ended at its start `failures` times in a row."""
     arguments = command(arguments)
     os.setsid()
     haproxy = os.getpid()
     if not os.fork():
         os.setsid()  # so that nothing that ends HAProxy's group ends its guard
+        begun = time.monotonic()
         guard(haproxy, server, arguments)
+        failures = failures + 1 if time.monotonic() < begun + START_SECONDS else 0
+        if failures:  # it can't start, as while its port is taken
+            await_end(server, min(FIRST_PAUSE_SECONDS * 2**failures, MAX_PAUSE_SECONDS))
         # The first process of a session can't begin another one.
         if os.fork():
             os._exit(0)
-        main(server, binary, without_takeover(arguments))
+        main(server, binary, without_takeover(arguments), failures)
     os.execv(binary, [binary, *arguments])  # noqa: S606 - what Ray Serve itself would start
 
 

@@ -28,7 +28,8 @@ logger = logging.getLogger("ray.serve")
 
 # Number of the call, bytes of the body that follows. A request without a body takes the call back.
 _HEAD = struct.Struct("<QQ")
-# Where servers make a folder each, and the socket in it.
+# Where servers make a folder each, and the socket in it: with the variable, where all is removed in the end.
+FOLDER_VARIABLE = "EMBEDDING_CLUSTER_SOCKETS"
 PREFIX, SOCKET = "embedding-calls-", "socket"
 _PEER = struct.Struct("3i")  # pid, uid, gid, as the kernel knows them
 
@@ -102,7 +103,7 @@ class LocalServer:
     async def start(self) -> None:
         """Listen at `address`, a path, which stays empty where there can be no socket."""
         _remove_stale()
-        self._folder = tempfile.mkdtemp(prefix=PREFIX)
+        self._folder = tempfile.mkdtemp(prefix=PREFIX, dir=os.environ.get(FOLDER_VARIABLE))
         address = str(Path(self._folder, SOCKET))
         make = functools.partial(_Answers, self._answer, self._running)
         try:

@@ -5,12 +5,14 @@ those of Ray Serve's ServeDeploySchema and of the ray.io/v1 RayService resource.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from deployments.config.plan import Device, WorkerPlan, engines_version, ingress_config
-from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, NO_BATCHES
+from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, NO_BATCHES, Worker, is_secret
+from deployments.errors import ConfigError
 from deployments.keys import KEYS_VARIABLE
 
 # One goes on while another is replaced.
@@ -21,6 +23,8 @@ WORKERS_FOLDER = "/etc/embedding-cluster/workers"
 SECRET_NAME = f"{NAME}-workers"
 # A secret that the operator makes of a key file, out of whose text pods take their environment.
 KEYS_SECRET_NAME, KEYS_SECRET_ENTRY = f"{NAME}-keys", "keys.json"
+# Another one, of what worker files hold that is secret: its entries become variables of the pods.
+VARIABLES_SECRET_NAME = f"{NAME}-variables"
 RAY_VERSION = "2.60.0"
 REDIS_ADDRESS = "redis:6379"
 # Ray and Serve beside the engines, per pod.
@@ -97,7 +101,7 @@ def ray_service(
 ) -> list[dict[str, Any]]:
     """Return the Kubernetes resources: a secret with the worker files, and the RayService that mounts it.
 
-    `files` are the worker files' texts by name. They go into a secret since they may hold tokens.
+    `files` are the worker files' texts by name, as `without_secrets` gives them.
     """
     plans = tuple(plans)
     groups = [_group(device, of) for device in ("cpu", "gpu") if (of := _on(device, plans))]
@@ -141,6 +145,24 @@ def ray_service(
         },
     }
     return [secret, service]
+
+
+def without_secrets(text: str, worker: Worker) -> str:
+    """Return a worker file's text with nothing in the place of its secrets, which pods get as variables.
+
+    Raises ConfigError where one is written in a way that can't be taken out.
+    """
+    token = worker.queue.token
+    arguments = worker.generator.engine_args
+    secrets = {name: each for name, each in arguments.items() if is_secret(name) and isinstance(each, str)}
+    secrets |= {"token": token.get_secret_value()} if token is not None else {}
+    for name, secret in secrets.items():
+        text = re.sub(rf"""(\b{name}\s*=\s*)(["'])({re.escape(secret)})\2""", r"\1\2\2", text)
+        if secret and secret in text:
+            raise ConfigError(
+                f"worker `{worker.name}`: {name}: can't be taken out of the file; use a variable"
+            )
+    return text
 
 
 def _on(device: Device, plans: tuple[WorkerPlan, ...]) -> list[WorkerPlan]:
@@ -197,6 +219,7 @@ def _pod(image: str, resources: Mapping[str, Any], container: str) -> dict[str, 
         "name": container,
         "image": image,
         "env": environment,
+        "envFrom": [{"secretRef": {"name": VARIABLES_SECRET_NAME, "optional": True}}],
         "resources": {"requests": dict(resources), "limits": dict(resources)},
         "ports": [{"name": name, "containerPort": port} for name, port in PORTS.items()],
         "volumeMounts": [{"name": "workers", "mountPath": WORKERS_FOLDER, "readOnly": True}],

@@ -9,7 +9,6 @@ executor fills.
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deployments.config.model_files import ModelFiles, content_id, resolve_model_path
-from deployments.config.worker import Autoscaling, FakeEngineArgs, Worker
+from deployments.config.worker import Autoscaling, FakeEngineArgs, Worker, is_secret
 from deployments.errors import ConfigError
 
 Device = Literal["cpu", "gpu"]
@@ -207,7 +206,7 @@ def unplaceable(plans: Iterable[WorkerPlan], machine: Machine) -> list[str]:
 
 def _shown(name: str, value: Any) -> Any:
     """Return an argument as it may be printed: `hf_token` and its like are secrets."""
-    return "**********" if re.search(r"token$|secret|password|api_key", name) else value
+    return "**********" if is_secret(name) else value
 
 
 def _device(worker: Worker, machine: Machine) -> Device:

@@ -5,6 +5,7 @@ extensions (`[generator.engine_args]`, `[deployment]`, `[limits]`, `[queue.model
 Types are strict and unknown keys are errors: a typo must not become a default.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,11 @@ NO_BATCHES = "off"
 # What its replicas share of the clients' rate limits.
 RATES_NAME = "rates"
 MAX_PORT = 65535
+
+
+def is_secret(name: str) -> bool:
+    """Whether a key of that name holds what nobody may see."""
+    return re.search(r"token$|secret|password|api_key", name) is not None
 
 
 class Table(BaseModel):

@@ -4,10 +4,12 @@ Ray may be told of more CPUs than a node has cores. As many replicas as it then 
 core among no more than it must.
 """
 
+import contextlib
 import fcntl
 import logging
 import math
 import os
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +26,23 @@ def sharers(ray_cpus: float) -> int:
     return max(1, math.ceil(ray_cpus / len(os.sched_getaffinity(0))))
 
 
+def _own_folder() -> Path:
+    """Return where all of this user's replicas on this node keep their locks, and nobody else's.
+
+    Anybody may have made a folder of that name, or a link, in a place that everybody can write to.
+    """
+    user = os.getuid()
+    for place in (Path(tempfile.gettempdir()), Path.home() / ".cache"):
+        folder = place / f"embedding-cluster-cores-{user}"
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = folder.lstat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == user and not status.st_mode & 0o077:
+                return folder
+            logger.warning("%s isn't this user's own folder", folder)
+    raise EngineStartError("there is no folder for the locks of cores that is this user's own")
+
+
 class CoreClaim:
     """Cores of this node, from `claim` until `release` or the process's end.
 
@@ -35,13 +54,11 @@ class CoreClaim:
         """Prepare to claim `count` cores, each of which may have `shared_by` holders."""
         self._count = count
         self._shared_by = shared_by
-        user = os.getuid()
-        self._folder = folder or Path(tempfile.gettempdir(), f"embedding-cluster-cores-{user}")
+        self._folder = folder or _own_folder()
         self._locks: dict[int, int] = {}
 
     def claim(self, wait_seconds: float = WAIT_SECONDS) -> list[int]:
         """Return the numbers of the cores. Raises EngineStartError when too few become free."""
-        self._folder.mkdir(mode=0o700, exist_ok=True)
         cores = sorted(os.sched_getaffinity(0))
         if self._count > len(cores):
             raise EngineStartError(

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -43,6 +44,32 @@ def test_cores_are_shared_as_far_as_ray_counts_more_cpus(
         CoreClaim(1, tmp_path, shared_by=2).claim(0)
     claims[0].release()
     assert len(CoreClaim(1, tmp_path, shared_by=2).claim(0)) == 1
+
+
+@pytest.mark.parametrize("squatter", ["a link", "a folder for all", "a file"])
+def test_locks_are_kept_in_this_users_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squatter: str
+) -> None:
+    """Where somebody was there first, it is another one; and all claims keep it there."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    public = tmp_path / "tmp"
+    public.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(public))
+    place = public / f"embedding-cluster-cores-{os.getuid()}"
+    if squatter == "a link":
+        (tmp_path / "theirs").mkdir(mode=0o700)
+        place.symlink_to(tmp_path / "theirs")
+    elif squatter == "a folder for all":
+        place.mkdir()
+        place.chmod(0o777)
+    else:
+        place.touch()
+    claims = [CoreClaim(1) for _ in CORES]
+    assert sorted(core for claim in claims for core in claim.claim(0)) == CORES
+    with pytest.raises(EngineStartError, match="other replicas"):
+        CoreClaim(1).claim(wait_seconds=0)
+    assert len(list((tmp_path / "home").rglob("*.lock"))) == len(CORES)
+    assert not list(tmp_path.glob("t*/**/*.lock"))
 
 
 def test_more_cores_than_the_node_has_are_refused_at_once(tmp_path: Path) -> None:

@@ -8,7 +8,15 @@ import pytest
 
 from deployments.__main__ import main
 from deployments.errors import ConfigError
-from deployments.keys import FileKeyRing, KeySource, is_loopback, key_source, read_keys, require_keys
+from deployments.keys import (
+    FileKeyRing,
+    KeySource,
+    hash_of,
+    is_loopback,
+    key_source,
+    read_keys,
+    require_keys,
+)
 
 
 class Clock:
@@ -75,6 +83,37 @@ def test_a_file_that_others_may_read_is_refused(tmp_path: Path, capsys: pytest.C
     file.write_text("{")
     clock.now += 1
     assert ring.find(secret.encode()) is not None
+
+
+def test_keys_outlive_their_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """While it is gone, a folder or empty they stay as they were, told once; then it counts again."""
+    file, clock = tmp_path / "keys.json", Clock()
+    secret = keys(file, capsys, "create", "search")
+    content = file.read_text()
+    ring = FileKeyRing(file, clock)
+    file.unlink()
+    for _ in range(3):
+        clock.now += 1
+        assert ring.find(secret.encode()) is not None
+        assert ring.find(b"another") is None
+    assert len(caplog.records) == 1
+    assert "the keys stay as they were" in caplog.text
+    with pytest.raises(ConfigError, match="can't be read"):
+        key_source(str(file))
+    file.mkdir()
+    clock.now += 1
+    assert ring.find(secret.encode()) is not None
+    file.rmdir()
+    file.touch(mode=0o600)
+    clock.now += 1
+    assert ring.find(secret.encode()) is not None
+    other = secret.replace(secret[-4:], "else")
+    file.write_text(content.replace(hash_of(secret.encode()), hash_of(other.encode())))
+    clock.now += 1
+    assert ring.find(secret.encode()) is None
+    assert ring.find(other.encode()) is not None
 
 
 def test_an_expired_key_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli
 import yaml
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -111,7 +112,9 @@ def test_the_ray_service_carries_the_worker_files_as_a_secret(
     """Byte for byte, mounted where its own Serve configuration looks for them, and nowhere else."""
     secret, service = documents(capsys, str(folder), "--format", "rayservice")
     assert secret["kind"] == "Secret"
-    assert secret["stringData"] == {file.name: file.read_text() for file in folder.glob("*.toml")}
+    assert secret["stringData"] == {
+        file.name: file.read_text().replace("worker-token", "") for file in folder.glob("*.toml")
+    }
     assert "worker-token" not in yaml.safe_dump(service)
     serve = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     assert serve.applications[0].args["config"] == WORKERS_FOLDER
@@ -143,6 +146,31 @@ def test_pods_take_the_keys_from_a_secret(folder: Path, capsys: pytest.CaptureFi
     (container,) = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
     (reference,) = (each["valueFrom"] for each in container["env"] if each["name"] == KEYS_VARIABLE)
     assert reference["secretKeyRef"]["name"] == "embedding-cluster-keys"
+
+
+def test_no_secret_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever it is for; pods get it as a variable. One that can't be taken out is told."""
+    file = folder / "sre.toml"
+    text = file.read_text().replace(
+        "engine_args = {}", "engine_args = {hf_token = 'hub-token', dtype = 'float32'}"
+    )
+    file.write_text(text)
+    for form in ("json", "serve", "rayservice"):
+        assert main(["plan", str(folder), "--format", form]) == 0
+        printed = capsys.readouterr().out
+        assert "worker-token" not in printed
+        assert "hub-token" not in printed
+    secret, service = yaml.safe_load_all(printed)
+    kept = tomli.loads(secret["stringData"]["sre.toml"])
+    assert kept["queue"]["token"] == ""
+    assert kept["generator"]["engine_args"] == {"hf_token": "", "dtype": "float32"}
+    (container,) = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert container["envFrom"] == [{"secretRef": {"name": "embedding-cluster-variables", "optional": True}}]
+    file.write_text(text.replace('"worker-token"', '"""worker-token"""'))
+    assert main(["plan", str(folder), "--format", "rayservice"]) == 2
+    told = capsys.readouterr()
+    assert "worker `sre`: token: can't be taken out of the file" in told.err
+    assert "worker-token" not in told.out + told.err
 
 
 def test_the_ray_service_has_room_for_every_replica(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
