@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 APPLICATION = "default"
 POLL_SECONDS = 0.2
+# What Serve may take to end, as by itself.
+END_SECONDS = 30.0
 # Above Ray's for its workers; below Serve's for its ingress replicas, and those that Linux gives to anybody.
 OWN_PORTS = range(20_000, 30_000)
 
@@ -363,9 +365,25 @@ def _install(stop: threading.Event, reload: threading.Event) -> None:
 def _shut_down() -> None:
     """End Serve, then Ray, and wait for the processes."""
     import ray
-    from ray import serve
 
     if ray.is_initialized():
         with contextlib.suppress(Exception):  # a half-started Serve has nothing to shut down
-            serve.shutdown()
+            _end_serve()
         ray.shutdown()
+
+
+def _end_serve() -> None:
+    """Let Serve's controller end everything, itself last.
+
+    `serve.shutdown` does it by a call that the controller dies under, and Ray tells whoever watches of that.
+    """
+    import ray
+
+    from deployments.gateway.spare import controller
+
+    ray.get(controller().graceful_shutdown.remote(wait=False), timeout=END_SECONDS)
+    deadline = time.monotonic() + END_SECONDS
+    with contextlib.suppress(ValueError):  # there is no actor of that name any more
+        while time.monotonic() < deadline:
+            controller()
+            time.sleep(POLL_SECONDS)
