@@ -29,7 +29,7 @@ from deployments.config.manifest import FAST_DATA_PLANE
 from deployments.config.plan import make_plans, unplaceable
 from deployments.config.worker import INGRESS_NAME, Worker
 from deployments.engine.vllm import require_vllm
-from deployments.errors import ConfigError
+from deployments.errors import ConfigError, EngineStartError
 from deployments.front import haproxies, stop_guards, write_program
 from deployments.keys import KEYS_VARIABLE
 from deployments.local_calls import FOLDER_VARIABLE
@@ -250,7 +250,10 @@ def _reload(arguments: ServeArguments, stop: threading.Event) -> None:
 
 
 def _watch(started: float, stop: threading.Event) -> "ApplicationStatusOverview":
-    """Tell each change of a worker's state until all are up or have failed for good."""
+    """Tell each change of a worker's state until all are up or have failed.
+
+    An engine that can't start has failed at the first time: Ray Serve tries twice more, which takes minutes.
+    """
     from ray import serve
     from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
@@ -260,11 +263,16 @@ def _watch(started: float, stop: threading.Event) -> "ApplicationStatusOverview"
         status = serve.status().applications.get(APPLICATION, status)
         for name, deployment in status.deployments.items():
             counts = ", ".join(f"{n} {state.lower()}" for state, n in deployment.replica_states.items())
-            line = f"{name}: {'ready' if _is_up(deployment) else counts or 'waiting'}"
+            state = "ready" if _is_up(deployment) else counts or "waiting"
+            if _cant_start(deployment):
+                state = f"can't start: {_reason(deployment.message)}"
+            line = f"{name}: {state}"
             if told.get(name) != line:
                 told[name] = line
                 _say(started, line)
-        updating = any(d.status.value == "UPDATING" for d in status.deployments.values())
+        updating = any(
+            d.status.value == "UPDATING" and not _cant_start(d) for d in status.deployments.values()
+        )
         if status.deployments and not updating:
             break
     return status
@@ -273,6 +281,11 @@ def _watch(started: float, stop: threading.Event) -> "ApplicationStatusOverview"
 def _is_up(deployment: Any) -> bool:
     """Whether a deployment serves; it does so while it scales."""
     return deployment.status.value in {"HEALTHY", "UPSCALING", "DOWNSCALING"}
+
+
+def _cant_start(deployment: Any) -> bool:
+    """Whether the engine of one that isn't up has said why it can't start."""
+    return not _is_up(deployment) and EngineStartError.__name__ in deployment.message
 
 
 def _reason(message: str) -> str:

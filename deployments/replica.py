@@ -50,6 +50,7 @@ class Replica:
     async def __init__(self, plan: WorkerPlan) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Start the engine, warm it up, embed the canary. Raises EngineStartError with one line."""
         self._plan = plan
+        self._has_started = False
         self._load = ReplicaLoad()
         self._silence = -1, 0.0  # the steps that the engine had made at a health check, and since when
         self._server = LocalServer(self.embed)  # for callers on this node; others come by Serve's handle
@@ -71,6 +72,7 @@ class Replica:
             self._longest_step = max(CANARY_SECONDS, warm_up.engine_seconds * full)
             self._canary_vector = (await self._embed(self._canary)).vectors[0]
             await self._server.start()
+            self._has_started = True
         except EmbeddingError as error:
             # Serve shows the last line of a replica's failure: it has to say all.
             raise EngineStartError(f"worker {plan.name}: {error.message}") from None
@@ -100,7 +102,8 @@ class Replica:
         try:
             vectors = await self._turns.embed(batch, bulk)
         except EngineDeadError as error:
-            self._end(error)
+            if self._has_started:  # else Serve learns why it can't
+                self._end(error)
             raise
         not_finite = self._prove(batch, vectors)
         seconds = time.perf_counter() - begun

@@ -12,7 +12,7 @@ from deployments.config.plan import Machine, make_plans
 from deployments.engine import ADDRESS
 from deployments.engine.batch import NOBODY, TokenBatch
 from deployments.engine.fake import fake_vectors
-from deployments.errors import EngineError, EngineStartError
+from deployments.errors import EngineCrashError, EngineError, EngineStartError
 from deployments.local_calls import LocalClient
 from deployments.replica import Replica
 from tests import workers
@@ -119,6 +119,26 @@ async def test_an_id_beyond_the_vocabulary_never_reaches_the_engine(tmp_path: Pa
             await replica.embed(TokenBatch.of([[1, token]]))
     assert replica._engine.steps == made
     await replica.embed(BATCH)
+
+
+async def test_an_engine_that_ends_in_its_warm_up_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process stays until Ray Serve has been told, which tells nothing of one that has gone."""
+    monkeypatch.setattr("deployments.replica.LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setattr("os._exit", lambda _: ended.append(1))
+    ended: list[int] = []
+    with pytest.raises(EngineStartError, match="worker m: the engine has ended: it met its fatal token"):
+        await start(tmp_path, "fatal_token = 255")
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not ended
+    replica = await start(tmp_path, "fatal_token = 7")
+    with pytest.raises(EngineCrashError):
+        await replica.embed(TokenBatch.of([[7]]))
+    async with asyncio.timeout(30):
+        while not ended:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0)
 
 
 async def test_a_model_of_nan_doesnt_start(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_a_model_without_replicas_says_so_and_comes_back(server: Server) -> None
 
 
 def test_a_worker_that_cant_start_leaves_the_others_serving(tmp_path: Path) -> None:
-    """Its state and reason stand in the table; the other model answers."""
+    """The reason is told at the first try, and stands in the table; the other model answers."""
     config = tmp_path / "workers"
     config.mkdir()
     (config / "good.toml").write_text(workers.fake("good"))
@@ -200,6 +200,7 @@ def test_a_worker_that_cant_start_leaves_the_others_serving(tmp_path: Path) -> N
     with start(config, tmp_path) as (process, url, log):
         wait_for(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None, 120, "the table")
         assert process.poll() is None, log.read_text()
+        assert "bad: can't start: worker bad: no luck" in log.read_text()
         assert "failed: worker bad: no luck" in log.read_text()
         body = {"model": "good", "input": "x"}
         assert httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).status_code == 200
