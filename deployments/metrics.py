@@ -4,6 +4,7 @@ Replicas send their timings along with their results, so that nothing is lost wh
 come from closed sets: the workers and models of the worker files, the codes of our errors, the stages below.
 """
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from prometheus_client import (
@@ -103,6 +104,13 @@ class Metrics:
         """Read the gauges of a worker when they are asked for."""
         for gauge, read in gauges.items():
             gauge.labels(worker).set_function(read)
+
+    def forget(self, label: str, value: str) -> None:
+        """Remove every row that has the label: its worker or model is gone."""
+        for metric in vars(self).values():
+            if isinstance(metric, Counter | Gauge | Histogram):
+                with contextlib.suppress(ValueError):  # it has no such label
+                    metric.remove_by_labels({label: value})
 
     def text(self) -> bytes:
         """Return this process's metrics in Prometheus's text format."""

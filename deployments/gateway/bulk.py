@@ -4,8 +4,11 @@ What only time mends is tried again, and what is wrong with a line is that line'
 """
 
 import asyncio
+import functools
 import random
+import weakref
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from deployments.api import openai
 from deployments.api.request import EmbeddingRequest
@@ -17,6 +20,7 @@ from deployments.errors import (
     ModelUnavailableError,
     RateLimitError,
 )
+from deployments.gateway.dispatch import Dispatch
 from deployments.gateway.serving import Client, Serving
 from deployments.gateway.window import TOKENS_PER_CHARACTER, Window
 from deployments.gateway.work import Lane
@@ -40,7 +44,8 @@ class Bulk:
     def __init__(self, serving: Serving) -> None:
         """Share what requests share."""
         self._serving = serving
-        self._windows: dict[tuple[str, str], Window] = {}  # by worker and owner
+        # By worker and owner; those of a worker that is gone go with it.
+        self._windows: WeakKeyDictionary[Dispatch, dict[str, Window]] = WeakKeyDictionary()
 
     async def embed(self, fields: dict[str, Any], key: Key | None) -> tuple[bytes, int]:
         """Return the answer and its tokens. Raises the EmbeddingError that can't be waited out."""
@@ -72,7 +77,7 @@ class Bulk:
             try:
                 # Found anew each time: meanwhile the model may have changed, or gone.
                 served = self._serving.find_for(key, wanted.model, wanted.tags)
-                window = self._window(served.dispatch.worker.name, client.caller)
+                window = self._window(served.dispatch, client.caller)
                 async with window.room(_estimate(wanted)):
                     deadline = asyncio.get_running_loop().time() + CALL_SECONDS
                     return await self._serving.answer(wanted, served, client, deadline)
@@ -88,16 +93,18 @@ class Bulk:
                     raise
             await asyncio.sleep(pause)
 
-    def _window(self, worker: str, owner: str) -> Window:
+    def _window(self, dispatch: Dispatch, owner: str) -> Window:
         """Return an owner's window to a worker; each owner has one, so that they still take turns."""
-        if (worker, owner) not in self._windows:
-            self._windows[worker, owner] = Window(lambda: WINDOW_FLIGHTS * self._flying_tokens(worker))
-        return self._windows[worker, owner]
+        windows = self._windows.setdefault(dispatch, {})
+        if owner not in windows:
+            windows[owner] = Window(functools.partial(_room, weakref.ref(dispatch)))
+        return windows[owner]
 
-    def _flying_tokens(self, worker: str) -> int:
-        """Return how many tokens fly to a worker at a time; none once it has gone."""
-        dispatch = self._serving.catalog.dispatches.get(worker)
-        return dispatch.flying_tokens if dispatch is not None else 0
+
+def _room(dispatch: weakref.ref[Dispatch]) -> int:
+    """Return how many tokens of an owner's may be under way; none once the worker has gone."""
+    found = dispatch()
+    return WINDOW_FLIGHTS * found.flying_tokens if found is not None else 0
 
 
 def _estimate(wanted: EmbeddingRequest) -> int:

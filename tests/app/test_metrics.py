@@ -1,14 +1,21 @@
 """Metrics: every name once, exact counts, closed labels, and the same over several processes."""
 
 import asyncio
+import gc
+import weakref
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments import errors
-from deployments.metrics import CANCELLED, NO_MODEL, STAGES, SUCCESS, merge
-from tests.app.conftest import NAMES
+from deployments.config.plan import ingress_config
+from deployments.gateway.bulk import Bulk
+from deployments.gateway.catalog import Catalog
+from deployments.gateway.serving import Serving
+from deployments.gateway.workers import Workers
+from deployments.metrics import CANCELLED, NO_MODEL, STAGES, SUCCESS, Metrics, merge
+from tests.app.conftest import NAMES, LocalHandle
 from tests.unit.test_house import all_errors
 
 FAMILIES = {
@@ -120,3 +127,33 @@ def test_a_code_belongs_to_one_kind_of_error() -> None:
         by_code.setdefault(kind.code, []).append(kind)
     shared = {code for code, kinds in by_code.items() if len(kinds) > 1}
     assert shared == {"internal_error"}
+
+
+async def test_nothing_is_kept_of_a_worker_that_is_gone(handles: dict[str, LocalHandle]) -> None:
+    """Neither its cache nor its rows; the others go on counting, and one that comes back begins anew."""
+    metrics = Metrics()
+    serving = Serving(Catalog({}), metrics, 1000)
+    taken = Workers(handles, serving)  # type: ignore[arg-type]
+    files = ingress_config(handles[name]._plan for name in "ab")["workers"]
+    bulk = Bulk(serving)
+    taken.take({"workers": files})
+    for model in "ab":
+        await bulk.embed({"model": model, "input": "x"}, None)
+        metrics.requests.labels(model, SUCCESS).inc()
+    gone = weakref.ref(serving.catalog.dispatches["a"])
+    files["b"]["queue"]["models"]["b2"] = files["b"]["queue"]["models"]["b"]
+    taken.take({"workers": {"b": files["b"]}})
+    gc.collect()
+    assert gone() is None
+    text = metrics.text().decode()
+    assert '"a"' not in text
+    assert 'embedding_tokens_total{worker="b"} 1.0' in text
+    assert 'embedding_requests_total{model="b",outcome="ok"} 1.0' in text
+    del files["b"]["queue"]["models"]["b"]
+    taken.take({"workers": files})
+    text = metrics.text().decode()
+    assert 'model="b"' not in text
+    assert 'embedding_tokens_total{worker="b"} 1.0' in text
+    assert 'embedding_outstanding_tokens{worker="a"} 0.0' in text
+    await bulk.embed({"model": "a", "input": "x"}, None)
+    assert 'embedding_tokens_total{worker="a"} 1.0' in metrics.text().decode()
