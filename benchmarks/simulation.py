@@ -164,6 +164,8 @@ def measured_costs() -> Costs:
 class _Answers:
     """A handle whose replica answers at once."""
 
+    deployment_id = None
+
     def __init__(self, vectors: np.ndarray) -> None:
         self.embed = self
         self._vectors = vectors

@@ -132,9 +132,15 @@ class TokenRouter(RequestRouter):
     def _take(self, replica: ReplicaID, request: PendingRequest) -> None:
         """Count the request's tokens now: a burst is routed before the first of it is accepted."""
         self._release(request.metadata.internal_request_id)
+        tokens = _tokens(request.args)
+        if not tokens:
+            return  # a question, not work
         context = _context(request.args)
         call_id = (context.sender, context.number) if context.sender else None
-        self._count(request.metadata.internal_request_id, _Call(replica, _tokens(request.args), call_id))
+        key = request.metadata.internal_request_id
+        self._count(key, _Call(replica, tokens, call_id))
+        # Of one that is cancelled before a replica has taken it, Serve tells nothing.
+        request.future.add_done_callback(lambda future: self._release(key) if future.cancelled() else None)
 
     def _count(self, key: str | CallId, call: _Call) -> None:
         with self._lock:
@@ -180,9 +186,11 @@ class TokenRouter(RequestRouter):
         with self._lock:
             self._outstanding = {i: tokens for i, tokens in self._outstanding.items() if i in alive}
         self._versions = {r.replica_id: r.replica_metadata.get(VERSION, "") for r in replicas}
-        for version in self._versions.values():
-            if version not in self._seen:
-                self._seen.append(version)
+        there = dict.fromkeys(self._versions.values())
+        self._seen = [
+            *(each for each in self._seen if each in there),
+            *(v for v in there if v not in self._seen),
+        ]
 
 
 def _context(arguments: Sequence[Any]) -> CallContext:
