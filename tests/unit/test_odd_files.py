@@ -9,7 +9,6 @@ import pytest
 from deployments.config.load import load_workers, read_workers
 from deployments.config.model_files import ModelFiles
 from deployments.config.plan import Machine, make_plans, unplaceable
-from deployments.errors import ConfigError
 from tests import checkpoints, workers
 from tests.unit.test_worker_files import NO_GPU, write, write_config
 
@@ -146,22 +145,6 @@ def test_a_secret_engine_argument_isnt_printed(tmp_path: Path) -> None:
     assert "hf_secret" not in json.dumps(plan.describe())
     assert plan.engine_args["hf_token"] == "hf_secret"
     assert plan.describe()["engine_args"]["seed"] == 1
-
-
-@pytest.mark.parametrize(
-    ("generator", "more"),
-    [
-        ("tensor_parallel_size = 2", '[deployment]\nplacement_group_strategy = "PACK"\nnum_gpus = 0'),
-        ("pipeline_parallel_size = 2\nengine_args = {enforce_eager = true}", "[deployment]\nnum_gpus = 0"),
-    ],
-)
-def test_what_cpus_cant_do_is_refused_when_planned(tmp_path: Path, generator: str, more: str) -> None:
-    """Ranks on several nodes, and eager pipeline stages."""
-    model = write_config(tmp_path / "model")
-    text = workers.worker("m", f'type = "vllm"\nmodel_path = "{model}"\n{generator}', more)
-    loaded = load_workers(write(tmp_path, "w.toml", text), environ={})
-    with pytest.raises(ConfigError, match="worker `m`: "):
-        make_plans(loaded, NO_GPU)
 
 
 def test_a_machine_that_is_too_small_is_told_before_anything_waits(tmp_path: Path) -> None:
