@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deployments import errors
 from deployments.config.plan import ingress_config
+from deployments.engine.batch import TokenBatch
 from deployments.gateway.bulk import Bulk
 from deployments.gateway.catalog import Catalog
 from deployments.gateway.serving import Serving
@@ -127,6 +128,29 @@ def test_a_code_belongs_to_one_kind_of_error() -> None:
         by_code.setdefault(kind.code, []).append(kind)
     shared = {code for code, kinds in by_code.items() if len(kinds) > 1}
     assert shared == {"internal_error"}
+
+
+async def test_one_models_trouble_costs_no_other_its_retries(
+    handles: dict[str, LocalHandle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first uses up all that it has; the second's replica dies once, and nobody notices."""
+    monkeypatch.setattr("deployments.gateway.calls.FIRST_PAUSE_SECONDS", 0.0)
+    serving = Serving(Catalog({}), Metrics(), 1000)
+    files = ingress_config(handles[name]._plan for name in "ab")["workers"]
+    Workers(handles, serving).take({"workers": files})  # type: ignore[arg-type]
+    batch = TokenBatch.of([[1, 2]])
+
+    async def ask(name: str) -> None:
+        deadline = asyncio.get_running_loop().time() + 60
+        await serving.catalog.dispatches[name].embed(batch, deadline)
+
+    await asyncio.gather(ask("a"), ask("b"))
+    handles["a"].failures = [errors.EngineDeadError("gone") for _ in range(1000)]
+    for _ in range(40):
+        with pytest.raises(errors.ModelUnavailableError):
+            await ask("a")
+    handles["b"].failures = [errors.EngineDeadError("gone")]
+    await ask("b")
 
 
 async def test_nothing_is_kept_of_a_worker_that_is_gone(handles: dict[str, LocalHandle]) -> None:

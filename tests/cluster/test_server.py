@@ -38,6 +38,8 @@ COUNTED = {
 MARKS = {"replica stopped": "embedding_cuts_total a"}
 # `make faults` does these on both data planes.
 ON_ONE_PLANE = {"replica stopped", "controller killed"}
+# A text that ends the engine of `a`, and the token in it.
+FATAL, FATAL_TOKEN = "Ж", 244
 TWO_REPLICAS = "[deployment]\nnum_replicas = 2"
 
 
@@ -50,7 +52,9 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     port = free_port()
     monitoring = f"[monitoring]\nmetrics_port = {port}"
     more = f"{TWO_REPLICAS}\n{monitoring}"
-    (config / "a.toml").write_text(workers.fake("a", "call_seconds = 0.01", more))
+    (config / "a.toml").write_text(
+        workers.fake("a", f"call_seconds = 0.01, fatal_token = {FATAL_TOKEN}", more)
+    )
     (config / "b.toml").write_text(workers.fake("b"))
     (config / "c.toml").write_text(workers.fake("c", "start_seconds = 6.0", TWO_REPLICAS))
     with serve(config, folder, tuned=request.param, ingress_replicas=2) as server:
@@ -125,6 +129,27 @@ def test_a_large_answer_crosses_every_message_limit(server: Server) -> None:
     answer = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60).json()
     got = np.array([item["embedding"] for item in answer["data"]], np.float32)
     assert np.array_equal(got, expected(texts))
+
+
+def test_a_text_that_ends_engines_ends_two_and_fails_alone(server: Server) -> None:
+    """It isn't brought to a third, and clients are told not to bring it again; 39 strangers are served."""
+    wait_for(lambda: len(replicas(server, "a")) == 2, 90, "two replicas")
+    before = {process.pid for process in replicas(server, "a")}
+
+    def ask(number: int) -> httpx.Response:
+        body = {"model": "a", "input": FATAL if number == 20 else f"text {number}"}
+        return httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=120)
+
+    with ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(ask, range(40)))
+    fatal = answers.pop(20)
+    assert (fatal.status_code, fatal.json()["code"]) == (500, "internal_error"), fatal.text
+    assert fatal.json()["error"]["message"].startswith("two replicas ended while they embedded this")
+    assert fatal.headers["x-should-retry"] == "false"
+    got = [answer.json()["data"][0]["embedding"] for answer in answers]
+    assert np.array_equal(np.array(got, np.float32), expected([f"text {n}" for n in range(40) if n != 20]))
+    wait_for(lambda: not before & {each.pid for each in replicas(server, "a")}, 60, "both have ended")
+    wait_for(lambda: len(replicas(server, "a")) == 2, 90, "two others")
 
 
 def test_a_taken_port_is_told_before_anything_starts(server: Server, tmp_path: Path) -> None:
