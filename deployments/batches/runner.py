@@ -84,9 +84,10 @@ class Runner:
         """Run for ever."""
         try:
             while True:
+                woken = self._woken.is_set()
                 self._woken.clear()
                 try:
-                    await self.turn()
+                    await self.turn(woken)
                 except Exception as error:  # the storage may be back the next time
                     logger.warning("batches wait: %s", type(error).__name__, exc_info=True)
                 # Not `wait_for`: before Python 3.12 it forgets a cancellation that comes as it is woken.
@@ -104,14 +105,14 @@ class Runner:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def turn(self) -> None:
-        """Look once: at what runs, what waits, what is too old."""
+    async def turn(self, woken: bool = True) -> None:
+        """Look once: at what runs, what waits, what is too old; `woken`, also for what is to be cancelled."""
         if not await self._is_ours():
             await self.stop()
             return
         for job, _ in list(self._running.values()):
             await self._look(job)
-        await self._start()
+        await self._start(woken)
         if self._clock() - self._swept > SWEEP_SECONDS:
             self._swept = self._clock()
             self._sweeping = asyncio.create_task(self._sweep())
@@ -149,7 +150,7 @@ class Runner:
 
     # --- what waits ----------------------------------------------------------------------------------
 
-    async def _start(self) -> None:
+    async def _start(self, woken: bool) -> None:
         """Start what waits, the oldest of the owner and model that have the fewest running."""
         now = self._clock()
         waiting = []
@@ -157,6 +158,9 @@ class Runner:
             owner, _, batch = name.rpartition("+")
             if is_id(batch, BATCH) and name not in self._running and self._not_before.get(name, 0.0) <= now:
                 waiting.append((owner, batch))
+        for owner, batch in await self._over(waiting, woken):
+            waiting.remove((owner, batch))
+            await self._begin(owner, batch)  # it needs no place to end
         while waiting:
             having = Counter(job.owner for job, _ in self._running.values())
             moving = self._groups()
@@ -166,15 +170,26 @@ class Runner:
             if len(self._running) >= MAX_RUNNING and moving[self._group(owner, batch)]:
                 return
             waiting.remove((owner, batch))
-            if await load(self._storage, f"{batch_folder(owner, batch)}/order.json", Order) is None:
-                if now - made_at(batch) > ORPHAN_SECONDS:
-                    await self._storage.remove(waiting_path(owner, batch))
-                continue
-            name = f"{owner}+{batch}"
-            may_work = functools.partial(self._may_work, name)
-            job = Job(owner, batch, self._files, self._embed, self._clock, self._name, may_work)
-            await self._look(job)
-            self._running[name] = job, asyncio.create_task(self._run(name, job))
+            await self._begin(owner, batch)
+
+    async def _begin(self, owner: str, batch: str) -> None:
+        if await load(self._storage, f"{batch_folder(owner, batch)}/order.json", Order) is None:
+            if self._clock() - made_at(batch) > ORPHAN_SECONDS:
+                await self._storage.remove(waiting_path(owner, batch))
+            return
+        name = f"{owner}+{batch}"
+        may_work = functools.partial(self._may_work, name)
+        job = Job(owner, batch, self._files, self._embed, self._clock, self._name, may_work)
+        await self._look(job)
+        self._running[name] = job, asyncio.create_task(self._run(name, job))
+
+    async def _over(self, waiting: list[tuple[str, str]], woken: bool) -> list[tuple[str, str]]:
+        """Return those whose time has run out, and those that were cancelled if somebody said so."""
+        over = [each for each in waiting if made_at(each[1]) + WINDOW_SECONDS <= self._clock()]
+        if woken:
+            paths = {f"{batch_folder(*each)}/cancellation.json": each for each in waiting if each not in over}
+            over += [paths[path] for path in await self._storage.read_all(paths)]
+        return over
 
     def _group(self, owner: str, batch: str) -> tuple[str, str | None]:
         """Return whose batch it is and its model: None while that isn't known, or where there are several."""

@@ -25,6 +25,7 @@ from deployments.errors import (
 from deployments.gateway.admission import Admission
 from deployments.gateway.cache import VectorCache
 from deployments.gateway.calls import Calls
+from deployments.gateway.offload import offload
 from deployments.gateway.work import Input, Job, Lane, Part, split
 from deployments.metrics import Metrics
 
@@ -118,7 +119,8 @@ class Dispatch:
                     if not self._is_current(self._model):  # a burst of first requests asks once
                         call = CallContext(version=self._calls.version or "")
                         card: ModelCard = await self._calls.ask_any("describe", call)
-                        self._model = card, TextTokenizer(card.tokenizer)
+                        tokenizer = await offload(len(card.tokenizer), TextTokenizer, card.tokenizer)
+                        self._model = card, tokenizer
             except TimeoutError:
                 raise self._calls.unavailable("no replica was ready in time") from None
         assert self._model is not None

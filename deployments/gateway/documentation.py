@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from deployments import errors
 from deployments.api.envelope import ErrorResponse, error_body
+from deployments.gateway.offload import INLINE, offload
 from deployments.gateway.public import Audience, audience_of, public
 
 REFERENCE = "#/components/schemas/{model}"
@@ -163,7 +164,7 @@ def add_documentation(app: FastAPI, router: APIRouter, bodies: Sequence[type[Bas
     @public
     async def openapi_json() -> Response:
         if "document" not in made:
-            made["document"] = orjson.dumps(document(app, bodies))
+            made["document"] = await offload(INLINE, lambda: orjson.dumps(document(app, bodies)))
         return Response(made["document"], media_type="application/json")
 
     @public

@@ -48,6 +48,7 @@ from deployments.gateway.broadcast import answer_of, broadcast
 from deployments.gateway.catalog import Catalog
 from deployments.gateway.documentation import add_documentation, answers, plain
 from deployments.gateway.metrics_port import MetricsPort
+from deployments.gateway.offload import offload
 from deployments.gateway.pharia import PhariaServing
 from deployments.gateway.public import for_operators, public
 from deployments.gateway.rates import Grant, LeasedRates, LocalRates
@@ -349,7 +350,8 @@ def _routes(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort]) 
     @for_operators
     async def metrics() -> Response:
         """Prometheus metrics of the whole cluster's gateway."""
-        return Response(merge(await gather()), media_type=CONTENT_TYPE)
+        texts = await gather()
+        return Response(await offload(sum(map(len, texts)), merge, texts), media_type=CONTENT_TYPE)
 
     @public
     async def version() -> Response:

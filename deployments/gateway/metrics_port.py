@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from deployments.config.worker import Worker
 from deployments.errors import IncompleteError
+from deployments.gateway.offload import offload
 from deployments.metrics import CONTENT_TYPE, merge
 
 logger = logging.getLogger("ray.serve")
@@ -76,7 +77,8 @@ class MetricsPort:
 
     async def _show(self, _: Request) -> Response:
         try:
-            text = merge(await self._gather(), self._names)
+            texts = await self._gather()
+            text = await offload(sum(map(len, texts)), merge, texts, self._names)
         except IncompleteError as error:
             return Response(error.message, error.status, media_type="text/plain")
         return Response(text, media_type=CONTENT_TYPE)

@@ -383,6 +383,10 @@ async def test_batches_that_stand_keep_nobody_waiting(
     for each in late:
         assert (await cluster.until(worker, each, ended)).status == "completed"
     assert Counter(found.owner for found, _ in worker._running.values()) == {"greedy": 1, NOBODY: 1}
+    waiting = (await cluster.batches.list(NOBODY, Page(9))).data[3]
+    assert waiting.status == "validating"
+    await cluster.batches.cancel(NOBODY, waiting.id)
+    assert (await cluster.until(worker, waiting, ended)).status == "cancelled"
     other = await cluster.create(lines(request(3, body=body | {"model": "here"})), "third")
     monkeypatch.setattr(cluster, "owner", lambda _: "third")
     assert (await cluster.until(worker, other, ended)).status == "completed"

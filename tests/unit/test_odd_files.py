@@ -9,6 +9,8 @@ import pytest
 from deployments.config.load import load_workers, read_workers
 from deployments.config.model_files import ModelFiles
 from deployments.config.plan import Machine, make_plans, unplaceable
+from deployments.engine.tokenizer import byte_tokenizer, check_vocabulary
+from deployments.errors import EngineStartError
 from tests import checkpoints, workers
 from tests.unit.test_worker_files import NO_GPU, write, write_config
 
@@ -159,3 +161,15 @@ def test_a_machine_that_is_too_small_is_told_before_anything_waits(tmp_path: Pat
     write(tmp_path, "a.toml", workers.vllm("a", checkpoints.minilm(), more="[deployment]\nnum_gpus = 1"))
     plans = make_plans(load_workers(tmp_path / "a.toml", environ={}), machine)
     assert "1 GPUs" in unplaceable(plans, machine)[0]
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_told_at_the_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Texts with such tokens are refused; where that is every text, the model doesn't start."""
+    check_vocabulary(byte_tokenizer(), 256)
+    assert not caplog.records
+    check_vocabulary(byte_tokenizer(), 200)
+    assert "ids up to 255, and the model's embedding table 200 rows" in caplog.text
+    with pytest.raises(EngineStartError, match="no text can be embedded"):
+        check_vocabulary(byte_tokenizer(), 10)
