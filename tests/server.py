@@ -153,8 +153,8 @@ def serve(
     finally:
         try:
             server.stop(signal.SIGINT if tuned else signal.SIGTERM)  # `serve run` has no use for SIGINT here
-            # Ray tells of calls that it can't repeat any more.
-            assert not tuned or "infinite retries" not in log.read_text(), log.read_text()
+            # As Ray tells of a call that the controller ended under.
+            assert not tuned or "graceful_shutdown failed" not in log.read_text(), log.read_text()
         finally:
             shutil.rmtree(own, ignore_errors=True)
 
