@@ -32,7 +32,6 @@ from deployments.engine.vllm import require_vllm
 from deployments.errors import ConfigError, EngineStartError
 from deployments.front import haproxies, stop_guards, write_program
 from deployments.keys import KEYS_VARIABLE
-from deployments.local_calls import FOLDER_VARIABLE
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -86,7 +85,6 @@ def switches(folder: Path) -> dict[str, str]:
     fallback_http, fallback_grpc, metrics, stats = free_ports(4)
     return {
         **FAST_DATA_PLANE,
-        FOLDER_VARIABLE: str(folder),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),

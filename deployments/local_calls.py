@@ -28,8 +28,7 @@ logger = logging.getLogger("ray.serve")
 
 # Number of the call, bytes of the body that follows. A request without a body takes the call back.
 _HEAD = struct.Struct("<QQ")
-# Where servers make a folder each, and the socket in it: with the variable, where all is removed in the end.
-FOLDER_VARIABLE = "EMBEDDING_CLUSTER_SOCKETS"
+# Each server makes a folder of its own, and the socket in it.
 PREFIX, SOCKET = "embedding-calls-", "socket"
 _PEER = struct.Struct("3i")  # pid, uid, gid, as the kernel knows them
 
@@ -92,9 +91,10 @@ class LocalServer:
     A file, not a name in the abstract namespace: that is the network's, which other containers may share.
     """
 
-    def __init__(self, answer: Callable[..., Awaitable[Any]]) -> None:
-        """Listen on nothing yet."""
+    def __init__(self, answer: Callable[..., Awaitable[Any]], place: str | None = None) -> None:
+        """Listen on nothing yet; the socket's folder will be in `place`, or where temporary files are."""
         self._answer = answer
+        self._place = place or tempfile.gettempdir()
         self._server: asyncio.Server | None = None
         self._running: set[asyncio.Task[None]] = set()
         self._folder = ""
@@ -102,8 +102,8 @@ class LocalServer:
 
     async def start(self) -> None:
         """Listen at `address`, a path, which stays empty where there can be no socket."""
-        _remove_stale()
-        self._folder = tempfile.mkdtemp(prefix=PREFIX, dir=os.environ.get(FOLDER_VARIABLE))
+        _remove_stale(self._place)
+        self._folder = tempfile.mkdtemp(prefix=PREFIX, dir=self._place)
         address = str(Path(self._folder, SOCKET))
         make = functools.partial(_Answers, self._answer, self._running)
         try:
@@ -255,9 +255,9 @@ class _Calls(_Frames):
             self.send(number, b"")
 
 
-def _remove_stale() -> None:
+def _remove_stale(place: str) -> None:
     """Remove this user's folders whose process was killed: nobody listens there any more."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for folder in Path(place).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
             if folder.stat().st_uid != os.getuid():
                 continue

@@ -53,7 +53,8 @@ class Replica:
         self._has_started = False
         self._load = ReplicaLoad()
         self._silence = -1, 0.0  # the steps that the engine had made at a health check, and since when
-        self._server = LocalServer(self.embed)  # for callers on this node; others come by Serve's handle
+        # For callers on this node; others come by Serve's handle.
+        self._server = LocalServer(self.embed, session_folder())
         await self._await_probes()
         self._engine = make_engine(plan, ray_cpus())
         stages = plan.worker.generator.pipeline_parallel_size
@@ -206,6 +207,12 @@ def ray_cpus() -> float:
         return 0.0
     here = ray.get_runtime_context().get_node_id()
     return sum(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["NodeID"] == here)
+
+
+def session_folder() -> str | None:
+    """Return Ray's folder of its session on this node, with which goes what is in it; None outside Ray."""
+    node = ray._private.worker._global_node
+    return str(node.get_session_dir_path()) if node is not None else None
 
 
 async def _accepts(host: str, port: int) -> bool:
