@@ -188,11 +188,11 @@ class Page:
 
 def parse_page(query: Mapping[str, str], default: int, most: int) -> Page:
     """Parse a query. Raises InvalidRequestError."""
-    text = query.get("limit", str(default))
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= most):
+    limit = read.decimal(query.get("limit", str(default)))
+    if limit is None or not 1 <= limit <= most:
         raise InvalidRequestError(f"`limit` must be 1 to {most}", "limit")
     order = read.choice(query, "order", get_args(Order), "desc")
-    return Page(int(text), query.get("after"), order == "asc")
+    return Page(limit, query.get("after"), order == "asc")
 
 
 Order = Literal["asc", "desc"]

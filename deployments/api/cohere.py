@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api import fields as read
 from deployments.api.encoding import EmbedDtype, base64_rows, check_dtype, convert, json_rows
+from deployments.api.fields import Count, Text
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
@@ -135,20 +136,18 @@ def _read_content(item: Any, index: int) -> str:
 
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
 
-Text = Annotated[str, Field(min_length=1)]
-
 
 class Content(BaseModel):
     """A part of an input."""
 
     type: Literal["text"]
-    text: Text
+    text: str
 
 
 class Input(BaseModel):
-    """An input of several parts."""
+    """An input of several parts, not all of them empty."""
 
-    content: Annotated[list[Content], Field(min_length=1)]
+    content: list[Content] = Field(json_schema_extra={"contains": {"properties": {"text": {"minLength": 1}}}})
 
 
 class CohereBody(BaseModel):
@@ -166,14 +165,16 @@ class CohereBody(BaseModel):
                 }
             ],
             "oneOf": [
-                {"required": [name], "properties": {name: {"type": "array"}}} for name in ("texts", "inputs")
+                {"required": [one], "properties": {one: {"type": "array"}, other: {"type": "null"}}}
+                for one, other in (("texts", "inputs"), ("inputs", "texts"))
             ],
         },
     )
 
     model: Text
     input_type: Text = Field(
-        description="search_document, search_query, classification, clustering, or one of the model's prompts"
+        description="search_document, search_query, classification, clustering, or a prompt of the model",
+        json_schema_extra={"not": {"const": "image"}},
     )
     texts: Annotated[list[Text], Field(min_length=1)] | None = None
     inputs: Annotated[list[Input], Field(min_length=1)] | None = None
@@ -181,8 +182,9 @@ class CohereBody(BaseModel):
         Annotated[list[Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]], Field(min_length=1)]
         | None
     ) = None
-    output_dimension: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="Cut each text to that many.")
+    images: None = Field(None, description="No model here reads images.")
+    output_dimension: Count | None = None
+    max_tokens: Count | None = Field(None, description="Cut each text to that many.")
     truncate: Literal["NONE", "START", "END"] | None = Field("END", description="Which side is cut.")
     tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
 

@@ -1,16 +1,31 @@
 """Fields of a JSON body, checked by hand: errors name the field, and never quote what it holds."""
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import orjson
+from pydantic import Field
 
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
 Fields = Mapping[str, Any]
 Body = bytes | bytearray
 PIECE_BYTES = 2**18
+
+# The same for the OpenAPI document. The decoder makes larger numbers floats, so they are no integers here.
+MOST = 2**64 - 1
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+TokenId = Annotated[int, Field(ge=0, le=MOST)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Inputs = (
+    Text
+    | Annotated[list[Text], Field(min_length=1)]
+    | TokenIds
+    | Annotated[list[TokenIds], Field(min_length=1)]
+)
 
 
 def count_values(body: Body) -> int:
@@ -81,6 +96,11 @@ def positive(fields: Fields, name: str) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
         raise InvalidRequestError(f"`{name}` must be a positive integer", name)
     return value
+
+
+def decimal(text: str) -> int | None:
+    """Return a number that a query or a form holds, of up to nine digits; None where it is none."""
+    return int(text) if re.fullmatch("0|[1-9][0-9]{0,8}", text) else None
 
 
 def flag(fields: Fields, name: str) -> bool | None:
@@ -163,8 +183,8 @@ def texts_or_ids(value: Any, name: str) -> tuple[Sequence[str], Sequence[Sequenc
     return (), [token_ids(value, name, name)]
 
 
-def refuse(fields: Fields, *names: str) -> None:
-    """Raise MissingCapabilityError where the request asks for one of what no model here can do."""
-    for name in names:
-        if fields.get(name):
-            raise MissingCapabilityError(f"no model here supports `{name}`", name)
+def refuse(fields: Fields, name: str) -> None:
+    """Raise MissingCapabilityError where the request asks for more than 0 of what no model here can do."""
+    value = fields.get(name, 0)
+    if isinstance(value, bool) or value != 0:
+        raise MissingCapabilityError(f"no model here supports `{name}`", name)

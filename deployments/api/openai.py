@@ -5,13 +5,14 @@ Checked by hand rather than by a union of models: one pass over the input, and e
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api import fields as read
 from deployments.api.encoding import EmbedDtype, EncodingFormat, check_dtype, embedding_texts
+from deployments.api.fields import Count, Inputs, Text
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
 from deployments.errors import InvalidRequestError
 
@@ -89,19 +90,12 @@ def _parse_truncation(fields: Mapping[str, Any]) -> tuple[Truncation | None, int
 
 
 def _parse_prompt(fields: Mapping[str, Any]) -> Prompt | None:
-    """Return the prompt and the field that named it."""
-    for name in ("input_type", "prompt_name"):
-        if (value := read.string(fields, name)) is not None:
-            return Prompt((value,), name)
-    return None
+    """Return the prompt and the field that named it; `input_type` goes before `prompt_name`."""
+    named = {name: read.string(fields, name) for name in ("input_type", "prompt_name")}
+    return next((Prompt((value,), name) for name, value in named.items() if value is not None), None)
 
 
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
-
-Text = Annotated[str, Field(min_length=1)]
-TokenId = Annotated[int, Field(ge=0)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
 
 
 class EmbeddingRequestBody(BaseModel):
@@ -113,12 +107,9 @@ class EmbeddingRequestBody(BaseModel):
     )
 
     model: Text = Field(description="One of the names that `GET /models` lists.")
-    input: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1)]
-    ) = Field(description="A text, several texts, one text's token ids, or several texts' token ids.")
+    input: Inputs = Field(
+        description="A text, several texts, one text's token ids, or several texts' token ids."
+    )
     encoding_format: EncodingFormat | None = Field(
         "float", description="`base64` holds little-endian float32 and is the faster one."
     )

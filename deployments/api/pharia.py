@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api import fields as read
 from deployments.api.encoding import json_rows
+from deployments.api.fields import Text, TokenId, TokenIds
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt
 from deployments.errors import InvalidRequestError, MissingCapabilityError, TooManyInputsError
 
@@ -140,7 +141,7 @@ def _read_item(item: Any, name: str, param: str) -> str | list[int]:
     """Return an item's text or its token ids."""
     if not isinstance(item, dict):
         raise InvalidRequestError(f"`{name}` must be an item with `type` and `data`", param)
-    if item.get("controls"):
+    if item.get("controls") not in (None, []):
         raise MissingCapabilityError(f"`{name}` asks for attention control", param)
     kind, data = item.get("type"), item.get("data")
     if kind == "text" and isinstance(data, str):
@@ -246,28 +247,34 @@ def model_settings(listing: Mapping[str, Any], available: bool, instructable: bo
 
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
 
-Text = Annotated[str, Field(min_length=1)]
-TokenId = Annotated[int, Field(ge=0)]
 MODEL = "One of the names that `GET /models` lists; may be left out where there is only one."
 
 
-class TextItem(BaseModel):
+class Item(BaseModel):
+    """A part of a prompt."""
+
+    controls: Annotated[list[Any], Field(max_length=0)] | None = Field(
+        None, description="No model here takes any."
+    )
+
+
+class TextItem(Item):
     """Text as a part of a prompt."""
 
     type: Literal["text"]
-    data: Text
+    data: str
 
 
-class TokenIdsItem(BaseModel):
+class TokenIdsItem(Item):
     """Token ids as a part of a prompt."""
 
     type: Literal["token_ids"]
-    data: Annotated[list[TokenId], Field(min_length=1)]
+    data: TokenIds
 
 
-PromptBody = (
-    Text | Annotated[list[TextItem], Field(min_length=1)] | Annotated[list[TokenIdsItem], Field(min_length=1)]
-)
+NOT_ALL_EMPTY: dict[str, Any] = {"contains": {"properties": {"data": {"minLength": 1}}}}
+TextPrompt = Text | Annotated[list[TextItem], Field(json_schema_extra=NOT_ALL_EMPTY)]
+IdsPrompt = Annotated[list[TokenIdsItem], Field(min_length=1)]
 
 
 class Common(BaseModel):
@@ -278,15 +285,21 @@ class Common(BaseModel):
     tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
 
 
-class Semantic(Common):
+class Embed(Common):
+    """What every body that embeds may hold."""
+
+    normalize: bool | None = Field(False, description="Ask for unit length from a model that gives others.")
+    control_log_additive: bool | None = Field(None, description="Accepted and not used.")
+    contextual_control_threshold: Literal[0] | None = Field(None, description="No model here supports it.")
+
+
+class Semantic(Embed):
     """What both semantic bodies hold beside their prompts."""
 
     representation: Literal["symmetric", "document", "query"] = Field(
         description="Which of the model's prompts is put before the text; none where the model has none."
     )
     compress_to_size: Literal[128] | None = Field(None, description="Where the model allows 128 dimensions.")
-    normalize: bool | None = Field(False, description="Ask for unit length from a model that gives others.")
-    control_log_additive: bool | None = Field(None, description="Accepted and not used.")
 
 
 class SemanticBody(Semantic):
@@ -299,7 +312,7 @@ class SemanticBody(Semantic):
         },
     )
 
-    prompt: PromptBody
+    prompt: TextPrompt | IdsPrompt
 
 
 class BatchSemanticBody(Semantic):
@@ -312,10 +325,13 @@ class BatchSemanticBody(Semantic):
         },
     )
 
-    prompts: Annotated[list[PromptBody], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompts: (
+        Annotated[list[TextPrompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[IdsPrompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
 
 
-class InstructableBody(Common):
+class InstructableBody(Embed):
     """The body of `POST /instructable_embed`."""
 
     model_config = ConfigDict(
@@ -325,10 +341,8 @@ class InstructableBody(Common):
         },
     )
 
-    input: PromptBody
+    input: TextPrompt | IdsPrompt
     instruction: Text
-    normalize: bool | None = Field(False, description="Ask for unit length from a model that gives others.")
-    control_log_additive: bool | None = Field(None, description="Accepted and not used.")
 
 
 class SemanticResponse(BaseModel):

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api import fields as read
 from deployments.api.encoding import json_rows
+from deployments.api.fields import Count, Inputs, Text
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
 
 SIDES: dict[str, Truncation] = {"Left": "start", "Right": "end"}
@@ -50,9 +51,6 @@ def parse_fields(fields: Mapping[str, Any]) -> TeiRequest:
 
 # --- the same format as a model, for the OpenAPI document only -------------------------------------
 
-Text = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-
 
 class TeiBody(BaseModel):
     """The body of text-embeddings-inference's `POST /embed`. Fields that are null count as absent."""
@@ -62,16 +60,16 @@ class TeiBody(BaseModel):
         json_schema_extra={"examples": [{"model": "all-minilm-l6-v2", "inputs": ["Hello", "world"]}]},
     )
 
-    inputs: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1)]
-    )
+    inputs: Inputs
     model: Text | None = Field(None, description="May be left out where there is only one.")
     normalize: bool | None = True
     truncate: bool | None = Field(None, description="Default: as the worker file says.")
     truncation_direction: Literal["Left", "Right"] | None = "Right"
     prompt_name: Text | None = None
-    dimensions: Annotated[int, Field(ge=1)] | None = None
+    dimensions: Count | None = None
     tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
+    # With any of these a body is Cohere's.
+    texts: None = None
+    images: None = None
+    embedding_types: None = None
+    input_type: None = None

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from deployments.api.batches import DeletedFile, FileObject, expiry_seconds, parse_create, parse_page
+from deployments.api.fields import decimal
 from deployments.api.upload import FILE, Upload
 from deployments.batches.store import Batches, owner_of
 from deployments.errors import DeadlineExceededError, InvalidRequestError
@@ -24,7 +25,6 @@ from deployments.gateway.serving import BODY_SECONDS, Serving, body_chunks, want
 MAX_FILES, DEFAULT_BATCHES, MAX_BATCHES = 10_000, 20, 100
 PURPOSE: Literal["batch"] = "batch"
 FORM_EXPIRY = "expires_after"
-MAX_DIGITS = 10
 CONTENT_TYPE = "application/octet-stream"
 
 
@@ -150,8 +150,7 @@ def _expiry(fields: dict[str, str]) -> int | None:
     anchor, seconds = (fields.get(f"{FORM_EXPIRY}[{name}]") for name in ("anchor", "seconds"))
     if anchor is None and seconds is None:
         return None
-    number = int(seconds) if seconds and seconds.isdecimal() and len(seconds) < MAX_DIGITS else None
-    return expiry_seconds(anchor, number, FORM_EXPIRY)
+    return expiry_seconds(anchor, decimal(seconds or ""), FORM_EXPIRY)
 
 
 def _json(shown: BaseModel) -> Response:

@@ -111,7 +111,10 @@ def _examples(model: type[BaseModel]) -> list[Any]:
 
 
 def document(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
-    """Return the OpenAPI document with the schemas of `bodies`, which the routes read by hand."""
+    """Return the OpenAPI document with the schemas of `bodies`, which the routes read by hand.
+
+    Raises ValueError where two schemas have one name.
+    """
     described: dict[str, Any] = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
@@ -119,12 +122,9 @@ def document(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
     for model in bodies:
         schema = model.model_json_schema(ref_template=REFERENCE)
         for name, each in {**schema.pop("$defs", {}), model.__name__: schema}.items():
-            # Of two models of one name the document would show one in the place of both.
-            assert schemas.setdefault(name, each) == each, name
-    shown = [route for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema]
-    open_paths = {route.path for route in shown if audience_of(route.endpoint) is Audience.ANYBODY}
-    for route in shown:
-        _restore_examples(route, described["paths"][route.path_format])
+            if schemas.setdefault(name, each) != each:
+                raise ValueError(f"two schemas are named {name}")
+    public = {route.path_format for route in app.routes if isinstance(route, PublicRoute)}
     for path, operations in described["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI's own, which no route gives

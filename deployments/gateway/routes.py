@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from deployments.api import cohere, embed, openai, pharia, tei
 from deployments.errors import (
     DeadlineExceededError,
+    EmbeddingError,
     IncompleteError,
     InvalidKeyError,
     ModelNotAllowedError,
@@ -85,7 +86,7 @@ EMBEDDING_ROUTES = (
         "Embed up to 100 prompts; the answer keeps their order (Pharia).",
         pharia.parse_batch,
         (pharia.BatchSemanticBody,),
-        pharia.BatchSemanticResponse,
+        pharia.BatchResponse,
         {"model_version": "1", "embeddings": [VECTOR], "num_tokens_prompt_total": 7},
     ),
     EmbeddingRoute(
@@ -225,8 +226,8 @@ def add_pharia_routes(router: APIRouter, served: PhariaServing, as_json: Callabl
             ModelNotAllowedError,
             ModelNotFoundError,
             DeadlineExceededError,
-            IncompleteError,
             ModelUnavailableError,
+            EmbeddingError,
         ),
     )
     for path in ("/models_available", "/model-settings"):

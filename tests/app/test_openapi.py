@@ -1,28 +1,48 @@
-"""schemathesis over the running application: whatever a client sends, the answer is a documented one."""
+"""The document and the application say the same: what is allowed, what is refused, what is answered."""
 
+import ast
+import asyncio
+import contextlib
+import copy
+import itertools
+import json
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
 
+import httpx
+import jsonschema_rs
 import pytest
 import uvicorn
+from fastapi import FastAPI
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import create_model
+from starlette.requests import Request
 
+from deployments import api
+from deployments.api import batches, pharia
 from deployments.batches.store import BatchPlace
 from deployments.config.load import load_workers
 from deployments.config.plan import Machine, make_plans
+from deployments.errors import EmbeddingError
 from deployments.gateway.auth import Access
-from deployments.gateway.batches import BatchAccess
+from deployments.gateway.batches import DEFAULT_BATCHES, MAX_BATCHES, MAX_FILES, BatchAccess
+from deployments.gateway.documentation import document
 from deployments.gateway.ingress import make_app
 from deployments.gateway.rates import LocalRates
+from deployments.gateway.routes import EMBEDDING_ROUTES
+from deployments.gateway.serving import lane_of
 from deployments.keys import Key, KeyRing, Keys, hash_of
 from tests import workers
 from tests.app.conftest import LocalHandle, make_serving
 from tests.server import free_port, program
 
-pytestmark = pytest.mark.slow
 # The name in the documentation's examples.
 MODEL = "all-minilm-l6-v2"
 SECRET = "secret-of-the-test"
@@ -70,6 +90,7 @@ def address(tmp_path: Path) -> Iterator[str]:
     thread.join(10)
 
 
+@pytest.mark.slow
 def test_every_answer_is_a_documented_one(address: str, tmp_path: Path) -> None:
     """No 5xx, no undocumented status, no other shape; for well and ill formed requests, by all checks."""
     config = tmp_path / "schemathesis.toml"
@@ -79,3 +100,218 @@ def test_every_answer_is_a_documented_one(address: str, tmp_path: Path) -> None:
     command += ["--phases", "examples,coverage,fuzzing", "--header", f"Authorization: Bearer {SECRET}"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr
+
+
+# --- each body's schema, and what reads it --------------------------------------------------------
+
+PARSERS: dict[str, Callable[[bytes], object]] = {
+    **{f"/v1{route.path}": route.parse for route in EMBEDDING_ROUTES},
+    "/v1/tokenize": pharia.parse_tokenize,
+    "/v1/detokenize": pharia.parse_detokenize,
+    "/v1/batches": batches.parse_create,
+}
+# JSON Schema calls 1.0 an integer. We don't, and no such number stands here.
+ODD = [None, True, False, 0, 1, -1, 0.5, 2**64, "", "x", [], {}, [1], ["x"], [None], [[]], [[1]], [{}]]
+ODD += [{"type": "text", "data": "x"}, {"type": "token_ids", "data": [1]}, {"type": "image", "data": "x"}]
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The document of an application with all that there is."""
+    stored = BatchPlace(str(tmp_path_factory.mktemp("storage")), 3600).open()
+    access = Access(KeyRing(Keys()), LocalRates())
+
+    async def get() -> dict[str, Any]:
+        app = make_app(
+            make_serving({}, access.rates),
+            list,  # type: ignore[arg-type]
+            access=access,
+            batches=BatchAccess(stored, 1_000_000, lambda: None),
+        )
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cluster") as client:
+            found: dict[str, Any] = (await client.get("/openapi.json")).json()
+            return found
+
+    return asyncio.run(get())
+
+
+def bodies(described: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what the document says of each JSON body, by path."""
+    return {
+        path: operation["requestBody"]["content"]["application/json"]
+        for path, operations in described["paths"].items()
+        for operation in operations.values()
+        if "application/json" in operation.get("requestBody", {}).get("content", {})
+    }
+
+
+def allows(schema: dict[str, Any], described: dict[str, Any]) -> Callable[[Any], bool]:
+    """Return what tells whether a schema of the document allows a value."""
+    return jsonschema_rs.validator_for({**schema, "components": described["components"]}).is_valid  # type: ignore[no-any-return]
+
+
+def takes(parse: Callable[[bytes], object], body: Any) -> bool:
+    """Whether a parser takes a body."""
+    try:
+        parse(json.dumps(body).encode())
+    except EmbeddingError:
+        return False
+    return True
+
+
+def near(schema: dict[str, Any], components: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Return values that are about what a schema says: most are allowed, and many lie at its limits."""
+    return _mostly(_near(schema, components), st.sampled_from(ODD))
+
+
+def _mostly(likely: st.SearchStrategy[Any], rare: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.integers(0, 24).flatmap(lambda n: likely if n else rare)
+
+
+def _near(schema: dict[str, Any], components: dict[str, Any]) -> st.SearchStrategy[Any]:  # noqa: PLR0911
+    if "$ref" in schema:
+        return _near(components["schemas"][schema["$ref"].rpartition("/")[2]], components)
+    if "anyOf" in schema:
+        return st.one_of([near(each, components) for each in schema["anyOf"]])
+    if "const" in schema or "enum" in schema:
+        return st.sampled_from(schema.get("enum") or [schema["const"]])
+    match schema.get("type"):
+        case "string":
+            most = schema.get("maxLength", 3)
+            return _mostly(st.sampled_from(["x", "é" * most]), st.sampled_from(["", "é" * (most + 1)]))
+        case "integer":
+            low, high = schema.get("minimum", 0), schema.get("maximum", 2**64 - 1)
+            return _mostly(st.sampled_from([low, low + 1, high]), st.sampled_from([low - 1, high + 1]))
+        case "array":
+            most = schema.get("maxItems", 3)
+            items = st.lists(near(schema["items"], components), min_size=min(1, most), max_size=min(2, most))
+            return _mostly(
+                items, st.just([]) | items.map(lambda few: (few * (most + 1))[: most + len(few) % 2])
+            )
+        case "object":
+            return _object(schema, components)
+        case "boolean":
+            return st.booleans()
+        case "null":
+            return st.none()
+    return st.sampled_from(ODD)
+
+
+def _object(schema: dict[str, Any], components: dict[str, Any]) -> st.SearchStrategy[Any]:
+    if "properties" not in schema:  # names are free
+        most = schema["maxProperties"]
+        values = near(schema["additionalProperties"], components)
+        names = _near({"type": "string", **schema["propertyNames"]}, components)
+        many = st.integers(most, most + 1).map(lambda n: {str(i): "" for i in range(n)})
+        return st.dictionaries(names, values, max_size=2) | many
+    known = {name: near(each, components) for name, each in schema["properties"].items()}
+    needed = {name: known.pop(name) for name in schema.get("required", ())}
+    whole = st.fixed_dictionaries(needed, optional=known)
+    return _mostly(whole, whole.map(lambda body: dict(list(body.items())[1:])))
+
+
+def test_every_body_has_its_parser(described: dict[str, Any]) -> None:
+    """The tests below go through all of them."""
+    assert set(bodies(described)) == set(PARSERS)
+
+
+@pytest.mark.parametrize("path", PARSERS)
+def test_document_and_parser_allow_the_same(described: dict[str, Any], path: str) -> None:
+    """In both directions, for each body of each dialect; null counts as absent."""
+    content, parse = bodies(described)[path], PARSERS[path]
+    allowed = allows(content["schema"], described)
+
+    @given(near(content["schema"], described["components"]))
+    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    def check(body: Any) -> None:
+        assert takes(parse, body) == allowed(body), body
+
+    for example in content["examples"].values():
+        check.hypothesis.inner_test(example["value"])  # type: ignore[attr-defined]
+        assert allowed(example["value"])
+    check()
+
+
+@pytest.mark.parametrize("path", PARSERS)
+def test_no_field_is_read_that_the_document_doesnt_name(described: dict[str, Any], path: str) -> None:
+    """Whatever name our parsers know, with whatever value, in whatever object of an example."""
+    content, parse = bodies(described)[path], PARSERS[path]
+    allowed = allows(content["schema"], described)
+    folder = Path(api.__file__).parent
+    known = [node for file in folder.glob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    names = {node.value for node in known if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    for example in content["examples"].values():
+        body = copy.deepcopy(example["value"])
+        for each in objects(body):
+            before = dict(each)
+            for name, value in itertools.product(sorted(names), ODD):
+                each[name] = value
+                assert takes(parse, body) == allowed(body), body
+                each.clear()
+                each.update(before)
+
+
+WRITTEN = ["", "true", "false", "True", "1", "0", "-1", "+1", "1.0", " 1", "1_0", "20", "100", "101", "10000"]
+WRITTEN += ["10001", "01", "0000000011000000", "000000001" + "0" * 5000, "٣", "asc", "desc", "DESC", "x"]
+QUERIES: dict[tuple[str, str], Callable[[dict[str, str]], object]] = {
+    ("/v1/files", "get"): lambda query: batches.parse_page(query, MAX_FILES, MAX_FILES),
+    ("/v1/batches", "get"): lambda query: batches.parse_page(query, DEFAULT_BATCHES, MAX_BATCHES),
+    **{(f"/v1{route.path}", "post"): lambda query: lane_of(_request(query)) for route in EMBEDDING_ROUTES},
+}
+
+
+def _request(query: dict[str, str]) -> Request:
+    return Request({"type": "http", "headers": [], "query_string": urlencode(query).encode()})
+
+
+def test_document_and_routes_allow_the_same_queries(described: dict[str, Any]) -> None:
+    """Each parameter, however it is written; numbers and booleans are written as in JSON."""
+    asked = {
+        (path, method): [each for each in operation["parameters"] if each["in"] == "query"]
+        for path, operations in described["paths"].items()
+        for method, operation in operations.items()
+        if any(each["in"] == "query" for each in operation.get("parameters", ()))
+    }
+    assert set(asked) == set(QUERIES)
+    for where, parameters in asked.items():
+        for parameter, text in itertools.product(parameters, WRITTEN):
+            schema, value = parameter["schema"], text
+            if schema["type"] != "string":
+                with contextlib.suppress(json.JSONDecodeError):
+                    value = json.loads(text) if text == text.strip() and text != "1.0" else text
+            try:
+                QUERIES[where]({parameter["name"]: text})
+            except EmbeddingError as error:
+                assert error.param == parameter["name"]
+                taken = False
+            else:
+                taken = True
+            assert taken == allows(schema, described)(value), (where, parameter["name"], text)
+
+
+def test_routes_say_who_may_ask_them(described: dict[str, Any]) -> None:
+    """401 stands with all but the public ones, and only the metrics are the operators'."""
+    for path, operations in described["paths"].items():
+        for operation in operations.values():
+            assert ("401" in operation["responses"]) == ("security" not in operation), path
+            codes = json.dumps(operation["responses"].get("403", ""))
+            assert ("operator_only" in codes) == (path == "/v1/metrics"), path
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_two_schemas_of_one_name_are_refused(nested: bool) -> None:
+    """Else one of them would be documented with the other, or with its parts."""
+    inner = create_model("Inner", number=int)
+    first = create_model("Body", inner=inner)
+    second = create_model("Other", inner=create_model("Inner", text=str)) if nested else create_model("Body")
+    assert set(document(FastAPI(), [first, first])["components"]["schemas"]) == {"Body", "Inner"}
+    with pytest.raises(ValueError, match="Inner" if nested else "Body"):
+        document(FastAPI(), [first, second])
+
+
+def objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield every object in a value."""
+    if isinstance(value, dict):
+        yield value
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from objects(each)
