@@ -32,7 +32,8 @@ from deployments.config.load import load_workers
 from deployments.config.plan import Machine, make_plans
 from deployments.errors import EmbeddingError
 from deployments.gateway.auth import Access
-from deployments.gateway.batches import DEFAULT_BATCHES, MAX_BATCHES, MAX_FILES, BatchAccess
+from deployments.gateway.batches import DEFAULT_BATCHES, FORM_EXPIRY, MAX_BATCHES, MAX_FILES, BatchAccess
+from deployments.gateway.batches import _expiry as batches_form
 from deployments.gateway.documentation import document
 from deployments.gateway.ingress import make_app
 from deployments.gateway.rates import LocalRates
@@ -275,10 +276,7 @@ def test_document_and_routes_allow_the_same_queries(described: dict[str, Any]) -
     assert set(asked) == set(QUERIES)
     for where, parameters in asked.items():
         for parameter, text in itertools.product(parameters, WRITTEN):
-            schema, value = parameter["schema"], text
-            if schema["type"] != "string":
-                with contextlib.suppress(json.JSONDecodeError):
-                    value = json.loads(text) if text == text.strip() and text != "1.0" else text
+            value = written(text, parameter["schema"])
             try:
                 QUERIES[where]({parameter["name"]: text})
             except EmbeddingError as error:
@@ -286,7 +284,32 @@ def test_document_and_routes_allow_the_same_queries(described: dict[str, Any]) -
                 taken = False
             else:
                 taken = True
-            assert taken == allows(schema, described)(value), (where, parameter["name"], text)
+            assert taken == allows(parameter["schema"], described)(value), (where, parameter["name"], text)
+
+
+def test_document_and_form_allow_the_same(described: dict[str, Any]) -> None:
+    """How long a file is kept, which a form holds as text."""
+    form = described["paths"]["/v1/files"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    names = [f"{FORM_EXPIRY}[{name}]" for name in ("anchor", "seconds")]
+    allowed = allows(form, described)
+    texts = [None, "created_at", "3600", "3599", "2592000", "2592001", "03600", "٣٦٠٠", "3600.0", *WRITTEN]
+    for pair in itertools.product(texts, repeat=2):
+        fields = {name: text for name, text in zip(names, pair, strict=True) if text is not None}
+        try:
+            batches_form(fields)
+            taken = True
+        except EmbeddingError:
+            taken = False
+        values = {name: written(text, form["properties"][name]) for name, text in fields.items()}
+        assert taken == allowed({"file": "x", "purpose": "batch", **values}), fields
+
+
+def written(text: str, schema: dict[str, Any]) -> Any:
+    """Return what a text of a query or a form means, where numbers and booleans are written as in JSON."""
+    if schema["type"] != "string" and text == text.strip() and not text.endswith(".0"):
+        with contextlib.suppress(json.JSONDecodeError, ValueError):
+            return json.loads(text)
+    return text
 
 
 def test_routes_say_who_may_ask_them(described: dict[str, Any]) -> None:
