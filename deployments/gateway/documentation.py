@@ -124,7 +124,10 @@ def document(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
         for name, each in {**schema.pop("$defs", {}), model.__name__: schema}.items():
             if schemas.setdefault(name, each) != each:
                 raise ValueError(f"two schemas are named {name}")
-    public = {route.path_format for route in app.routes if isinstance(route, PublicRoute)}
+    shown = [route for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema]
+    open_paths = {route.path for route in shown if audience_of(route.endpoint) is Audience.ANYBODY}
+    for route in shown:
+        _restore_examples(route, described["paths"][route.path_format])
     for path, operations in described["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI's own, which no route gives

@@ -86,7 +86,7 @@ EMBEDDING_ROUTES = (
         "Embed up to 100 prompts; the answer keeps their order (Pharia).",
         pharia.parse_batch,
         (pharia.BatchSemanticBody,),
-        pharia.BatchResponse,
+        pharia.BatchSemanticResponse,
         {"model_version": "1", "embeddings": [VECTOR], "num_tokens_prompt_total": 7},
     ),
     EmbeddingRoute(
