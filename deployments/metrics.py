@@ -47,6 +47,8 @@ class Metrics:
     def __init__(self) -> None:
         """Register every metric."""
         self.registry = CollectorRegistry()
+        self._served: set[tuple[str, str]] = set()  # as label and value
+        self._gone: set[tuple[str, str]] = set()
 
         def counter(name: str, what: str, *labels: str) -> Counter:
             return Counter(f"embedding_{name}", what, labels, registry=self.registry)
@@ -105,15 +107,23 @@ class Metrics:
         for gauge, read in gauges.items():
             gauge.labels(worker).set_function(read)
 
-    def forget(self, label: str, value: str) -> None:
-        """Remove every row that has the label: its worker or model is gone."""
+    def serve(self, names: set[tuple[str, str]]) -> None:
+        """Serve the workers and models of these labels from now on: the rows of those that are gone go."""
+        self._forget()  # what ended late, of those that may come back now
+        self._gone = (self._gone | self._served) - names
+        self._served = names
+        self._forget()
+
+    def _forget(self) -> None:
         for metric in vars(self).values():
             if isinstance(metric, Counter | Gauge | Histogram):
-                with contextlib.suppress(ValueError):  # it has no such label
-                    metric.remove_by_labels({label: value})
+                for label, value in self._gone:
+                    with contextlib.suppress(ValueError):  # it has no such label
+                        metric.remove_by_labels({label: value})
 
     def text(self) -> bytes:
         """Return this process's metrics in Prometheus's text format."""
+        self._forget()  # a request that was under way as its worker went is counted as it ends
         return generate_latest(self.registry)
 
 

@@ -25,7 +25,9 @@ class Workers:
         What didn't change keeps its queue and its measurements; of what is gone nothing is kept.
         """
         workers = {name: Worker.model_validate(data) for name, data in config["workers"].items()}
-        known, names = self._serving.catalog.dispatches, self._names()
+        models = {("model", name) for worker in workers.values() for name in worker.queue.models}
+        self._serving.metrics.serve({("worker", name) for name in workers} | models)
+        known = self._serving.catalog.dispatches
         dispatches = {}
         for name, worker in workers.items():
             if name in known:
@@ -34,15 +36,7 @@ class Workers:
             else:
                 dispatches[name] = Dispatch(worker, self._handle(name), self._serving.metrics)
         self._serving.catalog.update(dispatches)
-        for label, name in names - self._names():
-            self._serving.metrics.forget(label, name)
         return workers
-
-    def _names(self) -> set[tuple[str, str]]:
-        """Return what metrics call the workers and models that are served."""
-        served = self._serving.catalog.models()
-        dispatches = self._serving.catalog.dispatches
-        return {("worker", name) for name in dispatches} | {("model", each.name) for each in served}
 
     def _handle(self, name: str) -> DeploymentHandle[Any]:
         """Return a worker's handle; one that came after this deployment isn't bound with it."""

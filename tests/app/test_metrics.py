@@ -169,6 +169,7 @@ async def test_nothing_is_kept_of_a_worker_that_is_gone(handles: dict[str, Local
     taken.take({"workers": {"b": files["b"]}})
     gc.collect()
     assert gone() is None
+    metrics.requests.labels("a", SUCCESS).inc()  # one that ends late
     text = metrics.text().decode()
     assert '"a"' not in text
     assert 'embedding_tokens_total{worker="b"} 1.0' in text
