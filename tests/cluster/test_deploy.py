@@ -9,6 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
+from deployments.keys import Key, create_key
 from tests import fake, workers
 from tests.server import MARK, Server, free_port, is_ready, wait_for
 
@@ -26,11 +28,12 @@ BIN = Path(sys.executable).parent
 
 @dataclass
 class Site:
-    """A cluster, its dashboard's address, and the folder of worker files."""
+    """A cluster that serves under a prefix, its dashboard's address, the folder of worker files, a key."""
 
     server: Server
     dashboard: str
     folder: Path
+    key: str
 
     def deploy(self) -> None:
         """Write the deploy file anew, and deploy it."""
@@ -39,8 +42,11 @@ class Site:
             plan, capture_output=True, text=True, check=True, env=environ(self.server.mark)
         )
         document = yaml.safe_load(written.stdout)
-        port = int(self.server.url.rpartition(":")[2])
-        document["http_options"] = {"host": "127.0.0.1", "port": port}
+        url = httpx.URL(self.server.url)
+        document["http_options"] = {"host": url.host, "port": url.port}
+        (application,) = document["applications"]
+        application["route_prefix"] = url.path
+        application["args"]["keys"] = str(self.folder / "keys.json")
         file = self.folder / "deploy.yaml"
         file.write_text(yaml.safe_dump(document))
         command = [BIN / "serve", "deploy", "-a", self.dashboard, file]
@@ -58,7 +64,12 @@ class Site:
     def embed(self, text: str, **fields: object) -> httpx.Response:
         """Send one request."""
         body = {"model": "m", "input": text, **fields}
-        return httpx.post(f"{self.server.url}/v1/embeddings", json=body, timeout=60)
+        return httpx.post(f"{self.server.url}/v1/embeddings", json=body, headers=self.headers, timeout=60)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Return those of a client that is no operator."""
+        return {"x-api-key": self.key}
 
     def replicas(self, deployment: str) -> set[int]:
         """Return the process ids of a deployment's replicas."""
@@ -93,8 +104,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             env={**environ(mark), "RAY_TMPDIR": str(own)},
             start_new_session=True,
         )
-    server = Server(f"http://127.0.0.1:{free_port()}", process, log, mark)
-    site = Site(server, f"http://127.0.0.1:{dashboard}", folder)
+    server = Server(f"http://127.0.0.1:{free_port()}/emb", process, log, mark)
+    site = Site(server, f"http://127.0.0.1:{dashboard}", folder, make_key(folder, "client"))
     try:
         wait_for(lambda: process.poll() is not None or is_up(site.dashboard), 90, log)
         (folder / "workers").mkdir()
@@ -107,6 +118,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             server.stop(signal.SIGTERM)
         finally:
             shutil.rmtree(own, ignore_errors=True)
+
+
+def make_key(folder: Path, name: str, **fields: Any) -> str:
+    """Add a key to the site's file; return its plaintext."""
+    created = datetime.now(UTC)
+    return create_key(
+        folder / "keys.json", lambda sha256: Key(name=name, sha256=sha256, created=created, **fields)
+    )
 
 
 def is_up(dashboard: str) -> bool:
@@ -133,6 +152,22 @@ def is_vector(answer: httpx.Response, vector: np.ndarray) -> bool:
     """Whether an answer holds just this vector."""
     found = answer.is_success and np.array(answer.json()["data"][0]["embedding"], np.float32)
     return np.array_equal(found, vector)
+
+
+def test_a_prefix_opens_and_closes_nothing(site: Site) -> None:
+    """Whoever has no key finds what is public; the metrics are the operators'."""
+    operator = {"x-api-key": make_key(site.folder, "operator", operator=True)}
+
+    def ask(path: str, headers: dict[str, str] | None = None) -> int:
+        return httpx.get(site.server.url + path, headers=headers, timeout=60).status_code
+
+    for path in ("/health", "/v1/ready", "/docs", "/openapi.json"):
+        assert ask(path) == 200, path
+    for path in ("/metrics", "/v1/metrics", "/v1/metrics%0A"):
+        # The file was changed just now; all ingress replicas read it again within seconds.
+        wait_for(lambda path=path: ask(path, operator) == 200, 60, path)  # type: ignore[misc]
+        assert (ask(path), ask(path, site.headers)) == (401, 403), path
+    assert site.embed("hello").status_code == 200
 
 
 def test_prompts_and_scaling_change_in_place(site: Site) -> None:
