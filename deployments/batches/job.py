@@ -44,12 +44,24 @@ logger = logging.getLogger("ray.serve")
 BLOCKS_AT_ONCE = 2
 # How often lines that have ended are counted, whatever a block takes.
 TELL_SECONDS = 2.0
-# Whether a batch whose lines all name that model, or several of them, may go on.
-MayWork = Callable[[str | None], bool]
 # A line's body without nulls, and the key that the work is for → the answer, and how many tokens were read.
 Embed = Callable[[dict[str, Any], Key | None], Awaitable[tuple[bytes, int]]]
 ID_LENGTH = 24
 GONE = BatchError(code=FileMissingError.code, message="the input file is gone", param="input_file_id")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a runner gives a batch for one run of it.
+
+    `writer` is whose objects its lines go into: each time another one's, as a write may end late.
+    `may_work` says whether a batch whose lines all name that model, or several of them, may go on.
+    `check` raises where another runner has the storage by now.
+    """
+
+    writer: str
+    may_work: Callable[[str | None], bool]
+    check: Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -70,9 +82,9 @@ class Job:
     """Runs a batch from where it is to its end, or no further than its plan where it may not work."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - what a batch is, what it is run with
-        self, owner: str, name: str, files: Files, embed: Embed, clock: Clock, writer: str, may_work: MayWork
+        self, owner: str, name: str, files: Files, embed: Embed, clock: Clock, place: Place
     ) -> None:
-        """Do nothing yet. `key` has to be kept up to date; `writer` is whose objects its lines go into."""
+        """Do nothing yet. `key` has to be kept up to date."""
         self.owner = owner
         self.name = name
         self.key: Key | None = None
@@ -81,8 +93,7 @@ class Job:
         self._folder = batch_folder(owner, name)
         self._embed = embed
         self._clock = clock
-        self._writer = writer
-        self._may_work = may_work
+        self._place = place
         self._saving = asyncio.Lock()
         self._lines: set[asyncio.Task[Outcome]] = set()
         self._ending: Status | None = None
@@ -120,7 +131,7 @@ class Job:
                 self.end("expired")
             try:
                 plan = await self._planned(self._order)
-                if self._ending is None and not self._may_work(plan.model):
+                if self._ending is None and not self._place.may_work(plan.model):
                     return
                 await self._work(plan)
             except BatchFailed as error:
@@ -240,7 +251,7 @@ class Job:
         """Store a block's lines; return what then is done."""
         output = b"".join(each.output for each in outcomes)
         errors = b"".join(each.error for each in outcomes)
-        own = {"output_bytes": len(output), "error_bytes": len(errors), "writer": self._writer}
+        own = {"output_bytes": len(output), "error_bytes": len(errors), "writer": self._place.writer}
         done = sum_up(each.done for each in outcomes).model_copy(update=own)
         for name, content in (("output", output), ("errors", errors)):
             if content:
@@ -255,6 +266,7 @@ class Job:
 
     async def _finish(self, order: Order) -> None:
         """Let the files appear, then the end."""
+        await self._place.check()
         status = self._ending or "completed"
         if status in ("completed", "expired"):
             await self._save(status="finalizing", finalizing_at=self._now())
@@ -292,6 +304,7 @@ class Job:
         under_way = Done() if self._progress.is_final else self._under_way()
         self._progress = self._progress.model_copy(update={"under_way": under_way})
         async with self._saving:
+            await self._place.check()
             await self._storage.write(f"{self._folder}/progress.json", self._progress.text())
 
     def _now(self) -> int:

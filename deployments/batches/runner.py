@@ -8,7 +8,7 @@ import secrets
 from collections import Counter
 
 from deployments.api.batches import WINDOW_SECONDS, BatchError
-from deployments.batches.job import Embed, Job
+from deployments.batches.job import Embed, Job, Place
 from deployments.batches.records import (
     BATCH,
     FILE,
@@ -41,6 +41,12 @@ SWEEP_SECONDS = 3600.0
 ORPHAN_SECONDS = 24 * 3600.0
 REVOKED = BatchError(code=InvalidKeyError.code, message="the key of this batch isn't valid any more")
 RUNNER = "runner.json"
+# In place of the model of a batch whose plan hasn't been seen: nothing that batches of several models share.
+UNPLANNED = ""
+
+
+class LostError(Exception):
+    """Another runner has the storage."""
 
 
 class Lease(Record):
@@ -54,7 +60,8 @@ class Runner:
     """Runs all batches of a storage; of several runners the one that came last, until it is silent.
 
     Two at once, as while a node is cut off, would do work twice, and harm nothing: each writes lines into
-    objects of its own, and the progress names those that it counts, whoever wrote it last.
+    objects of its own, and the progress names those that it counts. One that isn't the runner any more writes
+    no progress; where it learns that too late, what it wrote is whole all the same.
     """
 
     def __init__(
@@ -132,6 +139,12 @@ class Runner:
         self._has_come, self._is_idle = True, False
         return True
 
+    async def _check(self) -> None:
+        """Raise LostError where another runner has come."""
+        lease = await load(self._storage, RUNNER, Lease)
+        if lease is not None and lease.runner != self._name:
+            raise LostError
+
     async def _look(self, job: Job) -> None:
         """End a batch that shall not go on."""
         if job.is_over:
@@ -178,8 +191,8 @@ class Runner:
                 await self._storage.remove(waiting_path(owner, batch))
             return
         name = f"{owner}+{batch}"
-        may_work = functools.partial(self._may_work, name)
-        job = Job(owner, batch, self._files, self._embed, self._clock, self._name, may_work)
+        place = Place(secrets.token_hex(8), functools.partial(self._may_work, name), self._check)
+        job = Job(owner, batch, self._files, self._embed, self._clock, place)
         await self._look(job)
         self._running[name] = job, asyncio.create_task(self._run(name, job))
 
@@ -192,8 +205,8 @@ class Runner:
         return over
 
     def _group(self, owner: str, batch: str) -> tuple[str, str | None]:
-        """Return whose batch it is and its model: None while that isn't known, or where there are several."""
-        return owner, self._models.get(f"{owner}+{batch}")
+        """Return whose batch it is and its model: None where there are several."""
+        return owner, self._models.get(f"{owner}+{batch}", UNPLANNED)
 
     def _groups(self) -> Counter[tuple[str, str | None]]:
         return Counter(self._group(job.owner, job.name) for job, _ in self._running.values())

@@ -331,8 +331,13 @@ async def test_counts_move_with_the_lines(cluster: Cluster, monkeypatch: pytest.
     assert found.usage.total_tokens == 24
 
 
-async def test_two_runners_never_mix_their_lines(cluster: Cluster) -> None:
+async def test_two_runners_never_mix_their_lines(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both work, as while a node is cut off: each line is whole, of either, and the size is the file's."""
+
+    async def too_early(_: Runner) -> None:
+        """Look before the other one comes, each time."""
+
+    monkeypatch.setattr(Runner, "_check", too_early)
     batch = await cluster.create(lines(*map(request, range(22))))
     waiting = [0, 0]
 
@@ -578,3 +583,68 @@ async def test_what_is_too_old_is_removed(cluster: Cluster) -> None:
     assert await cluster.storage.names(f"batches/{NOBODY}") == []
     with pytest.raises(BatchMissingError):
         await cluster.batches.find(NOBODY, batch.id)
+
+
+async def test_batches_of_several_models_that_stand_keep_nobody_waiting(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do those whose lines name none: what isn't known of a batch yet isn't what they have in common."""
+    monkeypatch.setattr(runner, "MAX_RUNNING", 2)
+
+    async def embed(fields: dict[str, Any], _: Key | None) -> tuple[bytes, int]:
+        if fields["model"] == "away":
+            await asyncio.Event().wait()
+        return b"{}", 1
+
+    both = [request(n, body={"model": model, "input": "x"}) for n, model in enumerate(("away", "here"))]
+    for _ in range(3):
+        await cluster.create(lines(*both))
+        cluster.now += 1
+    worker = cluster.runner(embed)
+    for _ in range(20):
+        await worker.turn()
+        await asyncio.sleep(0.001)
+    late = await cluster.create(lines(request(2, body={"model": "here", "input": "x"})))
+    assert (await cluster.until(worker, late, ended)).status == "completed"
+    await worker.stop()
+
+
+async def test_a_runner_that_lost_its_place_says_nothing_more_of_a_batch(cluster: Cluster) -> None:
+    """Lines that end late, as after a node was cut off, take nothing back of what the other one has told."""
+    cluster.gate.clear()
+    batch = await cluster.create(lines(*map(request, range(22))))
+    first = cluster.runner()
+    await cluster.until(first, batch, lambda _: len(cluster.asked) == 8)
+
+    async def at_once(fields: dict[str, Any], _: Key | None) -> tuple[bytes, int]:
+        return json.dumps(fields["input"]).encode(), 3
+
+    done = await cluster.until(cluster.runner(at_once), batch, ended)
+    cluster.gate.set()
+    cluster.free = 100
+    while first._running:  # it hasn't looked who else there is
+        await asyncio.sleep(0.001)
+        assert await cluster.batches.find(NOBODY, batch.id) == done
+
+
+async def test_a_write_that_hangs_spoils_nothing_when_it_ends(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same runner has gone on with the block by then: what it counts is what it wrote this time."""
+    batch = await cluster.create(lines(*map(request, range(3))))
+    write, late = cluster.storage.write, []
+
+    async def hanging(path: str, content: bytes) -> None:
+        if "output" in path and not late:
+            late.append(write(path, content.replace(b"text", b"another")))
+            raise StorageUnavailableError("the storage fails")
+        await write(path, content)
+
+    monkeypatch.setattr(cluster.storage, "write", hanging)
+    worker = cluster.runner()
+    await cluster.until(worker, batch, lambda _: bool(late))
+    cluster.now += runner.AGAIN_SECONDS
+    batch = await cluster.until(worker, batch, ended)
+    await late[0]
+    output = await cluster.read(batch.output_file_id)  # holds its size against its content
+    assert [each["response"]["body"] for each in output] == [f"text {n}" for n in range(3)]
