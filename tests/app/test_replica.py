@@ -42,7 +42,7 @@ async def test_the_engine_stops_after_the_last_answer(tmp_path: Path) -> None:
     assert client.reaches(address)
 
     call = client.call(address, BATCH, NOBODY)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not replica._server.is_busy:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0)
         ending = asyncio.ensure_future(replica.__del__())
@@ -136,7 +136,7 @@ async def test_an_engine_that_ends_in_its_warm_up_says_why(
     replica = await start(tmp_path, "fatal_token = 7")
     with pytest.raises(EngineCrashError):
         await replica.embed(TokenBatch.of([[7]]))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not ended:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0)
 

@@ -35,8 +35,8 @@ def server(calls: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     two = f'token_seconds = 0.00001, calls_folder = "{calls}"'
     files = {
         "two": workers.fake("two", two, "[deployment]\nnum_replicas = 2"),
-        "one": workers.fake("one", "call_seconds = 0.1"),
-        "full": workers.fake("full", "token_seconds = 0.001", "[limits]\nmax_outstanding_tokens = 500"),
+        "one": workers.fake("one", "call_seconds = 0.5"),
+        "full": workers.fake("full", "token_seconds = 0.01", "[limits]\nmax_outstanding_tokens = 500"),
         "quick": workers.fake("quick"),
     }
     for name, text in files.items():

@@ -38,7 +38,7 @@ def test_nothing_is_lost_with_a_node() -> None:
         load, row = result
         assert not load.lost, (row, load.lost[:3])
         assert load.wrong == 0
-        assert len(load.began) > 200
+        assert len(load.began) > 20
         assert len(server.titled("ServeReplica:default:m")) == 1
         wait_for(lambda: not on_second_node(server), 60, "nothing of the second node is left")
 

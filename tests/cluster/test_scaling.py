@@ -23,7 +23,7 @@ upscale_delay_s = 1
 downscale_delay_s = 2
 target_outstanding_s = 0.2
 """
-# Serve's own default of what the first of the intervals above sets.
+# Serve's own `upscale_delay_s`.
 DEFAULT_UPSCALE_DELAY_SECONDS = 30.0
 
 

@@ -91,4 +91,4 @@ def test_a_killed_holder_loses_its_cores(tmp_path: Path) -> None:
         CoreClaim(1, tmp_path).claim(wait_seconds=0)
     holder.kill()
     holder.join()
-    assert CoreClaim(1, tmp_path).claim(wait_seconds=5) == [held]
+    assert CoreClaim(1, tmp_path).claim(wait_seconds=60) == [held]

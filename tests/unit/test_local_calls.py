@@ -74,7 +74,7 @@ def test_errors_arrive_as_they_were_raised(run: Run) -> None:
 
     async def check() -> None:
         server, client = await connected(fail)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             with pytest.raises(ContextLengthError, match="too long") as caught:
                 await client.call(server.address, 0)
             with pytest.raises(ValueError, match="odd"):
@@ -102,7 +102,7 @@ def test_a_cancelled_call_is_taken_back(run: Run) -> None:
     async def check() -> None:
         server, client = await connected(wait)
         long, short = client.call(server.address, 1000.0), client.call(server.address, 0.05)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await begun.acquire()
             await begun.acquire()
             long.cancel()
@@ -126,7 +126,7 @@ def test_a_call_fails_when_its_server_goes(run: Run) -> None:
 
         server, client = await connected(wait)
         call = client.call(server.address)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await begun.wait()
             server._server.close()  # type: ignore[union-attr]
             client._connections[server.address]._transport.abort()  # type: ignore[union-attr]
@@ -153,7 +153,7 @@ def test_draining_waits_for_the_last_answer(run: Run) -> None:
     async def check() -> None:
         server, client = await connected(slowly)
         call = client.call(server.address, 7)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await begun.wait()
             assert server.is_busy
             await server.drain()
