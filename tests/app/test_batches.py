@@ -15,6 +15,7 @@ import numpy as np
 import openai
 import pytest
 
+from deployments.batches import job
 from deployments.batches.runner import Runner
 from deployments.batches.store import BatchPlace
 from deployments.errors import EngineError, ModelUnavailableError
@@ -356,3 +357,24 @@ async def test_a_batch_keeps_its_keys_rate(application: Application) -> None:
     batch = await eventually(lambda: client.batches.retrieve(batch.id), lambda b: b.status == "cancelled")
     assert 0 < batch.request_counts.completed <= 10
     assert batch.request_counts.failed == 0
+
+
+async def test_a_key_whose_rate_is_used_up_keeps_no_other_key_waiting(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many batches it has; nor do they end or fail meanwhile."""
+    monkeypatch.setattr(job, "TELL_SECONDS", 0.01)
+    few = application.client("few")
+    content = b"".join(line(n, {"model": "a", "input": "x" * 98}) for n in range(15))
+    file = await few.files.create(file=("in.jsonl", content), purpose="batch")
+    standing = [
+        await few.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
+        for _ in range(6)
+    ]
+    await eventually(few.batches.list, lambda page: sum(b.request_counts.completed for b in page.data) == 10)
+    batch = await run(application.client("all"), line(1, {"model": "a", "input": "y"}))
+    assert (batch.status, batch.request_counts.completed) == ("completed", 1)
+    found = (await few.batches.list()).data
+    assert sum(each.request_counts.completed for each in found) == 10
+    assert {each.status for each in found} <= {"validating", "in_progress"}
+    assert len(found) == len(standing)
