@@ -261,6 +261,7 @@ def _remove_stale(place: str) -> None:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
             if folder.stat().st_uid != os.getuid():
                 continue
+            probe.setblocking(False)  # one that hangs may have as many waiting as it takes
             try:
                 probe.connect(str(folder / SOCKET))
             except ConnectionRefusedError:  # one that is being made has no socket yet

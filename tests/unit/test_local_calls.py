@@ -1,6 +1,7 @@
 """Calls over a socket of one machine: on asyncio's loop, and on uvloop's, which Ray Serve runs."""
 
 import asyncio
+import contextlib
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Coroutine
@@ -184,6 +185,33 @@ def test_the_socket_is_in_a_folder_of_its_users_own(run: Run, monkeypatch: pytes
         server.close()
         other.close()
         assert [each.name for each in Path(temporary).iterdir()] == [making.name]
+
+    with tempfile.TemporaryDirectory(prefix="calls-", dir="/tmp") as temporary:
+        run(check(temporary))
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_hangs_keeps_no_other_from_starting(run: Run) -> None:
+    """It may have as many callers waiting as it takes; it isn't taken for one that was killed."""
+
+    async def check(temporary: str) -> None:
+        folder = Path(temporary, f"{local_calls.PREFIX}hanging")
+        folder.mkdir()
+        path = str(folder / local_calls.SOCKET)
+        with contextlib.ExitStack() as sockets:
+            hanging = sockets.enter_context(socket.socket(socket.AF_UNIX))
+            hanging.bind(path)
+            hanging.listen(0)
+            with pytest.raises(BlockingIOError):  # it takes no more
+                while True:
+                    caller = sockets.enter_context(socket.socket(socket.AF_UNIX))
+                    caller.setblocking(False)
+                    caller.connect(path)
+            server = LocalServer(asyncio.sleep, temporary)
+            await server.start()
+            assert server.address
+            assert folder.exists()
+            server.close()
 
     with tempfile.TemporaryDirectory(prefix="calls-", dir="/tmp") as temporary:
         run(check(temporary))
