@@ -92,16 +92,16 @@ class Replica:
         tokens = 0
         self._load.begin(call)
         try:
-            embedded = await self._embed(batch, call.bulk)
+            embedded = await self._embed(batch, call.bulk, call.suspect)
             tokens = embedded.tokens
             return embedded
         finally:
             self._load.end(call, tokens)
 
-    async def _embed(self, batch: TokenBatch, bulk: bool = True) -> Embedded:
+    async def _embed(self, batch: TokenBatch, bulk: bool = True, suspect: bool = False) -> Embedded:
         begun = time.perf_counter()
         try:
-            vectors = await self._turns.embed(batch, bulk)
+            vectors = await self._turns.embed(batch, bulk, suspect)
         except EngineDeadError as error:
             if self._has_started:  # else Serve learns why it can't
                 self._end(error)

@@ -27,14 +27,15 @@ class CallContext:
     """What goes along with a call: who makes it, for which model, and what else its sender has waiting.
 
     `version` is that of the model whose tokenizer made the ids; empty where any will do. A `bulk` call lets
-    others go first. `sender` is one
-    process's dispatch; `outstanding_tokens` and `outstanding_requests` it has let in and not answered.
+    others go first, a `suspect` one may have ended an engine. `sender` is one process's dispatch;
+    `outstanding_tokens` and `outstanding_requests` it has let in and not answered.
     """
 
     sender: str = ""
     number: int = 0
     version: str = ""
     bulk: bool = False
+    suspect: bool = False
     outstanding_tokens: int = 0
     outstanding_requests: int = 0
 

@@ -9,8 +9,8 @@ import asyncio
 import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import numpy as np
 
@@ -60,27 +60,30 @@ class Turns:
         self._pressing: set[asyncio.Future[None]] = set()  # calls that don't yield, until they are answered
         self._step_seconds = float("inf")  # the shortest call so far
         self._speed = EngineSpeed()
+        self._inside = 0
+        self._emptied = asyncio.Event()
+        self._alone = asyncio.Lock()
 
     @property
     def tokens_per_second(self) -> float:
         """How fast the engine is at large calls; 0 until measured."""
         return self._speed.best
 
-    async def embed(self, batch: TokenBatch, bulk: bool) -> np.ndarray:
-        """Return what the engine's `embed` does."""
+    async def embed(self, batch: TokenBatch, bulk: bool, suspect: bool = False) -> np.ndarray:
+        """Return what the engine's `embed` does. Nothing else is in the engine together with a suspect."""
         if not bulk:
             now = self._clock()
             self._pauses.append(now - self._last_call)
             self._last_call = now
             with self._press():
-                return (await self._timed(batch))[0]
+                return (await self._timed(batch, suspect))[0]
         rows, begin = [], 0
         async with self._bulk:
             while begin < len(batch):
                 if self._pressing:  # a slice would make their step longer, or their answers late
                     await asyncio.wait(self._pressing.copy())
                 end = self._slice_end(batch, begin)
-                rows.append(await self._embed_slice(batch[begin:end]))
+                rows.append(await self._embed_slice(batch[begin:end], suspect))
                 begin = end
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
@@ -100,18 +103,40 @@ class Turns:
         finally:
             loop.call_later(self._answer_seconds, let_go)
 
-    async def _embed_slice(self, batch: TokenBatch) -> np.ndarray:
-        vectors, seconds = await self._timed(batch)
+    async def _embed_slice(self, batch: TokenBatch, suspect: bool) -> np.ndarray:
+        vectors, seconds = await self._timed(batch, suspect)
         self._rates.append(batch.tokens / seconds)
         return vectors
 
-    async def _timed(self, batch: TokenBatch) -> tuple[np.ndarray, float]:
-        begun = time.perf_counter()
-        vectors = await self._engine.embed(batch)
-        ended = time.perf_counter()
+    async def _timed(self, batch: TokenBatch, suspect: bool) -> tuple[np.ndarray, float]:
+        async with self._enter(suspect):
+            begun = time.perf_counter()
+            vectors = await self._engine.embed(batch)
+            ended = time.perf_counter()
         self._step_seconds = min(self._step_seconds, ended - begun)
         self._speed.record(batch.tokens, begun, ended)
         return vectors, ended - begun
+
+    @asynccontextmanager
+    async def _enter(self, alone: bool) -> AsyncIterator[None]:
+        """Be one of those in the engine, or `alone` there: what that does to the engine harms nobody."""
+        if alone:
+            async with self._alone:
+                self._emptied.clear()
+                if self._inside:
+                    await self._emptied.wait()
+                yield
+            return
+        while self._alone.locked():
+            async with self._alone:
+                pass
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._emptied.set()
 
     def _is_calm(self) -> bool:
         """Whether nobody is likely to come while a bulk call is in the engine."""

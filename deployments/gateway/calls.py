@@ -254,7 +254,9 @@ class Calls:
     async def _ask(self, part: Part) -> Embedded:
         """Call a replica; cut the call off when its replica hangs and there is another one."""
         bulk = part.lane is Lane.BULK
-        call = CallContext(self._sender, next(self._numbers), part.version, bulk, *astuple(self.outstanding))
+        suspect = part.crashes > 0
+        waiting = astuple(self.outstanding)
+        call = CallContext(self._sender, next(self._numbers), part.version, bulk, suspect, *waiting)
         call_id: CallId = call.sender, call.number
         batch = TokenBatch.join([each.ids for each in part.inputs])
         begun = time.perf_counter()
@@ -275,7 +277,7 @@ class Calls:
                     raise EngineCrashError("the replica hangs")
         except EngineDeadError:
             if answer.done() and self._router is not None:
-                self._router.suspect(call_id)  # Serve takes a while to notice that it is gone
+                self._router.leave_out(call_id)
             raise
         finally:
             answered = answer.done() and not answer.cancelled() and answer.exception() is None

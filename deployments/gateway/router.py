@@ -64,6 +64,7 @@ class TokenRouter(RequestRouter):
         self._versions: dict[ReplicaID, str] = {}
         self._seen: list[str] = []
         self._suspects: dict[ReplicaID, _Suspicion] = {}
+        self._ended: set[ReplicaID] = set()
         self._node_id = ray.get_runtime_context().get_node_id()
         self._by_deployment[self._deployment_id] = self
 
@@ -93,6 +94,14 @@ class TokenRouter(RequestRouter):
         self._suspects[place] = _Suspicion(time.monotonic() + seconds, seconds)
         return True
 
+    def leave_out(self, call_id: CallId) -> None:
+        """Never choose the call's replica again: by its own word its engine has ended.
+
+        It takes Serve a while to notice. A call that is there as the process ends looks as if it were why.
+        """
+        if (place := self._places.get(call_id)) is not None:
+            self._ended.add(place)
+
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
@@ -103,7 +112,8 @@ class TokenRouter(RequestRouter):
             # Serve asks again at once otherwise, without ever giving way.
             pending_request.routing_context.should_backoff = True
         version = _context(pending_request.args).version if pending_request is not None else ""
-        ranked = sorted(candidate_replicas, key=lambda replica: self._cost(replica, version))
+        living = [each for each in candidate_replicas if each.replica_id not in self._ended]
+        ranked = sorted(living, key=lambda replica: self._cost(replica, version))
         if ranked and pending_request is not None:
             self._take(ranked[0].replica_id, pending_request)
         return [[replica] for replica in ranked]
@@ -111,6 +121,7 @@ class TokenRouter(RequestRouter):
     def best_address(self, version: str) -> tuple[ReplicaID, str] | None:
         """Return the replica that a call would go to and its address, if that can be called on this node."""
         replicas = list(self.curr_replicas.values())  # a copy: Serve's loop may be another thread
+        replicas = [each for each in replicas if each.replica_id not in self._ended]
         best = min(replicas, key=lambda each: self._cost(each, version), default=None)
         if best is None or best.node_id != self._node_id:
             return None
@@ -182,6 +193,7 @@ class TokenRouter(RequestRouter):
         """Forget what was counted for replicas that are gone."""
         super().update_replicas(replicas)
         alive = {replica.replica_id for replica in replicas}
+        self._ended &= alive
         self._suspects = {i: suspicion for i, suspicion in self._suspects.items() if i in alive}
         with self._lock:
             self._outstanding = {i: tokens for i, tokens in self._outstanding.items() if i in alive}

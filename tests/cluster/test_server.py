@@ -146,6 +146,7 @@ def test_a_text_that_ends_engines_ends_two_and_fails_alone(server: Server) -> No
     assert (fatal.status_code, fatal.json()["code"]) == (500, "internal_error"), fatal.text
     assert fatal.json()["error"]["message"].startswith("two replicas ended while they embedded this")
     assert fatal.headers["x-should-retry"] == "false"
+    assert [answer.text for answer in answers if answer.status_code != 200] == []
     got = [answer.json()["data"][0]["embedding"] for answer in answers]
     assert np.array_equal(np.array(got, np.float32), expected([f"text {n}" for n in range(40) if n != 20]))
     wait_for(lambda: not before & {each.pid for each in replicas(server, "a")}, 60, "both have ended")

@@ -67,6 +67,18 @@ async def test_no_call_stays_counted_however_it_ends(router: Any) -> None:
     assert not (router._calls or router._places or router._by_call_id)
 
 
+async def test_a_replica_that_said_that_it_ended_is_never_chosen(router: Any) -> None:
+    """Not even where it is the only one, until Serve has taken it out: then nothing is kept of it."""
+    router.take(replica("a").replica_id, 3, ("me", 1))
+    router.leave_out(("me", 1))
+    router.forget(("me", 1), False)
+    chosen = await router.choose_replicas([replica("a"), replica("b")], request(1, BATCH))
+    assert [each.replica_id for (each,) in chosen] == [replica("b").replica_id]
+    assert await router.choose_replicas([replica("a")], request(2, BATCH)) == []
+    router.update_replicas([replica("b")])
+    assert not router._ended
+
+
 def test_versions_that_are_gone_are_forgotten(router: Any) -> None:
     """However often the model is deployed anew; the one that came last counts on a tie."""
     for number in range(20):

@@ -8,6 +8,7 @@ from deployments.config.worker import FakeEngineArgs
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import FakeEngine, fake_vectors
 from deployments.engine.turns import MAX_CALM_SECONDS, MAX_SLICES, MIN_CALM_SECONDS, RECENT_PAUSES, Turns
+from deployments.errors import EngineCrashError, EngineDeadError
 
 BULK = TokenBatch.of([[n % 256, n // 256, *[7] * (n % 30)] for n in range(400)])
 ONE = TokenBatch.of([[1, 2, 3]])
@@ -55,6 +56,26 @@ async def test_who_waits_goes_between_two_slices() -> None:
     slices = [batch for batch in engine.batches[2:] if len(batch) > 1]
     assert 3 < len(slices) <= 3 * (MAX_SLICES + 1)
     assert sum(map(len, slices)) == 3 * len(BULK)
+
+
+async def test_a_suspect_is_in_the_engine_with_nobody_else() -> None:
+    """Who was there leaves first; who comes meanwhile, bulk work or not, finds the engine that it left."""
+    turns = Turns(FakeEngine(FakeEngineArgs(call_seconds=0.01, fatal_token=9)))
+
+    def embed(batch: TokenBatch, bulk: bool = False, suspect: bool = False) -> "asyncio.Future[np.ndarray]":
+        return asyncio.ensure_future(turns.embed(batch, bulk, suspect))
+
+    before = [embed(ONE), embed(ONE)]
+    await asyncio.sleep(0)
+    suspects = [embed(TokenBatch.of([[token]]), suspect=True) for token in (1, 9)]
+    await asyncio.sleep(0)
+    after = [embed(ONE, bulk) for bulk in (False, True, False, True)]
+    *served, fatal = await asyncio.gather(*before, *suspects, return_exceptions=True)
+    for vectors, batch in zip(served, (ONE, ONE, TokenBatch.of([[1]])), strict=True):
+        assert np.array_equal(vectors, fake_vectors(batch, 64))
+    assert type(fatal) is EngineCrashError
+    strangers = await asyncio.gather(*after, return_exceptions=True)
+    assert [type(each) for each in strangers] == [EngineDeadError] * 4
 
 
 async def test_bulk_calls_are_whole_again_soon_after_many_who_came_quickly() -> None:
