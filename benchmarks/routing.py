@@ -22,9 +22,9 @@ from unittest import mock
 import numpy as np
 
 from deployments.config.load import load_workers
-from deployments.config.plan import Machine, WorkerPlan, cores_here, make_plans
+from deployments.plan.plan import Machine, WorkerPlan, cores_here, make_plans
 from deployments.engine.batch import TokenBatch
-from deployments.launch import prepare_environment
+from deployments.command.serve import prepare_environment
 from tests import workers
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ class Caller:
 
     async def lone(self, name: str, count: int) -> tuple[list[float], list[float]]:
         """Return what single inputs take through the dispatch, and straight through the handle, in turns."""
-        from deployments.gateway.dispatch import Dispatch
+        from deployments.dispatch.dispatch import Dispatch
         from deployments.metrics import Metrics
 
         handle, loop = self._handles[name], asyncio.get_running_loop()

@@ -33,8 +33,8 @@ from deployments.api.openai import parse_request
 from deployments.config.load import load_workers
 from deployments.engine.batch import Embedded, TokenBatch
 from deployments.engine.tokenizer import TextTokenizer
-from deployments.gateway.dispatch import Dispatch
-from deployments.gateway.router import TokenRouter
+from deployments.dispatch.dispatch import Dispatch
+from deployments.transport.router import TokenRouter
 from deployments.metrics import Metrics
 from tests import workers
 

@@ -12,7 +12,7 @@ from typing import Any
 import deployments
 from benchmarks.workloads import DIMENSION, MAX_MODEL_LEN, MODEL, model_folder
 from deployments.config.load import load_workers
-from deployments.config.plan import Machine, WorkerPlan, cores_here, make_plans, openmp_environment
+from deployments.plan.plan import Machine, WorkerPlan, cores_here, make_plans, openmp_environment
 from deployments.engine.vllm import cpu_dtype
 
 BUNDLED = Path(deployments.__file__).parent / "workers" / f"{MODEL}.toml"

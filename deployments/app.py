@@ -22,19 +22,19 @@ from ray.serve.schema import LoggingConfig
 from deployments.batches.storage import Storage
 from deployments.batches.store import BatchPlace
 from deployments.config.load import load_workers
-from deployments.config.plan import Machine, WorkerPlan, cores_here, ingress_config, make_plans
+from deployments.plan.plan import Machine, WorkerPlan, cores_here, ingress_config, make_plans
 from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, NO_BATCHES, RATES_NAME
 from deployments.errors import ConfigError
-from deployments.gateway.applications import applications
-from deployments.gateway.batch_runner import BatchRunner
-from deployments.gateway.ingress import Admission, BatchDesk, Ingress
-from deployments.gateway.rates import RateServer
-from deployments.keys import key_source
-from deployments.replica import Replica
+from deployments.transport.applications import applications
+from deployments.batches.deployment import BatchRunner
+from deployments.http.ingress import Admission, BatchDesk, Ingress
+from deployments.keys.rates import RateServer
+from deployments.keys.file import key_source
+from deployments.replica.replica import Replica
 
 logger = logging.getLogger("ray.serve")
 
-ROUTER = "deployments.gateway.serve_router.ServeRouter"
+ROUTER = "deployments.transport.serve_router.ServeRouter"
 # Requests that one ingress replica holds at a time; each costs a body and a coroutine.
 MAX_INGRESS_REQUESTS = 4096
 # How long the deployed ingress may take to say what it serves.

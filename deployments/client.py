@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deployments.api.request import Truncation
-from deployments.connection import Attempt, Connection, Connections, How, connections
+from deployments.bulk.connection import Attempt, Connection, Connections, How, connections
 from deployments.engine import ModelCard
-from deployments.gateway.catalog import Served
+from deployments.dispatch.catalog import Served
 
 if TYPE_CHECKING:
     from ray.data import Dataset

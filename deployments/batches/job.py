@@ -36,7 +36,7 @@ from deployments.batches.records import (
 )
 from deployments.batches.store import Files, batch_folder, load, waiting_path
 from deployments.errors import EmbeddingError, FileMissingError, StorageUnavailableError
-from deployments.keys import Key
+from deployments.keys.file import Key
 
 logger = logging.getLogger("ray.serve")
 

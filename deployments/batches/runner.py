@@ -23,7 +23,7 @@ from deployments.batches.records import (
 )
 from deployments.batches.store import NOBODY, Files, batch_folder, file_folder, load, waiting_path
 from deployments.errors import InvalidKeyError
-from deployments.keys import KeyRing
+from deployments.keys.file import KeyRing
 
 logger = logging.getLogger("ray.serve")
 

@@ -38,7 +38,7 @@ from deployments.batches.records import (
 )
 from deployments.batches.storage import Storage
 from deployments.errors import BatchMissingError, FileMissingError, InvalidRequestError
-from deployments.keys import Key
+from deployments.keys.file import Key
 
 R = TypeVar("R", bound=Record)
 # The owner of what is made without a key; no key has that name.

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from deployments.config.plan import WorkerPlan
+from deployments.plan.plan import WorkerPlan
 from deployments.config.worker import FakeEngineArgs
 from deployments.engine.batch import TokenBatch
 

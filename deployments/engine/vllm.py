@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from deployments.config.model_files import ModelFiles, is_hub_id, resolve_model_path
-from deployments.config.plan import WorkerPlan
+from deployments.plan.plan import WorkerPlan
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
 from deployments.engine.cores import CoreClaim, sharers
 from deployments.engine.tokenizer import check_vocabulary, read_tokenizer
 from deployments.errors import EngineCrashError, EngineDeadError, EngineError, EngineStartError
 from deployments.metrics import vllm_text
-from deployments.priority import behind_requests
+from deployments.engine.priority import behind_requests
 
 # Floating-point formats that the CPU computes in natively; bfloat16 halves the time there.
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from deployments.config.load import load_workers
-from deployments.config.plan import Machine, WorkerPlan, make_plans
-from deployments.gateway.catalog import Catalog
-from deployments.gateway.dispatch import Dispatch
-from deployments.gateway.ingress import make_app
-from deployments.gateway.rates import Rates
-from deployments.gateway.serving import Serving
+from deployments.plan.plan import Machine, WorkerPlan, make_plans
+from deployments.dispatch.catalog import Catalog
+from deployments.dispatch.dispatch import Dispatch
+from deployments.http.ingress import make_app
+from deployments.keys.rates import Rates
+from deployments.http.serving import Serving
 from deployments.metrics import Metrics
-from deployments.replica import Replica
+from deployments.replica.replica import Replica
 from tests import fake, workers
 
 MAX_BODY_BYTES = 1_000_000

@@ -10,10 +10,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from deployments.gateway.auth import Access
-from deployments.gateway.ingress import make_app
-from deployments.gateway.rates import Buckets, Grant, LeasedRates, LocalRates, Rates
-from deployments.keys import Key, KeyRing, Keys, hash_of
+from deployments.http.auth import Access
+from deployments.http.ingress import make_app
+from deployments.keys.rates import Buckets, Grant, LeasedRates, LocalRates, Rates
+from deployments.keys.file import Key, KeyRing, Keys, hash_of
 from tests.app.conftest import LocalHandle, make_serving
 
 NOW = datetime.now(UTC)

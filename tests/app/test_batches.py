@@ -20,13 +20,13 @@ from deployments.batches.runner import Runner
 from deployments.batches.store import BatchPlace
 from deployments.errors import EngineError, ModelUnavailableError
 from deployments.gateway import bulk
-from deployments.gateway.auth import Access
-from deployments.gateway.batches import BatchAccess
-from deployments.gateway.bulk import Bulk
-from deployments.gateway.ingress import make_app
-from deployments.gateway.rates import LocalRates
-from deployments.gateway.serving import Serving
-from deployments.keys import Key, KeyRing, Keys, hash_of
+from deployments.http.auth import Access
+from deployments.batches.serving import BatchAccess
+from deployments.batches.lines import Bulk
+from deployments.http.ingress import make_app
+from deployments.keys.rates import LocalRates
+from deployments.http.serving import Serving
+from deployments.keys.file import Key, KeyRing, Keys, hash_of
 from tests.app.conftest import LocalHandle, expected, make_serving
 
 NOW = datetime.now(UTC)

@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from deployments.config.worker import Worker
-from deployments.connection import Connection, How
+from deployments.bulk.connection import Connection, How
 from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 from deployments.errors import (
     ContextLengthError,
@@ -19,8 +19,8 @@ from deployments.errors import (
     EngineError,
     ModelUnavailableError,
 )
-from deployments.gateway.dispatch import Dispatch
-from deployments.gateway.window import Window
+from deployments.dispatch.dispatch import Dispatch
+from deployments.bulk.window import Window
 from deployments.metrics import Metrics
 from tests.app.conftest import LocalHandle, expected
 

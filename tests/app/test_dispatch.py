@@ -12,7 +12,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.config.load import load_workers
-from deployments.config.plan import Machine, make_plans
+from deployments.plan.plan import Machine, make_plans
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import fake_vectors
 from deployments.errors import (
@@ -25,8 +25,8 @@ from deployments.errors import (
     NonFiniteEmbeddingError,
     QueueFullError,
 )
-from deployments.gateway.dispatch import Dispatch
-from deployments.gateway.work import Input, Job, Lane, split
+from deployments.dispatch.dispatch import Dispatch
+from deployments.dispatch.work import Input, Job, Lane, split
 from deployments.metrics import Metrics
 from tests import workers
 from tests.app.conftest import LocalHandle

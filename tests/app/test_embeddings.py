@@ -242,8 +242,8 @@ async def test_a_text_of_many_characters_is_refused_before_it_is_tokenised(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much of it would be cut; many texts are tokenised some at a time, and are what they were."""
-    monkeypatch.setattr("deployments.gateway.prepare.GROUP_CHARACTERS", 1000)
-    monkeypatch.setattr("deployments.gateway.prepare.CHARACTERS_PER_TOKEN", 2)
+    monkeypatch.setattr("deployments.dispatch.prepare.GROUP_CHARACTERS", 1000)
+    monkeypatch.setattr("deployments.dispatch.prepare.CHARACTERS_PER_TOKEN", 2)
     body = {"model": "texts", "input": ["x", "y" * 1025]}
     response = await client.post("/embeddings", json=body)
     error = response.json()["error"]
@@ -313,7 +313,7 @@ async def test_a_busy_engine_is_healthy_and_a_hanging_one_isnt(
     monkeypatch: pytest.MonkeyPatch, handles: dict[str, LocalHandle]
 ) -> None:
     """The canary waits in line; only when nothing at all was answered it speaks of an illness."""
-    monkeypatch.setattr("deployments.replica.CANARY_SECONDS", 0.45)
+    monkeypatch.setattr("deployments.replica.replica.CANARY_SECONDS", 0.45)
     await handles["patient"].describe.remote()
     replica = handles["patient"]._replica
     work = [asyncio.ensure_future(replica.embed(TokenBatch.of([[number]]))) for number in range(5)]

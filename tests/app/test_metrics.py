@@ -9,12 +9,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments import errors
-from deployments.config.plan import ingress_config
+from deployments.plan.plan import ingress_config
 from deployments.engine.batch import TokenBatch
-from deployments.gateway.bulk import Bulk
-from deployments.gateway.catalog import Catalog
-from deployments.gateway.serving import Serving
-from deployments.gateway.workers import Workers
+from deployments.batches.lines import Bulk
+from deployments.dispatch.catalog import Catalog
+from deployments.http.serving import Serving
+from deployments.dispatch.workers import Workers
 from deployments.metrics import CANCELLED, NO_MODEL, STAGES, SUCCESS, Metrics, merge
 from tests.app.conftest import NAMES, LocalHandle
 from tests.unit.test_house import all_errors
@@ -134,7 +134,7 @@ async def test_one_models_trouble_costs_no_other_its_retries(
     handles: dict[str, LocalHandle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first uses up all that it has; the second's replica dies once, and nobody notices."""
-    monkeypatch.setattr("deployments.gateway.calls.FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("deployments.dispatch.calls.FIRST_PAUSE_SECONDS", 0.0)
     serving = Serving(Catalog({}), Metrics(), 1000)
     files = ingress_config(handles[name]._plan for name in "ab")["workers"]
     Workers(handles, serving).take({"workers": files})  # type: ignore[arg-type]

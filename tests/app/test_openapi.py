@@ -29,17 +29,17 @@ from deployments import api
 from deployments.api import batches, pharia
 from deployments.batches.store import BatchPlace
 from deployments.config.load import load_workers
-from deployments.config.plan import Machine, make_plans
+from deployments.plan.plan import Machine, make_plans
 from deployments.errors import EmbeddingError
-from deployments.gateway.auth import Access
-from deployments.gateway.batches import DEFAULT_BATCHES, FORM_EXPIRY, MAX_BATCHES, MAX_FILES, BatchAccess
-from deployments.gateway.batches import _expiry as batches_form
-from deployments.gateway.documentation import document
-from deployments.gateway.ingress import make_app
-from deployments.gateway.rates import LocalRates
-from deployments.gateway.routes import EMBEDDING_ROUTES
-from deployments.gateway.serving import lane_of
-from deployments.keys import Key, KeyRing, Keys, hash_of
+from deployments.http.auth import Access
+from deployments.batches.serving import DEFAULT_BATCHES, FORM_EXPIRY, MAX_BATCHES, MAX_FILES, BatchAccess
+from deployments.batches.serving import _expiry as batches_form
+from deployments.http.documentation import document
+from deployments.http.ingress import make_app
+from deployments.keys.rates import LocalRates
+from deployments.http.routes import EMBEDDING_ROUTES
+from deployments.http.serving import lane_of
+from deployments.keys.file import Key, KeyRing, Keys, hash_of
 from tests import workers
 from tests.app.conftest import LocalHandle, make_serving
 from tests.server import free_port, program

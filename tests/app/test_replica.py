@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from deployments.config.load import load_workers
-from deployments.config.plan import Machine, make_plans
+from deployments.plan.plan import Machine, make_plans
 from deployments.engine import ADDRESS
 from deployments.engine.batch import NOBODY, TokenBatch
 from deployments.engine.fake import fake_vectors
 from deployments.errors import EngineCrashError, EngineError, EngineStartError
-from deployments.local_calls import LocalClient
-from deployments.replica import Replica
+from deployments.transport.local import LocalClient
+from deployments.replica.replica import Replica
 from tests import workers
 
 BATCH = TokenBatch.of([[1, 2, 3], [4, 5]])
@@ -76,7 +76,7 @@ async def test_a_replica_is_healthy_for_as_long_as_its_engine_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long a call is that the canary waits behind; ill is one that makes no step."""
-    monkeypatch.setattr("deployments.replica.CANARY_SECONDS", 0.05)
+    monkeypatch.setattr("deployments.replica.replica.CANARY_SECONDS", 0.05)
     replica = await start(tmp_path)
     steps = Steps(replica, monkeypatch)
     call = asyncio.ensure_future(replica.embed(TokenBatch.of([[n] for n in range(100)])))
@@ -95,7 +95,7 @@ async def test_a_replica_is_healthy_for_as_long_as_its_engine_steps(
 
 async def test_a_step_may_take_as_long_as_a_full_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which the warm-up tells of this model on this machine: on a slow one it may take minutes."""
-    monkeypatch.setattr("deployments.replica.CANARY_SECONDS", 0.05)
+    monkeypatch.setattr("deployments.replica.replica.CANARY_SECONDS", 0.05)
     replica = await start(tmp_path)
     steps = Steps(replica, monkeypatch)
     replica._longest_step = 3600.0
@@ -125,7 +125,7 @@ async def test_an_engine_that_ends_in_its_warm_up_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its process stays until Ray Serve has been told, which tells nothing of one that has gone."""
-    monkeypatch.setattr("deployments.replica.LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setattr("deployments.replica.replica.LAST_WORDS_SECONDS", 0.0)
     monkeypatch.setattr("os._exit", lambda _: ended.append(1))
     ended: list[int] = []
     with pytest.raises(EngineStartError, match="worker m: the engine has ended: it met its fatal token"):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
-from deployments.keys import Key, create_key
+from deployments.keys.file import Key, create_key
 from tests import fake, workers
 from tests.server import MARK, Server, free_port, is_ready, wait_for
 

@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 
-from deployments.keys import Key, create_key
+from deployments.keys.file import Key, create_key
 from tests import workers
 from tests.server import Server, serve
 

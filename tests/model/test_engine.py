@@ -14,7 +14,7 @@ pytestmark = pytest.mark.model
 PROGRAM = """
 import asyncio, sys
 from deployments.config.load import load_workers
-from deployments.config.plan import Machine, make_plans
+from deployments.plan.plan import Machine, make_plans
 from deployments.engine import make_engine
 from tests.engine_contract import check_engine
 (plan,) = make_plans(load_workers(sys.argv[1]), Machine(1, 0, 1))

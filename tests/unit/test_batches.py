@@ -25,7 +25,7 @@ from deployments.errors import (
     InvalidRequestError,
     StorageUnavailableError,
 )
-from deployments.keys import Key, KeyRing, Keys, hash_of
+from deployments.keys.file import Key, KeyRing, Keys, hash_of
 
 DAY = 24 * 3600
 KEEP = 30 * DAY

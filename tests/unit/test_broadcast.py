@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorUnavailableError
 
-from deployments.gateway.broadcast import broadcast
+from deployments.transport.broadcast import broadcast
 
 
 class Handle:

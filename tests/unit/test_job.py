@@ -14,15 +14,15 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from deployments.connection import Attempt, How, mistake
+from deployments.bulk.connection import Attempt, How, mistake
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import fake_vectors
 from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 from deployments.errors import JobError
-from deployments.job.ledger import Ledger
-from deployments.job.progress import Lines
-from deployments.job.run import Job, run
-from deployments.job.source import open_source
+from deployments.jobs.ledger import Ledger
+from deployments.jobs.progress import Lines
+from deployments.jobs.run import Job, run
+from deployments.jobs.source import open_source
 
 DIMENSION = 8
 TOKENIZER = TextTokenizer(byte_tokenizer())

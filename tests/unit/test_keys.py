@@ -8,7 +8,7 @@ import pytest
 
 from deployments.__main__ import main
 from deployments.errors import ConfigError
-from deployments.keys import (
+from deployments.keys.file import (
     FileKeyRing,
     KeySource,
     hash_of,

@@ -15,7 +15,7 @@ import uvloop
 from deployments import local_calls
 from deployments.engine.batch import Embedded, TokenBatch
 from deployments.errors import ContextLengthError, EmbeddingError, EngineDeadError
-from deployments.local_calls import LocalClient, LocalServer
+from deployments.transport.local import LocalClient, LocalServer
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 

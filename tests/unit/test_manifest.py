@@ -12,9 +12,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.__main__ import main
 from deployments.app import BuildArguments, batch_place
-from deployments.config.manifest import FAST_DATA_PLANE, WORKERS_FOLDER
+from deployments.plan.manifest import FAST_DATA_PLANE, WORKERS_FOLDER
 from deployments.errors import ConfigError
-from deployments.keys import KEYS_VARIABLE
+from deployments.keys.file import KEYS_VARIABLE
 from tests import checkpoints, workers
 from tests.unit.test_worker_files import write, write_config
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deployments.gateway.meter import WINDOW_SECONDS, DrainMeter
+from deployments.dispatch.meter import WINDOW_SECONDS, DrainMeter
 
 
 def test_only_large_calls_tell_the_speed() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from deployments.config.load import load_workers, read_workers
 from deployments.config.model_files import ModelFiles
-from deployments.config.plan import Machine, make_plans, unplaceable
+from deployments.plan.plan import Machine, make_plans, unplaceable
 from deployments.engine.tokenizer import byte_tokenizer, check_vocabulary
 from deployments.errors import EngineStartError
 from tests import checkpoints, workers

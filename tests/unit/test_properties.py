@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deployments.api import embed, fields, openai, pharia
 from deployments.api.request import EmbeddingResult
 from deployments.errors import EmbeddingError, InvalidRequestError
-from deployments.gateway.work import Input, Job, Lane, split
+from deployments.dispatch.work import Input, Job, Lane, split
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

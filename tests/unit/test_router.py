@@ -11,7 +11,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter
 
 from deployments.engine import VERSION
 from deployments.engine.batch import NOBODY, CallContext, TokenBatch
-from deployments.gateway.router import TokenRouter
+from deployments.transport.router import TokenRouter
 
 BATCH = TokenBatch.of([[1, 2, 3]])
 

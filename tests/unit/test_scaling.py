@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from deployments.engine.batch import CallContext
-from deployments.scaling import BUSY, FORGET_SECONDS, RATE, REQUESTS, TOKENS, ReplicaLoad, TokenPolicy
+from deployments.replica.scaling import BUSY, FORGET_SECONDS, RATE, REQUESTS, TOKENS, ReplicaLoad, TokenPolicy
 
 NOW = 1000.0
 

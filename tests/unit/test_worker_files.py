@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deployments.config.load import load_workers, read_workers
-from deployments.config.plan import Machine, make_plans, unplaceable
+from deployments.plan.plan import Machine, make_plans, unplaceable
 from deployments.errors import ConfigError
 from tests import checkpoints, workers
 

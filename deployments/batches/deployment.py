@@ -1,0 +1,59 @@
+"""The Ray Serve deployment that works batches off: one replica, which sends to workers as an ingress does."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.batches.runner import Runner
+from deployments.batches.store import BatchPlace
+from deployments.errors import EmbeddingError
+from deployments.batches.lines import Bulk
+from deployments.dispatch.catalog import Catalog
+from deployments.http.ingress import Admission
+from deployments.http.serving import Serving
+from deployments.keys.usage import Counts
+from deployments.dispatch.workers import Workers
+from deployments.metrics import Metrics
+from deployments.engine.priority import in_background
+
+
+class BatchRunner:
+    """Runs what waits in the storage, from its start on."""
+
+    def __init__(
+        self, handles: Mapping[str, DeploymentHandle[Any]], place: BatchPlace, admission: Admission
+    ) -> None:
+        """Run nothing until `reconfigure` names the workers. Raises ConfigError."""
+        in_background()
+        access = admission.access()
+        # No body is read here: what the lines hold was bounded when their file came.
+        self._serving = Serving(Catalog({}), Metrics(), 0, access.rates if access else None)
+        self._workers = Workers(handles, self._serving)
+        keys = access.ring if access else None
+        self._runner = Runner(place.open().files, Bulk(self._serving).embed, keys, place.keep_seconds)
+        self._task: asyncio.Task[None] | None = None
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Take over the worker files as they are now; see `Ingress.reconfigure`."""
+        self._workers.take(config)
+        if self._task is None:
+            self._task = asyncio.create_task(self._runner.serve())
+
+    async def check_health(self) -> None:
+        """Raise where nothing is run any more: Ray Serve then puts another one in its place."""
+        if self._task is not None and self._task.done():
+            raise EmbeddingError("the runner has ended")
+
+    async def wake(self) -> None:
+        """Look at once: there is a new batch, or one to cancel."""
+        self._runner.wake()
+
+    async def usage(self, key: str) -> dict[str, Counts]:
+        """Return what a key's batches have used."""
+        return self._serving.usage.of(key)
+
+    async def metrics(self) -> bytes:
+        """Return the metrics of this process as text."""
+        return self._serving.metrics.text()

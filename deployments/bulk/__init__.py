@@ -1,0 +1,1 @@
+"""Patience and windows: what jobs, clients and batches share."""

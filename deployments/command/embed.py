@@ -1,0 +1,109 @@
+"""`embedding-cluster embed`: a file of texts in, a file of vectors out, over a running cluster's replicas."""
+
+import argparse
+import contextlib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from deployments.errors import EmbeddingError, JobError
+from deployments.engine.priority import in_background
+
+DESCRIPTION = """\
+Embed a column of Parquet, Arrow, CSV or JSON lines (a file, or a folder of them) into .parquet, .npy or
+.lance. Rows that can't be embedded are told with their reason in OUTPUT.errors.jsonl. Until OUTPUT is there
+whole, the work is kept in OUTPUT.parts. Runs on any node of the cluster, or by `ray job submit`."""
+
+
+def add_embed_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `embed` to the command line."""
+    what = "embed a file's texts on a running cluster"
+    embed = commands.add_parser("embed", help=what, description=DESCRIPTION)
+    embed.add_argument("input", type=Path, help="a file, or a folder of files of one format")
+    embed.add_argument("output", type=Path, help="its name ends in .parquet, .npy or .lance")
+    embed.add_argument("--model", required=True, help="a public model name")
+    embed.add_argument("--column", default="text", help="the input's column of texts (default: %(default)s)")
+    embed.add_argument("--keep", nargs="*", metavar="COLUMN", help="columns to copy (default: all)")
+    embed.add_argument("--output-column", default="embedding", help="default: %(default)s")
+    embed.add_argument("--dimensions", type=int, help="shorter vectors, where the model allows it")
+    embed.add_argument("--input-type", help="the model's prompt to put before each text: query, document, …")
+    embed.add_argument(
+        "--truncation", choices=("none", "start", "end"), help="what is dropped of a text that is too long"
+    )
+    embed.add_argument("--resume", action="store_true", help="go on where a run was ended, or begin")
+    embed.add_argument("--overwrite", action="store_true", help="replace an output that is there")
+    embed.add_argument(
+        "--part-rows", type=_positive, default=8192, help="rows that a kill may cost (default: %(default)s)"
+    )
+    embed.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds to wait for a model that is away (default: 600)"
+    )
+    embed.add_argument(
+        "--address",
+        help="the cluster's, as `embedding-cluster serve` prints it (default: $RAY_ADDRESS, or what is here)",
+    )
+    embed.set_defaults(command=_embed)
+
+
+def _embed(parsed: argparse.Namespace) -> int:
+    try:
+        return _run(parsed)
+    except EmbeddingError as error:
+        print(error.message, file=sys.stderr)
+        return 2 if isinstance(error, JobError) else 1
+    except ConnectionError as error:
+        print(f"no Ray cluster answers: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on", file=sys.stderr)
+        return 130
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    try:
+        from deployments.jobs.progress import progress
+        from deployments.jobs.run import Job, run
+        from deployments.jobs.sink import check_format, errors_of
+        from deployments.jobs.source import open_source
+    except ModuleNotFoundError as error:
+        raise JobError(f"{error.name} is missing: pip install 'embedding-cluster[data]'") from None
+    check_format(parsed.output)
+    source = open_source(parsed.input, parsed.column, parsed.keep)
+
+    from deployments.client import EmbeddingClient
+    from deployments.bulk.connection import How, join
+
+    in_background()  # a part of the job's work is on the replicas' machine
+    join(parsed.address)
+    how = How(
+        dimensions=parsed.dimensions,
+        input_type=parsed.input_type,
+        truncation=parsed.truncation,
+        timeout_s=parsed.timeout,
+    )
+    job = Job(
+        source=parsed.input,
+        output=parsed.output,
+        column=parsed.column,
+        how=how,
+        output_column=parsed.output_column,
+        part_rows=parsed.part_rows,
+        resume=parsed.resume,
+        overwrite=parsed.overwrite,
+    )
+    client = EmbeddingClient(parsed.model, **asdict(how))
+    with contextlib.closing(progress(source.rows)) as told:
+        record = run(job, source, client, told)
+    print(f"{parsed.output}: {record['embedded']:,} vectors, {record['tokens']:,} tokens", file=sys.stderr)
+    if record["errors"]:
+        print(
+            f"{errors_of(parsed.output)}: {record['errors']:,} rows that have none, and why", file=sys.stderr
+        )
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} isn't a positive number")
+    return number

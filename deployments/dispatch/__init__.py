@@ -1,0 +1,1 @@
+"""From token ids to vectors, for anybody who asks: HTTP, jobs, batches."""

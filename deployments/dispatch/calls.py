@@ -1,0 +1,368 @@
+"""The calls to one worker's replicas: how many fly, how they are made, and what happens when one fails.
+
+parts → lanes → a place in flight → replica → each input is settled with its vector or an error
+
+Nothing waits for a timer: a call leaves as soon as there is a place in flight for it, and what has come
+meanwhile leaves together in the next one.
+"""
+
+import asyncio
+import contextvars
+import functools
+import itertools
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, replace
+from typing import Any
+
+import numpy as np
+from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from deployments.config.worker import Worker
+from deployments.engine.batch import CallContext, Embedded, TokenBatch
+from deployments.errors import (
+    EmbeddingError,
+    EngineCrashError,
+    EngineDeadError,
+    EngineError,
+    FatalInputError,
+    ModelUnavailableError,
+    NonFiniteEmbeddingError,
+)
+from deployments.dispatch.admission import RETRY_AFTER_SECONDS
+from deployments.transport.broadcast import answer_of, broadcast
+from deployments.dispatch.lanes import Lanes
+from deployments.dispatch.meter import DrainMeter, RetryBudget
+from deployments.transport.router import CallId, TokenRouter
+from deployments.dispatch.work import MAX_CALL_INPUTS, Input, Lane, Outstanding, Part
+from deployments.transport.local import LocalClient
+from deployments.metrics import Metrics
+
+# Serve takes a moment to notice a death; asking again at once meets the same replica.
+FIRST_PAUSE_SECONDS = 0.05
+MAX_PAUSE_SECONDS = 2.0
+# Two calls in flight keep a replica busy: one computes while the other is on its way.
+CALLS_PER_REPLICA = 2
+# A part is as many tokens as a replica embeds in this time: short enough to let others in between,
+# long enough that the hop there and back doesn't count.
+PART_SECONDS = 0.1
+FIRST_PART_TOKENS = 4096
+MIN_PART_TOKENS = 512
+MAX_PART_TOKENS = 16_384
+# A call that takes this many times as long as the slowest of the last ones has met a replica that hangs.
+CUT_FACTOR = 10.0
+MIN_CUT_SECONDS = 2.0
+RECENT_CALLS = 128
+UNKNOWN_CUT_SECONDS = 15.0
+
+# A large answer lies on the node that made it, and is lost with it before it is fetched.
+RETRYABLE = (RayActorError, ObjectLostError, EngineDeadError, DeploymentUnavailableError)
+
+# What may have ended because of the call. One replica's death may be chance; two in a row with the same call
+# are its doing, and a third would die of it as well.
+CRASHES = (EngineCrashError, ActorDiedError)
+MAX_CRASHES = 2
+
+# Called with an input and its vector of shape (dimension,), or the error that it met.
+Settle = Callable[[Input, "np.ndarray | EmbeddingError"], None]
+
+
+class Calls:
+    """One worker's replicas. Embeddings are pure, so a call that a replica took along may be repeated."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        handle: DeploymentHandle[Any],
+        metrics: Metrics,
+        settle: Settle,
+    ) -> None:
+        """Remember the handle; nothing is called yet."""
+        self.worker = worker
+        self.outstanding = Outstanding()
+        self._handle = handle
+        self._embed = handle.embed  # taking it makes the router, which knows the replicas
+        self._budget = RetryBudget()
+        self._metrics = metrics
+        self._settle = settle
+        self._local = LocalClient()
+        self._lanes = Lanes()
+        self._apart: dict[Lane, deque[Part]] = {lane: deque() for lane in Lane}
+        self._apart_flies = False
+        self._meter = DrainMeter()
+        self._flying = dict.fromkeys(Lane, 0)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_CALLS)
+        self._speeds: deque[float] = deque(maxlen=RECENT_CALLS)  # of the replicas that answered
+        self._part_tokens = FIRST_PART_TOKENS
+        self._sender = uuid.uuid4().hex
+        self._numbers = itertools.count()
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second of all replicas together where they have enough to do; None until measured."""
+        return self._meter.rate
+
+    @property
+    def _router(self) -> TokenRouter | None:
+        """The router of the replicas in this process, once the handle has been used."""
+        return TokenRouter.of(self._handle.deployment_id)
+
+    @property
+    def known_replicas(self) -> int:
+        """How many replicas there are, as far as this process knows."""
+        return self._router.num_replicas if self._router is not None else 0
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait for a place in flight."""
+        return self._lanes.tokens + sum(part.tokens for line in self._apart.values() for part in line)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is known that there is no replica."""
+        return self._router is not None and not self._router.num_replicas
+
+    @property
+    def replicas(self) -> int:
+        """As `known_replicas`, at least one: a call may wait for the first."""
+        return max(1, self.known_replicas)
+
+    @property
+    def part_tokens(self) -> int:
+        """How many tokens one call should hold."""
+        return self._part_tokens
+
+    @property
+    def flying_tokens(self) -> int:
+        """How many tokens one lane has in flight when it is busy."""
+        return self.part_tokens * CALLS_PER_REPLICA * self.replicas
+
+    def send(self, parts: Iterable[Part]) -> None:
+        """Queue parts, and let leave what can."""
+        for part in parts:
+            self._lanes.put(part)
+        self._pump()
+
+    @property
+    def version(self) -> str | None:
+        """The model's version that calls should be prepared for; None while no replica is known."""
+        return (self._router.version or None) if self._router is not None else None
+
+    async def ask_any(self, method: str, *arguments: Any) -> Any:
+        """Call a method of any replica, again when that one dies. Raises ModelUnavailableError."""
+        for attempt in range(self.worker.queue.http_request_retries + 1):
+            try:
+                return await answer_of(getattr(self._handle, method).remote(*arguments))
+            except RETRYABLE:
+                await asyncio.sleep(min(FIRST_PAUSE_SECONDS * 2**attempt, MAX_PAUSE_SECONDS))
+        raise self.unavailable("its replicas are gone")
+
+    async def ask_all(self, method: str, seconds: float) -> list[Any]:
+        """Call a method of every live replica; return nothing where one of them is silent."""
+        if not self.known_replicas:
+            return []
+        try:
+            return await broadcast(self._handle, method, seconds=seconds)
+        except (TimeoutError, RayError):
+            return []
+
+    def unavailable(self, reason: str) -> ModelUnavailableError:
+        """Return the error for a worker that can't answer."""
+        return ModelUnavailableError(
+            f"worker `{self.worker.name}` is unavailable: {reason}", "model", RETRY_AFTER_SECONDS
+        )
+
+    # --- one call's life -----------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Send parts as long as there are places in flight, the interactive ones first."""
+        if not self._apart_flies and (part := self._take_apart()) is not None:
+            self._apart_flies = True
+            self._fly(part)
+        for lane in Lane:
+            while self._flying[lane] < CALLS_PER_REPLICA * self.replicas:
+                part = self._lanes.take(lane, self.part_tokens)
+                if part is None:
+                    break
+                self._fly(part)
+
+    def _take_apart(self) -> Part | None:
+        """Take the next part that may be at fault. One flies at a time: none shall end another's engine."""
+        for waiting in self._apart.values():
+            while waiting:
+                part = waiting.popleft()
+                part.drop_unwanted()
+                if part.inputs:
+                    return part
+        return None
+
+    def _fly(self, part: Part) -> None:
+        loop = asyncio.get_running_loop()
+        self._flying[part.lane] += 1
+        part.large = self._is_large(part)
+        self._meter.begin(loop.time(), part.large, self.replicas)
+        # An empty context: Serve would take the calls of one request for one call.
+        part.task = loop.create_task(self._call(part), context=contextvars.Context())
+        part.task.add_done_callback(functools.partial(self._landed, part))
+        for each in part.inputs:
+            each.part = part
+
+    def _landed(self, part: Part, _: "asyncio.Task[None]") -> None:
+        """Give the place in flight back, however the call ended."""
+        part.task = None
+        self._flying[part.lane] -= 1
+        if part.alone:
+            self._apart_flies = False
+        now = asyncio.get_running_loop().time()
+        self._meter.done(part.tokens if part.answered else 0, now, part.large, self.replicas)
+        self._pump()
+
+    async def _call(self, part: Part) -> None:
+        """Embed one part and settle its inputs; on failure try it again, elsewhere."""
+        self._count(part)
+        try:
+            embedded = await self._ask(part)
+        except CRASHES:
+            part.crashes += 1
+            if part.crashes < MAX_CRASHES:
+                self._try_again(part)
+            else:
+                what = "two replicas ended while they embedded this request; it isn't tried again"
+                self._fail(part, FatalInputError(what))
+        except RETRYABLE:
+            self._try_again(part)
+        except EngineError as error:
+            self._narrow_down(part, error)
+        except EmbeddingError as error:
+            self._fail(part, error)
+        except Exception:
+            self._fail(part, EmbeddingError("internal error"))
+            raise
+        else:
+            part.answered = True
+            self._budget.earn()
+            results: list[np.ndarray | EmbeddingError] = list(embedded.vectors)
+            for row in embedded.not_finite:
+                results[row] = NonFiniteEmbeddingError("the model gave a vector with NaN or infinity in it")
+            for each, result in zip(part.inputs, results, strict=True):
+                self._settle(each, result)
+
+    async def _ask(self, part: Part) -> Embedded:
+        """Call a replica; cut the call off when its replica hangs and there is another one."""
+        bulk = part.lane is Lane.BULK
+        suspect = part.crashes > 0
+        waiting = astuple(self.outstanding)
+        call = CallContext(self._sender, next(self._numbers), part.version, bulk, suspect, *waiting)
+        call_id: CallId = call.sender, call.number
+        batch = TokenBatch.join([each.ids for each in part.inputs])
+        begun = time.perf_counter()
+        answer = self._begin(batch, call, call_id)
+        try:
+            while True:
+                await asyncio.wait({answer}, timeout=self._share(part))
+                if answer.done():
+                    embedded: Embedded = answer.result()
+                    seconds = time.perf_counter() - begun
+                    self._recent.append((seconds, part.tokens))
+                    self._learn(embedded.tokens_per_second)
+                    self._observe("call", seconds)
+                    self._observe("engine", embedded.engine_seconds)
+                    return embedded
+                if self._router is not None and self._router.suspect(call_id):
+                    self._metrics.cuts.labels(self.worker.name).inc()
+                    raise EngineCrashError("the replica hangs")
+        except EngineDeadError:
+            if answer.done() and self._router is not None:
+                self._router.leave_out(call_id)
+            raise
+        finally:
+            answered = answer.done() and not answer.cancelled() and answer.exception() is None
+            answer.cancel()
+            if self._router is not None:
+                self._router.forget(call_id, answered)
+
+    def _begin(self, batch: TokenBatch, call: CallContext, call_id: CallId) -> "asyncio.Future[Embedded]":
+        """Send a call: to a replica on this node over its own socket, else by Serve's handle."""
+        router = self._router
+        best = router.best_address(call.version) if router is not None else None
+        if router is None or best is None or not self._local.reaches(best[1]):
+            return asyncio.ensure_future(answer_of(self._embed.remote(batch, call)))
+        router.take(best[0], batch.tokens, call_id)
+        self._metrics.local_calls.labels(self.worker.name).inc()
+        return self._local.call(best[1], batch, call)
+
+    def _learn(self, speed: float) -> None:
+        """Size parts by the engine's speed in tokens per second, as the replicas know it."""
+        if not speed:
+            return
+        self._speeds.append(speed)
+        # Not the drain rate: that takes large calls to be known, and includes the way there and back.
+        tokens = int(max(self._speeds) * PART_SECONDS)
+        self._part_tokens = min(max(tokens, MIN_PART_TOKENS), MAX_PART_TOKENS)
+
+    def _is_large(self, part: Part) -> bool:
+        """Whether a call is at least half of what one may hold."""
+        return 2 * part.tokens >= self.part_tokens or 2 * len(part.inputs) >= MAX_CALL_INPUTS
+
+    def _share(self, part: Part) -> float:
+        """Seconds after which a call is taken to hang: many times what the slowest of the last ones took."""
+        if not self._recent:
+            return UNKNOWN_CUT_SECONDS
+        slowest = max(seconds for seconds, _ in self._recent)
+        largest = max(tokens for _, tokens in self._recent)
+        return max(MIN_CUT_SECONDS, CUT_FACTOR * slowest * max(1.0, part.tokens / largest))
+
+    # --- when it fails -------------------------------------------------------------------------------
+
+    def _try_again(self, part: Part) -> None:
+        """Queue the part again after a pause, as often as the worker file and the budget allow."""
+        part.attempts += 1
+        if part.attempts > self.worker.queue.http_request_retries or not self._budget.spend():
+            self._fail(part, self.unavailable("its replicas are gone"))
+            return
+        self._metrics.retries.labels(self.worker.name).inc()
+
+        def queue() -> None:
+            part.since = time.perf_counter()
+            if part.alone:
+                self._apart[part.lane].append(part)
+            elif part.crashes:
+                self._apart[part.lane].extend(part.by_request())
+            else:
+                self._lanes.put(part, first=True)
+            self._pump()
+
+        pause = min(FIRST_PAUSE_SECONDS * 2 ** (part.attempts - 1), MAX_PAUSE_SECONDS)
+        asyncio.get_running_loop().call_later(pause, queue)
+
+    def _narrow_down(self, part: Part, error: EmbeddingError) -> None:
+        """One input spoils a call for all that were joined with it: halve until it is alone."""
+        if len(part.inputs) == 1:
+            self._fail(part, error)
+            return
+        middle = len(part.inputs) // 2
+        for inputs in (part.inputs[:middle], part.inputs[middle:]):
+            half = replace(part, inputs=inputs, alone=True, joined=1, since=time.perf_counter())
+            self._apart[part.lane].append(half)
+
+    def _fail(self, part: Part, error: EmbeddingError) -> None:
+        for each in part.inputs:
+            self._settle(each, error)
+
+    # --- counting ------------------------------------------------------------------------------------
+
+    def _count(self, part: Part) -> None:
+        """Count a call as it leaves."""
+        name = self.worker.name
+        self._metrics.call_inputs.labels(name).observe(len(part.inputs))
+        self._metrics.call_tokens.labels(name).observe(part.tokens)
+        if part.joined > 1:
+            self._metrics.joined.labels(name).inc(part.joined)
+        self._observe("wait", time.perf_counter() - part.since)
+
+    def _observe(self, stage: str, seconds: float) -> None:
+        self._metrics.stage_seconds.labels(self.worker.name, stage).observe(seconds)

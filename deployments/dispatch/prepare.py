@@ -1,0 +1,226 @@
+"""A parsed request + a started model → the token batch, or the client's mistake by field.
+
+prompt → tokenise → truncate → count
+"""
+
+import functools
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from deployments.api.request import EmbeddingRequest
+from deployments.config.worker import EmbeddingTask, Limits
+from deployments.engine import ModelCard
+from deployments.engine.batch import TokenBatch
+from deployments.engine.tokenizer import TextTokenizer
+from deployments.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    MissingCapabilityError,
+    TooManyInputsError,
+)
+from deployments.dispatch.offload import offload
+
+# So much is tokenised at a time, at half a KiB for each token before they are cut or counted. A longer text
+# has no place in a model of up to 31,000 tokens.
+GROUP_CHARACTERS = 1_000_000
+CHARACTERS_PER_TOKEN = 32
+# The prompt that an instruction is put into, and where in it.
+INSTRUCTION = "instruction"
+PLACE = "{instruction}"
+# How models that take instructions write theirs down: the E5 and Qwen3 families.
+INSTRUCT_PROMPT = re.compile(r"(Instruct: ).*(\nQuery: ?)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Token ids of every input, in order, and the indices of those that were cut."""
+
+    batch: TokenBatch
+    truncated: tuple[int, ...] = ()
+
+
+async def prepare(
+    request: EmbeddingRequest,
+    task: EmbeddingTask,
+    limits: Limits,
+    card: ModelCard,
+    tokenizer: TextTokenizer,
+) -> Prepared:
+    """Return the token ids of every input, each no longer than the model takes."""
+    field = request.input_field
+    if len(request) > limits.max_inputs:
+        raise TooManyInputsError(
+            f"{len(request)} inputs are more than the {limits.max_inputs} of one request", field
+        )
+    _check_dimensions(request, task, card)
+    sent = sum(map(len, request.token_ids))
+    texts = request.texts or await offload(sent, _decode, request, task, card)
+    inputs: list[list[int]] = []
+    truncated: list[int] = []
+    total = 0
+    if texts:
+        groups = _tokenise(_with_prompt(texts, request, task, card), tokenizer, card, field)
+    else:
+        groups = _as_group(await offload(sent, _check_token_ids, request, task, card))
+    cut = functools.partial(tokenizer.truncate, framed=bool(texts))
+    async for group in groups:
+        kept, longest, which = _truncate(group, request, task, card, cut)
+        total = _check_lengths(kept, len(inputs), total, longest, limits, field)
+        truncated += [len(inputs) + index for index in which]
+        inputs += kept
+    batch = await offload(total, TokenBatch.of, inputs)
+    _check_vocabulary(batch, card.vocab_size, field)
+    return Prepared(batch, tuple(truncated))
+
+
+async def _tokenise(
+    texts: Sequence[str], tokenizer: TextTokenizer, card: ModelCard, field: str
+) -> AsyncIterator[list[list[int]]]:
+    """Yield the token ids of some texts after the others."""
+    most = max(GROUP_CHARACTERS, CHARACTERS_PER_TOKEN * card.max_model_len)
+    begin = characters = 0
+    for index, text in enumerate(texts):
+        if len(text) > most:
+            raise ContextLengthError(
+                f"`{field}[{index}]` has {len(text)} characters, and a text may have {most}", field
+            )
+        if characters and characters + len(text) > GROUP_CHARACTERS:
+            yield await offload(characters, tokenizer.encode, texts[begin:index])
+            begin, characters = index, 0
+        characters += len(text)
+    yield await offload(characters, tokenizer.encode, texts[begin:])
+
+
+async def _as_group(inputs: list[list[int]]) -> AsyncIterator[list[list[int]]]:
+    yield inputs
+
+
+def _with_prompt(
+    texts: Sequence[str], request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard
+) -> Sequence[str]:
+    """Return the texts with what the request and the model want before each."""
+    if request.prompt is None and request.instruction is None:
+        return texts
+    prompts = card.prompts | task.prompts
+    if request.instruction is not None:
+        prompt = _instruct(request.instruction, prompts)
+    else:
+        assert request.prompt is not None
+        name = next((name for name in request.prompt.names if name in prompts), None)
+        if name is None and request.prompt.required:
+            known = f"it has {', '.join(sorted(prompts))}" if prompts else "it has none"
+            raise MissingCapabilityError(
+                f"the model has no prompt of that name; {known}", request.prompt.field
+            )
+        prompt = prompts[name] if name is not None else ""
+    return [prompt + text for text in texts]
+
+
+def takes_instructions(prompts: dict[str, str]) -> bool:
+    """Whether a model with these prompts was trained to follow instructions."""
+    return PLACE in prompts.get(INSTRUCTION, "") or any(map(INSTRUCT_PROMPT.fullmatch, prompts.values()))
+
+
+def _instruct(instruction: str, prompts: dict[str, str]) -> str:
+    """Return the prompt with an instruction of the client's, in the form that the model was trained with."""
+    if PLACE in prompts.get(INSTRUCTION, ""):
+        return prompts[INSTRUCTION].replace(PLACE, instruction)
+    for prompt in prompts.values():
+        if match := INSTRUCT_PROMPT.fullmatch(prompt):
+            return f"{match[1]}{instruction}{match[2]}"
+    raise MissingCapabilityError("the model takes no instructions", INSTRUCTION)
+
+
+def _decode(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> list[str]:
+    """Return the texts behind cl100k's token ids; none where the ids are the model's own."""
+    if task.token_input != "cl100k" or request.own_ids:
+        return []
+    texts = []
+    for index, ids in enumerate(request.token_ids):
+        try:
+            # Bytes that aren't UTF-8 are those of a character cut in two.
+            text = b"".join([card.cl100k[token] for token in ids]).decode("utf-8", "replace")
+        except IndexError:
+            raise InvalidRequestError(
+                f"`{request.input_field}[{index}]` holds a token id beyond cl100k's vocabulary",
+                request.input_field,
+            ) from None
+        if not text:
+            raise InvalidRequestError(
+                f"`{request.input_field}[{index}]` must not be empty", request.input_field
+            )
+        texts.append(text)
+    return texts
+
+
+def _check_token_ids(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> list[list[int]]:
+    field = request.input_field
+    if task.token_input == "reject":
+        raise MissingCapabilityError("this model takes texts only, no token ids", field)
+    if request.instruction is not None:
+        raise InvalidRequestError("an instruction can't be put before token ids; send text", field)
+    if request.prompt is not None and request.prompt.required:
+        raise InvalidRequestError("a prompt can't be put before token ids; send text", request.prompt.field)
+    for index, ids in enumerate(request.token_ids):
+        if max(ids) >= card.vocab_size:
+            raise InvalidRequestError(
+                f"`{field}[{index}]` holds a token id beyond the vocabulary of {card.vocab_size}", field
+            )
+    return [list(ids) for ids in request.token_ids]
+
+
+def _truncate(
+    inputs: list[list[int]],
+    request: EmbeddingRequest,
+    task: EmbeddingTask,
+    card: ModelCard,
+    cut: Callable[[list[int], int, bool], list[int]],
+) -> tuple[list[list[int]], int, tuple[int, ...]]:
+    """Cut what is too long, where that is wanted; return the most tokens of an input, and which were cut."""
+    longest = card.max_model_len
+    side = request.truncation or task.truncation
+    if request.truncate_prompt_tokens is None and side == "none":
+        return inputs, longest, ()
+    longest = min(longest, request.truncate_prompt_tokens or longest)
+    truncated = tuple(index for index, ids in enumerate(inputs) if len(ids) > longest)
+    for index in truncated:
+        inputs[index] = cut(inputs[index], longest, side == "start")
+    return inputs, longest, truncated
+
+
+def _check_lengths(  # noqa: PLR0913, PLR0917 - where the inputs stand, and what bounds them
+    inputs: list[list[int]], begin: int, total: int, longest: int, limits: Limits, field: str
+) -> int:
+    """Return the tokens of these inputs and of the `total` before them. Raises the first that is too long."""
+    for index, ids in enumerate(inputs, begin):
+        total += len(ids)
+        if not ids:
+            raise InvalidRequestError(f"`{field}[{index}]` holds nothing that the model can read", field)
+        if len(ids) > longest:
+            raise ContextLengthError(
+                f"`{field}[{index}]` has {len(ids)} tokens, and the model takes {longest}", field
+            )
+    if total > limits.max_request_tokens:
+        raise ContextLengthError(
+            f"{total} tokens are more than the {limits.max_request_tokens} of one request", field
+        )
+    return total
+
+
+def _check_vocabulary(batch: TokenBatch, size: int, field: str) -> None:
+    """Refuse what the model's embedding table has no row for: it would end the engine."""
+    if batch.ids.max() < size:
+        return
+    index = next(index for index, ids in enumerate(batch) if ids.max() >= size)
+    raise InvalidRequestError(f"`{field}[{index}]` holds a token id beyond the vocabulary of {size}", field)
+
+
+def _check_dimensions(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> None:
+    sizes = sorted({*(size for size in task.dimensions if size < card.dimension), card.dimension})
+    if request.dimensions is None or request.dimensions in sizes:
+        return
+    field = request.dimensions_field
+    raise InvalidRequestError(
+        f"`{field}` can't be {request.dimensions}; this model gives {', '.join(map(str, sizes))}", field
+    )

@@ -1,1 +1,0 @@
-"""From an HTTP request to a handle call and back."""

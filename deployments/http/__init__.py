@@ -1,0 +1,1 @@
+"""All that knows HTTP: routes, access, bodies, errors, the OpenAPI document."""

@@ -1,0 +1,305 @@
+"""A request in named steps: read, parse, find, prepare, dispatch, answer. Counts how each one ends."""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from deployments.api.encoding import normalize, truncate
+from deployments.api.fields import Body, count_values
+from deployments.api.request import EmbeddingRequest, EmbeddingResult
+from deployments.engine import ModelCard
+from deployments.engine.batch import TokenBatch
+from deployments.engine.tokenizer import TextTokenizer
+from deployments.errors import (
+    BodyTooLargeError,
+    DeadlineExceededError,
+    EmbeddingError,
+    InvalidRequestError,
+    QueueFullError,
+    TooManyInputsError,
+)
+from deployments.dispatch.admission import RETRY_AFTER_SECONDS
+from deployments.http.auth import key_of
+from deployments.dispatch.catalog import Catalog, Served
+from deployments.dispatch.offload import offload
+from deployments.dispatch.prepare import prepare
+from deployments.keys.rates import REQUESTS, TOKENS, Rates
+from deployments.keys.usage import Usage
+from deployments.dispatch.work import Lane
+from deployments.keys.file import Key
+from deployments.metrics import CANCELLED, NO_MODEL, SUCCESS, Metrics
+
+T = TypeVar("T")
+# Reads a dialect's body.
+Parse = Callable[[Body], EmbeddingRequest]
+# Counts bytes of a body that have come. Raises QueueFullError.
+Take = Callable[[int], None]
+
+# Ray Serve's own header: a client may lower its request's deadline, never raise it.
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+# How much earlier we answer: a share of the client's time, at least what the way there and back may take.
+TIMEOUT_SHARE = 0.1
+TIMEOUT_SECONDS = 0.1
+# Which model it is for, and so its deadline, is known once the body is there.
+BODY_SECONDS = 30.0
+# How many bodies of the largest size may be in hand at a time.
+LARGEST_BODIES = 16
+# What a body may hold beside inputs and their tokens.
+OTHER_VALUES = 1000
+
+
+class BytesInHand:
+    """The bytes of all bodies of requests under way, as they come: one may be large, not all at once."""
+
+    def __init__(self, most: int) -> None:
+        """Have nothing in hand yet."""
+        self._most = most
+        self._bytes = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[Take]:
+        """Keep what is taken until the block ends."""
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            if self._bytes + count > self._most:
+                raise QueueFullError(
+                    "too many bytes of other requests are in hand", "body", RETRY_AFTER_SECONDS
+                )
+            taken += count
+            self._bytes += count
+
+        try:
+            yield take
+        finally:
+            self._bytes -= taken
+
+
+@dataclass
+class Client:
+    """For whom a request is: its key, whose turn it takes, in which lane; whether its tokens are paid for."""
+
+    key: Key | None
+    caller: str
+    lane: Lane
+    charged: bool = False
+
+
+class Serving:
+    """Embeds over a catalog of models."""
+
+    def __init__(
+        self, catalog: Catalog, metrics: Metrics, max_body_bytes: int, rates: Rates | None = None
+    ) -> None:
+        """Keep what every request needs; `rates` where there are keys."""
+        self.rates = rates
+        self.usage = Usage(metrics)
+        self.catalog = catalog
+        self.metrics = metrics
+        self.in_hand = BytesInHand(LARGEST_BODIES * max_body_bytes)
+        self._max_body_bytes = max_body_bytes
+
+    def find(self, request: Request, name: str | None, tags: frozenset[str] = frozenset()) -> Served:
+        """Return the model that a request is for. Raises what `Catalog.find` does."""
+        return self.find_for(key_of(request.scope), name, tags)
+
+    def find_for(self, key: Key | None, name: str | None, tags: frozenset[str] = frozenset()) -> Served:
+        """Return the model of that name for whoever has the key."""
+        return self.catalog.find(name, tags, key.may_use) if key else self.catalog.find(name, tags)
+
+    def visible(self, request: Request) -> list[Served]:
+        """Return the models that the client may use."""
+        key = key_of(request.scope)
+        return self.catalog.models(key.may_use) if key else self.catalog.models()
+
+    async def charge(self, key: Key | None, kind: int, amount: float = 1) -> None:
+        """Use up some of what a key may have in a minute. Raises RateLimitError."""
+        if key is not None and self.rates is not None:
+            await self.rates.spend(key, kind, amount)
+
+    async def embed(self, request: Request, parse: Parse) -> bytes:
+        """Return the JSON answer in the dialect that `parse` reads, or raise an EmbeddingError."""
+        arrival = asyncio.get_running_loop().time()
+        with self.counted(arrival) as counted, self.in_hand.hold() as take:
+            patience = wanted_seconds(request)
+            key = key_of(request.scope)
+            await self.charge(key, REQUESTS)
+            body = await self.read(request, arrival + min(BODY_SECONDS, patience), take)
+            with self._timed() as parsing:
+                wanted = await self.parse(parse, body)
+            del body  # its texts are what is worked on
+            served = self.find(request, wanted.model, wanted.tags)
+            counted.model = served.name
+            served.check_embeds()
+            worker = served.dispatch.worker
+            self.metrics.stage_seconds.labels(worker.name, "parse").observe(parsing.seconds)
+            deadline = arrival + min(worker.limits.request_timeout_s, patience)
+            client = Client(key, caller_of(request), lane_of(request))
+            answer, _ = await self.answer(wanted, served, client, deadline)
+            return answer
+
+    async def answer(
+        self, wanted: EmbeddingRequest, served: Served, client: "Client", deadline: float
+    ) -> tuple[bytes, int]:
+        """Return the JSON answer and its tokens, or raise an EmbeddingError."""
+        worker = served.dispatch.worker
+        truncated: tuple[int, ...] = ()
+
+        async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
+            nonlocal truncated
+            with self._timed(worker.name, "tokenise"):
+                task = served.model.embedding_task
+                prepared = await prepare(wanted, task, worker.limits, card, tokenizer)
+            truncated = prepared.truncated
+            return prepared.batch
+
+        async def charge(tokens: int) -> None:
+            if not client.charged:  # a model that changes meanwhile costs nothing more
+                await self.charge(client.key, TOKENS, tokens)
+                client.charged = True
+
+        batch, vectors = await served.dispatch.embed_by(
+            tokens_for, deadline, client.lane, client.caller, charge
+        )
+
+        def encode() -> bytes:
+            shown = truncate(vectors, wanted.dimensions)
+            if wanted.normalize:
+                shown = normalize(shown)
+            version = str(worker.queue.version)
+            return wanted.answer(EmbeddingResult(shown, served.name, batch.tokens, truncated, version))
+
+        with self._timed(worker.name, "encode"):
+            answer = await offload(vectors.size, encode)
+        self.metrics.inputs.labels(worker.name).inc(len(batch))
+        self.metrics.tokens.labels(worker.name).inc(batch.tokens)
+        if client.key is not None:
+            self.usage.count(client.key, served.name, len(batch), batch.tokens)
+        return answer, batch.tokens
+
+    async def parse(self, parse: Callable[[Body], T], body: Body) -> T:
+        """Return what a dialect makes of a body. Raises InvalidRequestError by field."""
+        limits = [dispatch.worker.limits for dispatch in self.catalog.dispatches.values()]
+        most = max((each.max_inputs + each.max_request_tokens for each in limits), default=0)
+
+        def bounded() -> T:
+            if len(body) > most + OTHER_VALUES and count_values(body) > most + OTHER_VALUES:
+                raise TooManyInputsError("the body holds more than any model here takes", "body")
+            return parse(body)
+
+        return await offload(len(body), bounded)
+
+    async def read(self, request: Request, deadline: float, take: Take) -> bytearray:
+        """Return the body. Raises BodyTooLargeError, QueueFullError, DeadlineExceededError at `deadline`."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                # One buffer goes back to the system when it is freed; a thousand small pieces don't.
+                body = bytearray()
+                async for chunk in body_chunks(request, self._max_body_bytes):
+                    take(len(chunk))
+                    body += chunk
+                return body
+        except TimeoutError:
+            raise DeadlineExceededError("the body took too long to arrive", "body") from None
+
+    @contextmanager
+    def counted(self, arrival: float) -> Iterator["_Counted"]:
+        """Count the request by model and outcome, however it ends."""
+        counted = _Counted()
+        outcome = EmbeddingError.code
+        try:
+            yield counted
+            outcome = SUCCESS
+        except EmbeddingError as error:
+            outcome = error.code
+            raise
+        except (asyncio.CancelledError, ClientDisconnect):
+            outcome = CANCELLED
+            raise
+        finally:
+            seconds = asyncio.get_running_loop().time() - arrival
+            self.metrics.requests.labels(counted.model, outcome).inc()
+            self.metrics.request_seconds.labels(counted.model).observe(seconds)
+
+    @contextmanager
+    def _timed(self, worker: str | None = None, stage: str = "") -> Iterator["_Timed"]:
+        """Time a stage, and record it where the worker is known already."""
+        timed = _Timed()
+        begun = time.perf_counter()  # uvloop's own clock counts milliseconds
+        yield timed
+        timed.seconds = time.perf_counter() - begun
+        if worker is not None:
+            self.metrics.stage_seconds.labels(worker, stage).observe(timed.seconds)
+
+
+class _Counted:
+    """What is known of a request's model so far."""
+
+    model = NO_MODEL
+
+
+class _Timed:
+    """How long a stage took."""
+
+    seconds = 0.0
+
+
+def wanted_seconds(request: Request) -> float:
+    """Return how long the client is willing to wait; infinity where it doesn't say.
+
+    A little less than it says: it should read our answer rather than Ray Serve's, or give up by itself.
+    """
+    try:
+        seconds = float(request.headers.get(TIMEOUT_HEADER, ""))
+    except ValueError:
+        return math.inf
+    if not seconds > 0:
+        return math.inf
+    return seconds - min(max(seconds * TIMEOUT_SHARE, TIMEOUT_SECONDS), seconds / 2)
+
+
+def lane_of(request: Request) -> Lane:
+    """Return the lane that the query asks for: `nice=true` lets others go first."""
+    match request.query_params.get("nice", "false"):
+        case "true":
+            return Lane.BULK
+        case "false":
+            return Lane.INTERACTIVE
+    raise InvalidRequestError("`nice` must be true or false", "nice")
+
+
+def caller_of(request: Request) -> str:
+    """Return what tells callers apart for taking turns: the key, else the address. Never logged."""
+    if (key := key_of(request.scope)) is not None:
+        return key.name
+    for header in ("authorization", "x-api-key", "api-key"):
+        if value := request.headers.get(header):
+            return value
+    return request.client.host if request.client else ""
+
+
+async def body_chunks(request: Request, max_body_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the body as it comes. Raises BodyTooLargeError before more than the limit is read."""
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > max_body_bytes:
+        raise _too_large(max_body_bytes)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise InvalidRequestError("compressed bodies aren't accepted", "content-encoding")
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_body_bytes:
+            # Made as it is raised: a name for it here would keep the body until the next full collection.
+            raise _too_large(max_body_bytes)
+        yield chunk
+
+
+def _too_large(max_body_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body is over the limit of {max_body_bytes} bytes", "body")

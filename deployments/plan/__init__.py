@@ -1,0 +1,1 @@
+"""Workers and a machine, decided before anything starts: placement, engine arguments, manifests."""

@@ -1,0 +1,1 @@
+"""One engine in one Ray Serve replica."""
