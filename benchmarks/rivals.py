@@ -25,7 +25,7 @@ import psutil
 from benchmarks.sender import Result, Task, send
 from benchmarks.subjects import Subject, engine_environment
 from benchmarks.workloads import DIMENSION, MODEL, Workload
-from deployments.command.serve import prepare_environment
+from deployments.front.switches import prepare_environment
 from tests.server import MARK, STOP_SECONDS, Server, free_port, serve, wait_for
 
 ROOT = Path(__file__).parent.parent

@@ -22,9 +22,10 @@ from unittest import mock
 import numpy as np
 
 from deployments.config.load import load_workers
-from deployments.plan.plan import Machine, WorkerPlan, cores_here, make_plans
 from deployments.engine.batch import TokenBatch
-from deployments.command.serve import prepare_environment
+from deployments.front.switches import prepare_environment
+from deployments.plan.placement import Machine, cores_here
+from deployments.plan.plan import WorkerPlan, make_plans
 from tests import workers
 
 ROOT = Path(__file__).parent.parent

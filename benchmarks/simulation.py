@@ -31,11 +31,11 @@ from benchmarks.workloads import DIMENSION, pool, tokenizer
 from deployments.api.encoding import embedding_texts
 from deployments.api.openai import parse_request
 from deployments.config.load import load_workers
+from deployments.dispatch.dispatch import Dispatch
 from deployments.engine.batch import Embedded, TokenBatch
 from deployments.engine.tokenizer import TextTokenizer
-from deployments.dispatch.dispatch import Dispatch
-from deployments.transport.router import TokenRouter
 from deployments.metrics import Metrics
+from deployments.transport.router import TokenRouter
 from tests import workers
 
 REQUESTS = 20_000

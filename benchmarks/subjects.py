@@ -12,8 +12,9 @@ from typing import Any
 import deployments
 from benchmarks.workloads import DIMENSION, MAX_MODEL_LEN, MODEL, model_folder
 from deployments.config.load import load_workers
-from deployments.plan.plan import Machine, WorkerPlan, cores_here, make_plans, openmp_environment
-from deployments.engine.vllm import cpu_dtype
+from deployments.engine.available import cpu_dtype
+from deployments.plan.placement import Machine, cores_here, openmp_environment
+from deployments.plan.plan import WorkerPlan, make_plans
 
 BUNDLED = Path(deployments.__file__).parent / "workers" / f"{MODEL}.toml"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deployments.config.load import load_files
-from deployments.plan.manifest import WORKERS_FOLDER, Front, ray_service, serve_config, without_secrets
-from deployments.plan.plan import Machine, cores_here, make_plans
-from deployments.config.worker import MAX_PORT, NO_BATCHES
 from deployments.command.embed import add_embed_command
-from deployments.errors import ConfigError, EngineStartError
-from deployments.keys.file import KEYS_VARIABLE, key_source, require_keys
 from deployments.command.keys import add_keys_command
+from deployments.config.load import load_files
+from deployments.config.worker import MAX_PORT, NO_BATCHES
+from deployments.errors import ConfigError, EngineStartError
+from deployments.keys.file import KEYS_VARIABLE
+from deployments.keys.ring import key_source, require_keys
+from deployments.plan.manifest import WORKERS_FOLDER, Front, ray_service, serve_config, without_secrets
+from deployments.plan.placement import Machine, cores_here
+from deployments.plan.plan import make_plans
 
 BUNDLED = Path(__file__).parent / "workers"
 
@@ -100,7 +102,8 @@ def _plan(parsed: argparse.Namespace) -> int:
 def _serve(parsed: argparse.Namespace) -> int:
     require_keys(key_source(parsed.keys), parsed.insecure, parsed.host)
     _check(parsed)
-    from deployments.command.serve import ServeArguments, run
+    from deployments.command.serve import run
+    from deployments.command.summary import ServeArguments
 
     return run(
         ServeArguments(

@@ -19,18 +19,20 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.schema import LoggingConfig
 
+from deployments.batches.deployment import BatchRunner
+from deployments.batches.desk import BatchDesk
 from deployments.batches.storage import Storage
 from deployments.batches.store import BatchPlace
 from deployments.config.load import load_workers
-from deployments.plan.plan import Machine, WorkerPlan, cores_here, ingress_config, make_plans
 from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, NO_BATCHES, RATES_NAME
 from deployments.errors import ConfigError
-from deployments.transport.applications import applications
-from deployments.batches.deployment import BatchRunner
-from deployments.http.ingress import Admission, BatchDesk, Ingress
+from deployments.http.ingress import AccessSettings, Ingress
 from deployments.keys.rates import RateServer
-from deployments.keys.file import key_source
+from deployments.keys.ring import key_source
+from deployments.plan.placement import Machine, cores_here
+from deployments.plan.plan import WorkerPlan, ingress_config, make_plans
 from deployments.replica.replica import Replica
+from deployments.transport.applications import applications
 
 logger = logging.getLogger("ray.serve")
 
@@ -189,7 +191,8 @@ def bind_ingress(
     """Bind the ingress over the workers' handles, and beside it what runs batches."""
     keys = key_source(arguments.keys)
     rates = bind_rates() if keys and (arguments.ingress_replicas > 1 or place) else None
-    admission = Admission(keys, arguments.insecure, rates)  # type: ignore[arg-type]  # Serve puts its handle there
+    # Serve puts its handle in the place of what was bound.
+    access_to = AccessSettings(keys, arguments.insecure, rates)  # type: ignore[arg-type]
     limits = arguments.max_body_bytes, arguments.max_file_bytes
     settings = (*limits, arguments.metrics_host, arguments.insecure, keys, rates is None, place)
     ingress = _deployment(
@@ -201,22 +204,22 @@ def bind_ingress(
     )
     desk = None
     if place is not None:
-        runner = bind_batch_runner(plans, handles, place, admission)
+        runner = bind_batch_runner(plans, handles, place, access_to)
         desk = BatchDesk(place, arguments.max_file_bytes, runner)  # type: ignore[arg-type]  # as above
-    return ingress.bind(handles, arguments.max_body_bytes, arguments.metrics_host, admission, desk)
+    return ingress.bind(handles, arguments.max_body_bytes, arguments.metrics_host, access_to, desk)
 
 
 def bind_batch_runner(
     plans: tuple[WorkerPlan, ...],
     handles: dict[str, serve.Application],
     place: BatchPlace,
-    admission: Admission,
+    access_to: AccessSettings,
 ) -> serve.Application:
     """Bind what works batches off: one for all ingress replicas."""
-    settings = (place, admission.keys, admission.rates is None)
+    settings = (place, access_to.keys, access_to.rates is None)
     options = _beside_engines(BATCHES_NAME)
     deployment = _deployment(BatchRunner, _version(settings), **options, user_config=ingress_config(plans))
-    return deployment.bind(handles, place, admission)
+    return deployment.bind(handles, place, access_to)
 
 
 def bind_rates() -> serve.Application:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deployments.api.request import Truncation
-from deployments.bulk.connection import Attempt, Connection, Connections, How, connections
-from deployments.engine import ModelCard
+from deployments.bulk.connection import Attempt, Connection, How
+from deployments.bulk.connections import Connections, connections
 from deployments.dispatch.catalog import Served
+from deployments.engine import ModelCard
 
 if TYPE_CHECKING:
     from ray.data import Dataset

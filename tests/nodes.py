@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deployments.command.serve import switches
+from deployments.front.switches import switches
 from tests.server import (
     MARK,
     PATIENCE,

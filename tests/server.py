@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from deployments.command.serve import free_ports
+from deployments.front.switches import free_ports
 
 # A limit ends what hangs, and costs what is fast nothing: it is for a machine so many times slower than that
 # on which the seconds below and at the callers were set.

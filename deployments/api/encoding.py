@@ -9,8 +9,9 @@ from typing import Literal
 
 import numpy as np
 import orjson
+from pydantic import BaseModel
 
-from deployments.errors import InvalidRequestError
+from deployments.errors import EmbeddingError, InvalidRequestError
 
 EncodingFormat = Literal["float", "base64"]
 # vLLM's names for the first three, Cohere's for the others.
@@ -99,3 +100,32 @@ def embedding_texts(
     if encoding_format == "base64":
         return base64_rows(convert(vectors, dtype))
     return json_rows(convert(vectors, "float32"))
+
+
+# --- errors: a superset of what OpenAI's and Pharia's clients read ---------------------------------
+
+
+def error_body(error: EmbeddingError) -> bytes:
+    """Return the error as JSON."""
+    return orjson.dumps({"error": error_detail(error), "code": error.code})
+
+
+def error_detail(error: EmbeddingError) -> dict[str, str | None]:
+    """Return what `ErrorDetail` describes."""
+    return {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    """The body of every error. `code` stands twice since Pharia's clients read the outer one."""
+
+    error: ErrorDetail
+    code: str

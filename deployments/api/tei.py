@@ -6,10 +6,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from deployments.api import cohere, pharia
 from deployments.api import fields as read
 from deployments.api.encoding import json_rows
 from deployments.api.fields import Count, Inputs, Text
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
+from deployments.errors import InvalidRequestError
 
 SIDES: dict[str, Truncation] = {"Left": "start", "Right": "end"}
 
@@ -73,3 +75,15 @@ class TeiBody(BaseModel):
     images: None = None
     embedding_types: None = None
     input_type: None = None
+
+
+def parse_any(body: read.Body) -> EmbeddingRequest:
+    """Parse a body of `POST /embed`, whichever dialect it is; Pharia's asks for what vLLM can't do."""
+    fields = read.read_object(body)
+    if cohere.is_mine(fields):
+        return cohere.parse_fields(fields)
+    if is_mine(fields):
+        return parse_fields(fields)
+    if "prompt" in fields or "layers" in fields:
+        pharia.refuse_raw(fields)
+    raise InvalidRequestError("`texts` (Cohere) or `inputs` (text-embeddings-inference) is missing", "inputs")

@@ -6,31 +6,31 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.batches.lines import Bulk
 from deployments.batches.runner import Runner
 from deployments.batches.store import BatchPlace
-from deployments.errors import EmbeddingError
-from deployments.batches.lines import Bulk
 from deployments.dispatch.catalog import Catalog
-from deployments.http.ingress import Admission
+from deployments.dispatch.workers import Workers
+from deployments.errors import EmbeddingError
+from deployments.http.ingress import AccessSettings
 from deployments.http.serving import Serving
 from deployments.keys.usage import Counts
-from deployments.dispatch.workers import Workers
 from deployments.metrics import Metrics
-from deployments.engine.priority import in_background
+from deployments.priority import in_background
 
 
 class BatchRunner:
     """Runs what waits in the storage, from its start on."""
 
     def __init__(
-        self, handles: Mapping[str, DeploymentHandle[Any]], place: BatchPlace, admission: Admission
+        self, handles: Mapping[str, DeploymentHandle[Any]], place: BatchPlace, access_to: AccessSettings
     ) -> None:
         """Run nothing until `reconfigure` names the workers. Raises ConfigError."""
         in_background()
-        access = admission.access()
+        access = access_to.access()
         # No body is read here: what the lines hold was bounded when their file came.
         self._serving = Serving(Catalog({}), Metrics(), 0, access.rates if access else None)
-        self._workers = Workers(handles, self._serving)
+        self._workers = Workers(handles, self._serving.catalog, self._serving.metrics)
         keys = access.ring if access else None
         self._runner = Runner(place.open().files, Bulk(self._serving).embed, keys, place.keep_seconds)
         self._task: asyncio.Task[None] | None = None

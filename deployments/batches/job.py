@@ -12,17 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.api.batches import (
-    EXPIRED,
-    BatchError,
-    FileObject,
-    LineError,
-    Status,
-    parse_line,
-    refused_line,
-    result_line,
-    unasked_line,
-)
+from deployments.api.batch_objects import EXPIRED, BatchError, FileObject, Status
+from deployments.api.batches import LineError, parse_line, refused_line, result_line, unasked_line
 from deployments.batches.plan import BatchFailed, RawLine, make_plan, read_lines
 from deployments.batches.records import (
     BATCH,
@@ -78,7 +69,7 @@ class Outcome:
         return Done(completed=bool(self.output), failed=bool(self.error), tokens=self.tokens)
 
 
-class Job:
+class BatchRun:
     """Runs a batch from where it is to its end, or no further than its plan where it may not work."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - what a batch is, what it is run with

@@ -13,6 +13,9 @@ from weakref import WeakKeyDictionary
 from deployments.api import openai
 from deployments.api.request import EmbeddingRequest
 from deployments.batches.store import owner_of
+from deployments.bulk.window import TOKENS_PER_CHARACTER, Window
+from deployments.dispatch.dispatch import Dispatch
+from deployments.dispatch.work import Lane
 from deployments.errors import (
     DeadlineExceededError,
     EmbeddingError,
@@ -20,10 +23,7 @@ from deployments.errors import (
     ModelUnavailableError,
     RateLimitError,
 )
-from deployments.dispatch.dispatch import Dispatch
 from deployments.http.serving import Client, Serving
-from deployments.bulk.window import TOKENS_PER_CHARACTER, Window
-from deployments.dispatch.work import Lane
 from deployments.keys.file import Key
 from deployments.metrics import NO_MODEL, SUCCESS
 

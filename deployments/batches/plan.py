@@ -8,7 +8,8 @@ import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from deployments.api.batches import BatchError, LineError, parse_line
+from deployments.api.batch_objects import BatchError
+from deployments.api.batches import LineError, parse_line
 from deployments.batches.records import Block, Plan
 
 # OpenAI's own limits.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from pydantic import BaseModel, ConfigDict
 
-from deployments.api.batches import (
+from deployments.api.batch_objects import (
     ENDPOINT,
     FINAL,
     WINDOW,

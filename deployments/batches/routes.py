@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
-from deployments.api.batches import (
+from deployments.api.batch_objects import (
     ENDPOINT,
     MAX_EXPIRY_SECONDS,
     MIN_EXPIRY_SECONDS,
@@ -18,6 +18,15 @@ from deployments.api.batches import (
     FileObject,
 )
 from deployments.api.upload import FILE
+from deployments.batches.serving import (
+    CONTENT_TYPE,
+    DEFAULT_BATCHES,
+    FORM_EXPIRY,
+    MAX_BATCHES,
+    MAX_FILES,
+    PURPOSE,
+    BatchServing,
+)
 from deployments.errors import (
     BatchMissingError,
     BodyTooLargeError,
@@ -28,15 +37,6 @@ from deployments.errors import (
     InvalidRequestError,
     RateLimitError,
     StorageUnavailableError,
-)
-from deployments.batches.serving import (
-    CONTENT_TYPE,
-    DEFAULT_BATCHES,
-    FORM_EXPIRY,
-    MAX_BATCHES,
-    MAX_FILES,
-    PURPOSE,
-    BatchServing,
 )
 from deployments.http.documentation import answers, body
 

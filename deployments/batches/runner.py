@@ -7,8 +7,8 @@ import logging
 import secrets
 from collections import Counter
 
-from deployments.api.batches import WINDOW_SECONDS, BatchError
-from deployments.batches.job import Embed, Job, Place
+from deployments.api.batch_objects import WINDOW_SECONDS, BatchError
+from deployments.batches.job import BatchRun, Embed, Place
 from deployments.batches.records import (
     BATCH,
     FILE,
@@ -23,7 +23,7 @@ from deployments.batches.records import (
 )
 from deployments.batches.store import NOBODY, Files, batch_folder, file_folder, load, waiting_path
 from deployments.errors import InvalidKeyError
-from deployments.keys.file import KeyRing
+from deployments.keys.ring import KeyRing
 
 logger = logging.getLogger("ray.serve")
 
@@ -76,7 +76,7 @@ class Runner:
         self._clock = clock
         self._name = secrets.token_hex(8)
         self._woken = asyncio.Event()
-        self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
+        self._running: dict[str, tuple[BatchRun, asyncio.Task[None]]] = {}
         self._models: dict[str, str | None] = {}  # of batches whose plan has been seen
         self._not_before: dict[str, float] = {}
         self._has_come = self._is_idle = False
@@ -145,7 +145,7 @@ class Runner:
         if lease is not None and lease.runner != self._name:
             raise LostError
 
-    async def _look(self, job: Job) -> None:
+    async def _look(self, job: BatchRun) -> None:
         """End a batch that shall not go on."""
         if job.is_over:
             job.end("expired")
@@ -154,7 +154,7 @@ class Runner:
         if await self._storage.read(f"{batch_folder(job.owner, job.name)}/cancellation.json") is not None:
             job.end("cancelled")
 
-    def _give_key(self, job: Job) -> bool:
+    def _give_key(self, job: BatchRun) -> bool:
         """Give a batch its key as it is now; return whether it may go on."""
         if self._keys is None:
             return True
@@ -192,7 +192,7 @@ class Runner:
             return
         name = f"{owner}+{batch}"
         place = Place(secrets.token_hex(8), functools.partial(self._may_work, name), self._check)
-        job = Job(owner, batch, self._files, self._embed, self._clock, place)
+        job = BatchRun(owner, batch, self._files, self._embed, self._clock, place)
         await self._look(job)
         self._running[name] = job, asyncio.create_task(self._run(name, job))
 
@@ -217,7 +217,7 @@ class Runner:
         job, _ = self._running[name]
         return len(self._running) <= MAX_RUNNING or self._groups()[self._group(job.owner, job.name)] == 1
 
-    async def _run(self, name: str, job: Job) -> None:
+    async def _run(self, name: str, job: BatchRun) -> None:
         try:
             await job.run()
             self._not_before.pop(name, None)

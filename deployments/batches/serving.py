@@ -5,21 +5,21 @@ Any of several ingress replicas may be asked, since all of it lies in the storag
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from deployments.api.batches import DeletedFile, FileObject, expiry_seconds, parse_create, parse_page
+from deployments.api.batch_objects import DeletedFile, FileObject
+from deployments.api.batches import expiry_seconds, parse_create, parse_page
 from deployments.api.fields import decimal
 from deployments.api.upload import FILE, Upload
 from deployments.batches.store import Batches, owner_of
 from deployments.errors import DeadlineExceededError, InvalidRequestError
 from deployments.http.auth import key_of
-from deployments.keys.rates import REQUESTS
 from deployments.http.serving import BODY_SECONDS, Serving, body_chunks, wanted_seconds
+from deployments.keys.rates import REQUESTS
 
 # OpenAI's own.
 MAX_FILES, DEFAULT_BATCHES, MAX_BATCHES = 10_000, 20, 100
@@ -28,24 +28,17 @@ FORM_EXPIRY = "expires_after"
 CONTENT_TYPE = "application/octet-stream"
 
 
-@dataclass(frozen=True)
-class BatchAccess:
-    """Where files and batches are, how large a file may be, and what tells the runner of something new."""
-
-    batches: Batches
-    max_file_bytes: int
-    wake: Callable[[], None]
-
-
 class BatchServing:
     """Stores and shows the files and batches of whoever asks."""
 
-    def __init__(self, access: BatchAccess, serving: Serving) -> None:
-        """Share the reading and charging of `serving`."""
-        self._batches = access.batches
-        self._files = access.batches.files
-        self._max_file_bytes = access.max_file_bytes
-        self._wake = access.wake
+    def __init__(
+        self, batches: Batches, max_file_bytes: int, wake: Callable[[], None], serving: Serving
+    ) -> None:
+        """Share the reading and charging of `serving`; `wake` tells the runner of something new."""
+        self._batches = batches
+        self._files = batches.files
+        self._max_file_bytes = max_file_bytes
+        self._wake = wake
         self._serving = serving
 
     # --- files -----------------------------------------------------------------------------------------

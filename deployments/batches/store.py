@@ -13,15 +13,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from deployments.api.batches import (
-    WINDOW_SECONDS,
-    Batch,
-    BatchList,
-    FileList,
-    FileObject,
-    NewBatch,
-    Page,
-)
+from deployments.api.batch_objects import WINDOW_SECONDS, Batch, BatchList, FileList, FileObject
+from deployments.api.batches import NewBatch, Page
 from deployments.batches.records import (
     BATCH,
     FILE,

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deployments.errors import EmbeddingError, JobError
-from deployments.engine.priority import in_background
+from deployments.priority import in_background
 
 DESCRIPTION = """\
 Embed a column of Parquet, Arrow, CSV or JSON lines (a file, or a folder of them) into .parquet, .npy or
@@ -70,8 +70,9 @@ def _run(parsed: argparse.Namespace) -> int:
     check_format(parsed.output)
     source = open_source(parsed.input, parsed.column, parsed.keep)
 
+    from deployments.bulk.connection import How
+    from deployments.bulk.connections import join
     from deployments.client import EmbeddingClient
-    from deployments.bulk.connection import How, join
 
     in_background()  # a part of the job's work is on the replicas' machine
     join(parsed.address)
@@ -81,16 +82,8 @@ def _run(parsed: argparse.Namespace) -> int:
         truncation=parsed.truncation,
         timeout_s=parsed.timeout,
     )
-    job = Job(
-        source=parsed.input,
-        output=parsed.output,
-        column=parsed.column,
-        how=how,
-        output_column=parsed.output_column,
-        part_rows=parsed.part_rows,
-        resume=parsed.resume,
-        overwrite=parsed.overwrite,
-    )
+    asked = ("output", "column", "output_column", "part_rows", "resume", "overwrite")
+    job = Job(source=parsed.input, how=how, **{name: getattr(parsed, name) for name in asked})
     client = EmbeddingClient(parsed.model, **asdict(how))
     with contextlib.closing(progress(source.rows)) as told:
         record = run(job, source, client, told)

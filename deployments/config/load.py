@@ -1,40 +1,24 @@
 """Reads worker files: a file or a folder of them → frozen workers, or every mistake at once."""
 
-import difflib
 import functools
 import importlib.util
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import SecretStr, ValidationError
 
+from deployments.config.explain import Location, Problem, did_you_mean, dotted, explain, table_at
 from deployments.config.model_files import PACKAGE, ModelFiles, is_hub_id, resolve_model_path
-from deployments.config.worker import RESERVED_ENGINE_ARGS, Model, Worker
+from deployments.config.worker import RESERVED_ENGINE_ARGS, Worker
 from deployments.errors import ConfigError
 
 # WORKER__GENERATOR__MAX_NUM_SEQS=32 sets the key in every file, WORKER_<STEM>__… in one of them.
 ENV_PREFIX = "WORKER"
 ENV_SEPARATOR = "__"
-
-Location = tuple[str, ...]
-
-
-@dataclass(frozen=True, order=True)
-class Problem:
-    """One mistake: where it is and what is wrong with it."""
-
-    file: str
-    key: str
-    message: str
-
-    def __str__(self) -> str:
-        """Return `file: key: message`."""
-        return f"{self.file}: {self.key}: {self.message}" if self.key else f"{self.file}: {self.message}"
 
 
 def load_workers(
@@ -95,7 +79,7 @@ def _read_file(
     except ValidationError as error:
         # What pydantic says of a table hides nothing else, so the model is checked all the same.
         for detail in error.errors():
-            problem = _explain(str(file), content, detail)
+            problem = explain(str(file), content, detail)
             variable = overrides.get(tuple(map(str, detail["loc"])))
             said = f"{problem.message} (from the variable {variable})" if variable else problem.message
             problems.append(Problem(problem.file, problem.key, said))
@@ -129,7 +113,7 @@ def _override(
                 target = target.setdefault(table, {}) if isinstance(target, dict) else None
             if not isinstance(target, dict):
                 message = f"is no table, so {variable} can't set a key of it"
-                problems.append(Problem(str(file), _dotted(location[:-1]), message))
+                problems.append(Problem(str(file), dotted(location[:-1]), message))
                 continue
             target[location[-1]] = _value(location, environ[variable])
             overrides[location] = variable
@@ -138,7 +122,7 @@ def _override(
 
 def _value(location: Location, text: str) -> Any:
     """Read a variable as TOML, except for keys that hold text: a token of digits stays text."""
-    field = _table_at(location[:-1])
+    field = table_at(location[:-1])
     info = field.model_fields.get(location[-1]) if field else None
     annotation: Any = info.annotation if info else None
     kinds = {annotation, *getattr(annotation, "__args__", ())}
@@ -148,87 +132,6 @@ def _value(location: Location, text: str) -> Any:
         return tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
         return text  # a bare string, as people write them in an environment
-
-
-# --- what pydantic finds, in our words -----------------------------------------------------------
-
-
-def _explain(file: str, content: dict[str, Any], detail: Any) -> Problem:
-    location: Location = tuple(str(part) for part in detail["loc"])
-    kind, message = detail["type"], detail["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        hint = _did_you_mean(location[-1], _fields_at(location[:-1]))
-        dotted = None if hint else _dotted_name(content, location)
-        message = "unknown key" + hint
-        if dotted:
-            quoted = f'[queue.models."{dotted}"]'
-            message = f"a name with dots must be quoted: write {quoted}"
-            location = location[:3]
-    elif kind == "missing":
-        message = "is missing"
-    elif kind == "literal_error":
-        expected = detail["ctx"]["expected"]
-        shown = detail["input"] if isinstance(detail["input"], str | int) else "this"
-        message = f"must be {expected}, not {shown!r}"
-    elif kind == "string_pattern_mismatch":
-        message = f"{detail['input']!r} doesn't have the form {detail['ctx']['pattern']}"
-    return Problem(file, _dotted(location), message)
-
-
-def _dotted(location: Location) -> str:
-    return ".".join(f'"{part}"' if "." in part else part for part in location)
-
-
-def _dotted_name(content: dict[str, Any], location: Location) -> str | None:
-    """Return the name that `[queue.models.a.b]` was meant to be, if that is the mistake here."""
-    if location[:2] != ("queue", "models") or len(location) != 4:
-        return None
-    name = [location[2]]
-    table: Any = content["queue"]["models"][location[2]]
-    for part in _until_model(table, location[3]):
-        name.append(part)
-    return ".".join(name) if len(name) > 1 else None
-
-
-def _until_model(table: Any, part: str) -> Iterator[str]:
-    """Follow single nested tables down to the one that looks like a model's."""
-    while isinstance(table, dict) and isinstance(table.get(part), dict):
-        yield part
-        table = table[part]
-        if set(table) & set(Model.model_fields) or len(table) != 1:
-            return
-        part = next(iter(table))
-
-
-def _fields_at(location: Location) -> list[str]:
-    """Return the keys that the schema knows in the table at `location`."""
-    table = _table_at(location)
-    return list(table.model_fields) if table else []
-
-
-def _table_at(location: Location) -> type[BaseModel] | None:
-    """Return the schema of the table at `location`, if there is one."""
-    table: type[BaseModel] = Worker
-    parts = iter(location)
-    for part in parts:
-        field = table.model_fields.get(part)
-        annotation: Any = field.annotation if field else None
-        inner = [
-            each
-            for each in (annotation, *getattr(annotation, "__args__", ()))
-            if isinstance(each, type) and issubclass(each, BaseModel)
-        ]
-        if not inner:
-            return None
-        table = inner[0]
-        if part == "models":
-            next(parts, None)  # the model's name, which is free
-    return table
-
-
-def _did_you_mean(word: str, known: Iterator[str] | list[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean `{close[0]}`?" if close else ""
 
 
 # --- what the file alone can't tell --------------------------------------------------------------
@@ -257,7 +160,7 @@ def _check_engine_args(file: str, content: dict[str, Any]) -> Iterator[Problem]:
     known = engine_arg_names()
     for name in arguments:
         if known and name not in known and name not in RESERVED_ENGINE_ARGS:
-            hint = _did_you_mean(name, sorted(known))
+            hint = did_you_mean(name, sorted(known))
             yield Problem(file, f"generator.engine_args.{name}", f"not an engine argument{hint}")
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from deployments.config.worker import Limits
-from deployments.errors import QueueFullError
 from deployments.dispatch.work import Outstanding
+from deployments.errors import QueueFullError
 
 RETRY_AFTER_SECONDS = 5.0
 MAX_RETRY_AFTER_SECONDS = 120.0

@@ -12,60 +12,39 @@ import functools
 import itertools
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
-from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config.worker import Worker
+from deployments.dispatch.admission import RETRY_AFTER_SECONDS
+from deployments.dispatch.meter import DrainMeter, RetryBudget
+from deployments.dispatch.pace import Pace
+from deployments.dispatch.work import Apart, Input, Lane, Lanes, Outstanding, Part
 from deployments.engine.batch import CallContext, Embedded, TokenBatch
 from deployments.errors import (
     EmbeddingError,
     EngineCrashError,
     EngineDeadError,
-    EngineError,
     FatalInputError,
     ModelUnavailableError,
     NonFiniteEmbeddingError,
 )
-from deployments.dispatch.admission import RETRY_AFTER_SECONDS
-from deployments.transport.broadcast import answer_of, broadcast
-from deployments.dispatch.lanes import Lanes
-from deployments.dispatch.meter import DrainMeter, RetryBudget
-from deployments.transport.router import CallId, TokenRouter
-from deployments.dispatch.work import MAX_CALL_INPUTS, Input, Lane, Outstanding, Part
-from deployments.transport.local import LocalClient
 from deployments.metrics import Metrics
+from deployments.transport.broadcast import answer_of, broadcast
+from deployments.transport.local import LocalClient
+from deployments.transport.outcome import MAX_CRASHES, Outcome, outcome_of
+from deployments.transport.router import CallId, TokenRouter
 
 # Serve takes a moment to notice a death; asking again at once meets the same replica.
 FIRST_PAUSE_SECONDS = 0.05
 MAX_PAUSE_SECONDS = 2.0
 # Two calls in flight keep a replica busy: one computes while the other is on its way.
 CALLS_PER_REPLICA = 2
-# A part is as many tokens as a replica embeds in this time: short enough to let others in between,
-# long enough that the hop there and back doesn't count.
-PART_SECONDS = 0.1
-FIRST_PART_TOKENS = 4096
-MIN_PART_TOKENS = 512
-MAX_PART_TOKENS = 16_384
-# A call that takes this many times as long as the slowest of the last ones has met a replica that hangs.
-CUT_FACTOR = 10.0
-MIN_CUT_SECONDS = 2.0
-RECENT_CALLS = 128
-UNKNOWN_CUT_SECONDS = 15.0
-
-# A large answer lies on the node that made it, and is lost with it before it is fetched.
-RETRYABLE = (RayActorError, ObjectLostError, EngineDeadError, DeploymentUnavailableError)
-
-# What may have ended because of the call. One replica's death may be chance; two in a row with the same call
-# are its doing, and a third would die of it as well.
-CRASHES = (EngineCrashError, ActorDiedError)
-MAX_CRASHES = 2
 
 # Called with an input and its vector of shape (dimension,), or the error that it met.
 Settle = Callable[[Input, "np.ndarray | EmbeddingError"], None]
@@ -91,13 +70,10 @@ class Calls:
         self._settle = settle
         self._local = LocalClient()
         self._lanes = Lanes()
-        self._apart: dict[Lane, deque[Part]] = {lane: deque() for lane in Lane}
-        self._apart_flies = False
+        self._apart = Apart()
         self._meter = DrainMeter()
         self._flying = dict.fromkeys(Lane, 0)
-        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_CALLS)
-        self._speeds: deque[float] = deque(maxlen=RECENT_CALLS)  # of the replicas that answered
-        self._part_tokens = FIRST_PART_TOKENS
+        self._pace = Pace()
         self._sender = uuid.uuid4().hex
         self._numbers = itertools.count()
 
@@ -119,7 +95,7 @@ class Calls:
     @property
     def queued_tokens(self) -> int:
         """Tokens that wait for a place in flight."""
-        return self._lanes.tokens + sum(part.tokens for line in self._apart.values() for part in line)
+        return self._lanes.tokens + self._apart.tokens
 
     @property
     def is_bare(self) -> bool:
@@ -134,7 +110,7 @@ class Calls:
     @property
     def part_tokens(self) -> int:
         """How many tokens one call should hold."""
-        return self._part_tokens
+        return self._pace.part_tokens
 
     @property
     def flying_tokens(self) -> int:
@@ -157,7 +133,9 @@ class Calls:
         for attempt in range(self.worker.queue.http_request_retries + 1):
             try:
                 return await answer_of(getattr(self._handle, method).remote(*arguments))
-            except RETRYABLE:
+            except Exception as error:
+                if outcome_of(error) not in (Outcome.CRASHED, Outcome.RETRY):
+                    raise
                 await asyncio.sleep(min(FIRST_PAUSE_SECONDS * 2**attempt, MAX_PAUSE_SECONDS))
         raise self.unavailable("its replicas are gone")
 
@@ -180,8 +158,7 @@ class Calls:
 
     def _pump(self) -> None:
         """Send parts as long as there are places in flight, the interactive ones first."""
-        if not self._apart_flies and (part := self._take_apart()) is not None:
-            self._apart_flies = True
+        if (part := self._apart.take()) is not None:
             self._fly(part)
         for lane in Lane:
             while self._flying[lane] < CALLS_PER_REPLICA * self.replicas:
@@ -190,20 +167,10 @@ class Calls:
                     break
                 self._fly(part)
 
-    def _take_apart(self) -> Part | None:
-        """Take the next part that may be at fault. One flies at a time: none shall end another's engine."""
-        for waiting in self._apart.values():
-            while waiting:
-                part = waiting.popleft()
-                part.drop_unwanted()
-                if part.inputs:
-                    return part
-        return None
-
     def _fly(self, part: Part) -> None:
         loop = asyncio.get_running_loop()
         self._flying[part.lane] += 1
-        part.large = self._is_large(part)
+        part.large = self._pace.is_large(part)
         self._meter.begin(loop.time(), part.large, self.replicas)
         # An empty context: Serve would take the calls of one request for one call.
         part.task = loop.create_task(self._call(part), context=contextvars.Context())
@@ -216,7 +183,7 @@ class Calls:
         part.task = None
         self._flying[part.lane] -= 1
         if part.alone:
-            self._apart_flies = False
+            self._apart.flies = False
         now = asyncio.get_running_loop().time()
         self._meter.done(part.tokens if part.answered else 0, now, part.large, self.replicas)
         self._pump()
@@ -226,30 +193,16 @@ class Calls:
         self._count(part)
         try:
             embedded = await self._ask(part)
-        except CRASHES:
-            part.crashes += 1
-            if part.crashes < MAX_CRASHES:
-                self._try_again(part)
-            else:
-                what = "two replicas ended while they embedded this request; it isn't tried again"
-                self._fail(part, FatalInputError(what))
-        except RETRYABLE:
-            self._try_again(part)
-        except EngineError as error:
-            self._narrow_down(part, error)
-        except EmbeddingError as error:
-            self._fail(part, error)
-        except Exception:
-            self._fail(part, EmbeddingError("internal error"))
-            raise
-        else:
-            part.answered = True
-            self._budget.earn()
-            results: list[np.ndarray | EmbeddingError] = list(embedded.vectors)
-            for row in embedded.not_finite:
-                results[row] = NonFiniteEmbeddingError("the model gave a vector with NaN or infinity in it")
-            for each, result in zip(part.inputs, results, strict=True):
-                self._settle(each, result)
+        except Exception as error:
+            self._failed(part, error)
+            return
+        part.answered = True
+        self._budget.earn()
+        results: list[np.ndarray | EmbeddingError] = list(embedded.vectors)
+        for row in embedded.not_finite:
+            results[row] = NonFiniteEmbeddingError("the model gave a vector with NaN or infinity in it")
+        for each, result in zip(part.inputs, results, strict=True):
+            self._settle(each, result)
 
     async def _ask(self, part: Part) -> Embedded:
         """Call a replica; cut the call off when its replica hangs and there is another one."""
@@ -263,12 +216,11 @@ class Calls:
         answer = self._begin(batch, call, call_id)
         try:
             while True:
-                await asyncio.wait({answer}, timeout=self._share(part))
+                await asyncio.wait({answer}, timeout=self._pace.patience(part.tokens))
                 if answer.done():
                     embedded: Embedded = answer.result()
                     seconds = time.perf_counter() - begun
-                    self._recent.append((seconds, part.tokens))
-                    self._learn(embedded.tokens_per_second)
+                    self._pace.learn(seconds, part.tokens, embedded.tokens_per_second)
                     self._observe("call", seconds)
                     self._observe("engine", embedded.engine_seconds)
                     return embedded
@@ -295,28 +247,22 @@ class Calls:
         self._metrics.local_calls.labels(self.worker.name).inc()
         return self._local.call(best[1], batch, call)
 
-    def _learn(self, speed: float) -> None:
-        """Size parts by the engine's speed in tokens per second, as the replicas know it."""
-        if not speed:
-            return
-        self._speeds.append(speed)
-        # Not the drain rate: that takes large calls to be known, and includes the way there and back.
-        tokens = int(max(self._speeds) * PART_SECONDS)
-        self._part_tokens = min(max(tokens, MIN_PART_TOKENS), MAX_PART_TOKENS)
-
-    def _is_large(self, part: Part) -> bool:
-        """Whether a call is at least half of what one may hold."""
-        return 2 * part.tokens >= self.part_tokens or 2 * len(part.inputs) >= MAX_CALL_INPUTS
-
-    def _share(self, part: Part) -> float:
-        """Seconds after which a call is taken to hang: many times what the slowest of the last ones took."""
-        if not self._recent:
-            return UNKNOWN_CUT_SECONDS
-        slowest = max(seconds for seconds, _ in self._recent)
-        largest = max(tokens for _, tokens in self._recent)
-        return max(MIN_CUT_SECONDS, CUT_FACTOR * slowest * max(1.0, part.tokens / largest))
-
     # --- when it fails -------------------------------------------------------------------------------
+
+    def _failed(self, part: Part, error: Exception) -> None:
+        match outcome_of(error):
+            case Outcome.CRASHED if part.crashes + 1 == MAX_CRASHES:
+                what = "two replicas ended while they embedded this request; it isn't tried again"
+                self._fail(part, FatalInputError(what))
+            case Outcome.CRASHED:
+                part.crashes += 1
+                self._try_again(part)
+            case Outcome.RETRY:
+                self._try_again(part)
+            case Outcome.HALVE:
+                self._narrow_down(part, error)
+            case Outcome.FAIL:
+                self._fail(part, error)
 
     def _try_again(self, part: Part) -> None:
         """Queue the part again after a pause, as often as the worker file and the budget allow."""
@@ -329,9 +275,10 @@ class Calls:
         def queue() -> None:
             part.since = time.perf_counter()
             if part.alone:
-                self._apart[part.lane].append(part)
+                self._apart.put(part)
             elif part.crashes:
-                self._apart[part.lane].extend(part.by_request())
+                for each in part.by_request():
+                    self._apart.put(each)
             else:
                 self._lanes.put(part, first=True)
             self._pump()
@@ -339,19 +286,21 @@ class Calls:
         pause = min(FIRST_PAUSE_SECONDS * 2 ** (part.attempts - 1), MAX_PAUSE_SECONDS)
         asyncio.get_running_loop().call_later(pause, queue)
 
-    def _narrow_down(self, part: Part, error: EmbeddingError) -> None:
+    def _narrow_down(self, part: Part, error: Exception) -> None:
         """One input spoils a call for all that were joined with it: halve until it is alone."""
         if len(part.inputs) == 1:
             self._fail(part, error)
             return
         middle = len(part.inputs) // 2
         for inputs in (part.inputs[:middle], part.inputs[middle:]):
-            half = replace(part, inputs=inputs, alone=True, joined=1, since=time.perf_counter())
-            self._apart[part.lane].append(half)
+            self._apart.put(replace(part, inputs=inputs, alone=True, joined=1, since=time.perf_counter()))
 
-    def _fail(self, part: Part, error: EmbeddingError) -> None:
+    def _fail(self, part: Part, error: Exception) -> None:
+        known = error if isinstance(error, EmbeddingError) else EmbeddingError("internal error")
         for each in part.inputs:
-            self._settle(each, error)
+            self._settle(each, known)
+        if known is not error:
+            raise error  # a bug of ours; the loop tells its log of it
 
     # --- counting ------------------------------------------------------------------------------------
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.config.worker import Model
+from deployments.dispatch.dispatch import Dispatch
 from deployments.errors import (
     InvalidRequestError,
     MissingCapabilityError,
     ModelNotAllowedError,
     ModelNotFoundError,
 )
-from deployments.dispatch.dispatch import Dispatch
 
 # Whether a client may use the model of a public name.
 MayUse = Callable[[str], bool]

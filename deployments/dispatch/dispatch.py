@@ -13,6 +13,11 @@ import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config.worker import Worker
+from deployments.dispatch.admission import Admission
+from deployments.dispatch.cache import VectorCache
+from deployments.dispatch.calls import Calls
+from deployments.dispatch.offload import offload
+from deployments.dispatch.work import Input, Lane, Part, Pending, split
 from deployments.engine import ModelCard
 from deployments.engine.batch import CallContext, TokenBatch
 from deployments.engine.tokenizer import TextTokenizer
@@ -22,11 +27,6 @@ from deployments.errors import (
     ModelChangedError,
     ModelUnavailableError,
 )
-from deployments.dispatch.admission import Admission
-from deployments.dispatch.cache import VectorCache
-from deployments.dispatch.calls import Calls
-from deployments.dispatch.offload import offload
-from deployments.dispatch.work import Input, Job, Lane, Part, split
 from deployments.metrics import Metrics
 
 # How long `state` waits for a replica before it calls the model unavailable.
@@ -156,22 +156,22 @@ class Dispatch:
 
     async def _send(self, batch: TokenBatch, deadline: float, like: Part) -> np.ndarray:
         """Cut a batch into parts `like` this one, send them, and wait for all vectors."""
-        job = Job(len(batch), asyncio.get_running_loop().create_future())
+        pending = Pending(len(batch), asyncio.get_running_loop().create_future())
         try:
             now = time.perf_counter()
-            fresh = self._join(job, batch, like.lane, like.version)
+            fresh = self._join(pending, batch, like.lane, like.version)
             parts = split(fresh, self._calls.part_tokens, self._calls.replicas)
             if len(parts) > 1:
                 self._metrics.split.labels(self.worker.name).inc(len(parts))
             self._calls.send(replace(like, inputs=inputs, since=now) for inputs in parts)
             async with asyncio.timeout_at(deadline):
-                vectors = await job.future
+                vectors = await pending.future
             self._warm()
             return vectors
         except TimeoutError:
             raise self._late() from None
         finally:
-            self._leave(job)
+            self._leave(pending)
 
     async def state(self) -> dict[str, Any]:
         """Return whether a replica answers now, and what is known of the model and its queue."""
@@ -209,15 +209,15 @@ class Dispatch:
             self._metrics.cold_start_seconds.labels(self.worker.name).observe(seconds)
             self._cold_since = None
 
-    def _join(self, job: Job, batch: TokenBatch, lane: Lane, version: str) -> list[Input]:
-        """Make the job wait for each of its inputs; return those that nobody waited for yet."""
+    def _join(self, pending: Pending, batch: TokenBatch, lane: Lane, version: str) -> list[Input]:
+        """Make the pending wait for each of its inputs; return those that nobody waited for yet."""
         fresh = []
         prefix = version.encode()
         hits = 0
         for row, ids in enumerate(batch):
             key = prefix + ids.tobytes()
             if self._cache is not None and (vector := self._cache.get(key)) is not None:
-                job.deliver(row, vector)
+                pending.deliver(row, vector)
                 hits += 1
                 continue
             known = self._inputs.get(key)
@@ -225,23 +225,23 @@ class Dispatch:
             if known is None or (known.part is None and known.lane > lane):
                 known = self._inputs[key] = Input(key, ids, lane)
                 fresh.append(known)
-            known.waiters.append((job, row))
-            job.inputs.append(known)
+            known.waiters.append((pending, row))
+            pending.inputs.append(known)
         if hits:
             self._metrics.cache_hits.labels(self.worker.name).inc(hits)
-        if shared := len(job.inputs) - len(fresh):
+        if shared := len(pending.inputs) - len(fresh):
             self._metrics.shared.labels(self.worker.name).inc(shared)
         return fresh
 
-    def _leave(self, job: Job) -> None:
-        """Drop what only this job waited for; a call that nobody waits for is cancelled."""
-        if job.complete:
+    def _leave(self, pending: Pending) -> None:
+        """Drop what only this pending waited for; a call that nobody waits for is cancelled."""
+        if pending.complete:
             return
-        for each in job.inputs:
-            each.waiters = [waiter for waiter in each.waiters if waiter[0] is not job]
+        for each in pending.inputs:
+            each.waiters = [waiter for waiter in each.waiters if waiter[0] is not pending]
             if not each.waiters:
                 self._forget(each)
-        for part in {each.part for each in job.inputs}:
+        for part in {each.part for each in pending.inputs}:
             if part is not None and part.task is not None and not part.is_awaited:
                 part.task.cancel()
 
@@ -252,11 +252,11 @@ class Dispatch:
             self._cache.put(each.key, result)
         # Nothing points back to what is done: else vectors would stay until the next full collection.
         waiters, each.waiters, each.part = each.waiters, [], None
-        for job, row in waiters:
+        for pending, row in waiters:
             if isinstance(result, EmbeddingError):
-                job.fail(result)
+                pending.fail(result)
             else:
-                job.deliver(row, result)
+                pending.deliver(row, result)
 
     def _forget(self, each: Input) -> None:
         """From now on the same text is embedded anew."""

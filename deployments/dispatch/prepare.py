@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from deployments.api.request import EmbeddingRequest
 from deployments.config.worker import EmbeddingTask, Limits
+from deployments.dispatch.offload import offload
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
 from deployments.engine.tokenizer import TextTokenizer
@@ -19,7 +20,6 @@ from deployments.errors import (
     MissingCapabilityError,
     TooManyInputsError,
 )
-from deployments.dispatch.offload import offload
 
 # So much is tokenised at a time, at half a KiB for each token before they are cut or counted. A longer text
 # has no place in a model of up to 31,000 tokens.

@@ -3,6 +3,7 @@
 import asyncio
 import enum
 import itertools
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +22,7 @@ class Lane(enum.IntEnum):
     BULK = 1
 
 
-class Job:
+class Pending:
     """One request: rows of float32 that fill up as its inputs are embedded."""
 
     def __init__(self, count: int, future: "asyncio.Future[np.ndarray]") -> None:
@@ -61,7 +62,7 @@ class Input:
     key: bytes
     ids: np.ndarray
     lane: Lane
-    waiters: list[tuple[Job, int]] = field(default_factory=list)
+    waiters: list[tuple[Pending, int]] = field(default_factory=list)
     part: "Part | None" = None
 
 
@@ -133,3 +134,90 @@ def split(inputs: Sequence[Input], part_tokens: int, replicas: int) -> list[list
     numbers = np.minimum((middles * count / total).astype(np.int64), count - 1)
     borders = np.searchsorted(numbers, np.arange(count + 1))
     return [list(inputs[a:b]) for a, b in itertools.pairwise(borders) if a < b]
+
+
+class Lanes:
+    """Parts that wait, by lane and caller. A caller with a thousand parts waits behind one with one."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._lanes: dict[Lane, OrderedDict[str, deque[Part]]] = {lane: OrderedDict() for lane in Lane}
+
+    def put(self, part: Part, first: bool = False) -> None:
+        """Queue a part behind its caller's others, or `first` when it has been tried before."""
+        waiting = self._lanes[part.lane].setdefault(part.caller, deque())
+        if first:
+            waiting.appendleft(part)
+        else:
+            waiting.append(part)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all that waits."""
+        lines = (line for callers in self._lanes.values() for line in callers.values())
+        return sum(part.tokens for line in lines for part in line)
+
+    def take(self, lane: Lane, part_tokens: int) -> Part | None:
+        """Take the next part of a lane, joined with what else waits there, up to `part_tokens`."""
+        joined: Part | None = None
+        tokens = 0
+        while (caller := next(iter(self._lanes[lane]), None)) is not None:
+            waiting = self._lanes[lane][caller]
+            part = waiting[0]
+            part.drop_unwanted()
+            if joined is not None and part.inputs:
+                if tokens + part.tokens > part_tokens:
+                    return joined
+                if (part.attempts, part.version) != (joined.attempts, joined.version):
+                    return joined
+                if len(joined.inputs) + len(part.inputs) > MAX_CALL_INPUTS:
+                    return joined
+            self._advance(lane, caller)
+            if not part.inputs:
+                continue
+            tokens += part.tokens
+            if joined is None:
+                joined = part
+            else:
+                joined.inputs += part.inputs
+                joined.joined += part.joined
+        return joined
+
+    def _advance(self, lane: Lane, caller: str) -> None:
+        """Take a caller's first part off, and send the caller to the end of the line."""
+        callers = self._lanes[lane]
+        waiting = callers[caller]
+        waiting.popleft()
+        if waiting:
+            callers.move_to_end(caller)
+        else:
+            del callers[caller]
+
+
+class Apart:
+    """Parts in which one input may be at fault. One flies at a time: none shall end another's engine."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._waiting: dict[Lane, deque[Part]] = {lane: deque() for lane in Lane}
+        self.flies = False
+
+    def put(self, part: Part) -> None:
+        """Queue a part that isn't joined with others."""
+        self._waiting[part.lane].append(part)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all that waits."""
+        return sum(part.tokens for line in self._waiting.values() for part in line)
+
+    def take(self) -> Part | None:
+        """Take the next part, which flies from here on; None while another one does."""
+        for line in self._waiting.values() if not self.flies else ():
+            while line:
+                part = line.popleft()
+                part.drop_unwanted()
+                if part.inputs:
+                    self.flies = True
+                    return part
+        return None

@@ -7,17 +7,20 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config.worker import Worker
+from deployments.dispatch.catalog import Catalog
 from deployments.dispatch.dispatch import Dispatch
-from deployments.http.serving import Serving
+from deployments.metrics import Metrics
 
 
 class Workers:
-    """Keeps the catalog of `serving` up to date."""
+    """Keeps a catalog up to date."""
 
-    def __init__(self, handles: Mapping[str, DeploymentHandle[Any]], serving: Serving) -> None:
+    def __init__(
+        self, handles: Mapping[str, DeploymentHandle[Any]], catalog: Catalog, metrics: Metrics
+    ) -> None:
         """Serve nothing yet; `handles` are those that were bound with this deployment."""
         self._handles = handles
-        self._serving = serving
+        self._catalog, self._metrics = catalog, metrics
 
     def take(self, config: Mapping[str, Any]) -> dict[str, Worker]:
         """Take over the worker files in `config["workers"]`, plain data by the worker's name; return them.
@@ -26,16 +29,16 @@ class Workers:
         """
         workers = {name: Worker.model_validate(data) for name, data in config["workers"].items()}
         models = {("model", name) for worker in workers.values() for name in worker.queue.models}
-        self._serving.metrics.serve({("worker", name) for name in workers} | models)
-        known = self._serving.catalog.dispatches
+        self._metrics.serve({("worker", name) for name in workers} | models)
+        known = self._catalog.dispatches
         dispatches = {}
         for name, worker in workers.items():
             if name in known:
                 dispatches[name] = known[name]
                 dispatches[name].worker = worker
             else:
-                dispatches[name] = Dispatch(worker, self._handle(name), self._serving.metrics)
-        self._serving.catalog.update(dispatches)
+                dispatches[name] = Dispatch(worker, self._handle(name), self._metrics)
+        self._catalog.update(dispatches)
         return workers
 
     def _handle(self, name: str) -> DeploymentHandle[Any]:

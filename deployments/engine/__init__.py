@@ -5,9 +5,9 @@ from typing import Protocol
 
 import numpy as np
 
-from deployments.plan.plan import WorkerPlan
 from deployments.config.worker import FakeEngineArgs
 from deployments.engine.batch import TokenBatch
+from deployments.plan.plan import WorkerPlan
 
 # The keys under which a replica tells the routers its version, and where it can be called on its own node.
 VERSION, ADDRESS = "version", "address"

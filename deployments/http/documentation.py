@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from deployments import errors
-from deployments.api.envelope import ErrorResponse, error_body
+from deployments.api.encoding import ErrorResponse, error_body
 from deployments.dispatch.offload import INLINE, offload
 from deployments.http.access import Audience, audience_of, public
 

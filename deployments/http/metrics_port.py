@@ -17,8 +17,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments.config.worker import Worker
-from deployments.errors import IncompleteError
 from deployments.dispatch.offload import offload
+from deployments.errors import IncompleteError
 from deployments.metrics import CONTENT_TYPE, merge
 
 logger = logging.getLogger("ray.serve")

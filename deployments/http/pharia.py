@@ -9,15 +9,15 @@ from starlette.requests import Request
 
 from deployments.api import pharia
 from deployments.api.fields import Body
+from deployments.dispatch.catalog import Served
+from deployments.dispatch.offload import offload
+from deployments.dispatch.prepare import GROUP_CHARACTERS, takes_instructions
 from deployments.engine import ModelCard
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.errors import ContextLengthError, InvalidRequestError, ModelUnavailableError
 from deployments.http.auth import key_of
-from deployments.dispatch.catalog import Served
-from deployments.dispatch.offload import offload
-from deployments.dispatch.prepare import GROUP_CHARACTERS, takes_instructions
-from deployments.keys.rates import REQUESTS
 from deployments.http.serving import BODY_SECONDS, Serving, wanted_seconds
+from deployments.keys.rates import REQUESTS
 
 # How long a listing waits for a model that says that it is ready.
 CARD_SECONDS = 2.0

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from deployments.api import cohere, embed, openai, pharia, tei
+from deployments.api import cohere, openai, pharia, pharia_schema, tei
 from deployments.errors import (
     DeadlineExceededError,
     EmbeddingError,
@@ -77,24 +77,24 @@ EMBEDDING_ROUTES = (
         "/semantic_embed",
         "Embed one prompt for comparing, as a document or as a query (Pharia).",
         pharia.parse_semantic,
-        (pharia.SemanticBody,),
-        pharia.SemanticResponse,
+        (pharia_schema.SemanticBody,),
+        pharia_schema.SemanticResponse,
         {"model_version": "1", "embedding": VECTOR, "num_tokens_prompt_total": 7},
     ),
     EmbeddingRoute(
         "/batch_semantic_embed",
         "Embed up to 100 prompts; the answer keeps their order (Pharia).",
         pharia.parse_batch,
-        (pharia.BatchSemanticBody,),
-        pharia.BatchSemanticResponse,
+        (pharia_schema.BatchSemanticBody,),
+        pharia_schema.BatchSemanticResponse,
         {"model_version": "1", "embeddings": [VECTOR], "num_tokens_prompt_total": 7},
     ),
     EmbeddingRoute(
         "/instructable_embed",
         "Embed one prompt for the purpose that an instruction names (Pharia).",
         pharia.parse_instructable,
-        (pharia.InstructableBody,),
-        pharia.SemanticResponse,
+        (pharia_schema.InstructableBody,),
+        pharia_schema.SemanticResponse,
         {"model_version": "1", "embedding": VECTOR, "num_tokens_prompt_total": 7},
     ),
     EmbeddingRoute(
@@ -114,7 +114,7 @@ EMBEDDING_ROUTES = (
     EmbeddingRoute(
         "/embed",
         "Embed texts (text-embeddings-inference, or Cohere: told apart by the body).",
-        embed.parse_request,
+        tei.parse_any,
         (tei.TeiBody, cohere.CohereBody),
         list[list[float]] | cohere.CohereResponse,
         [VECTOR],
@@ -122,8 +122,8 @@ EMBEDDING_ROUTES = (
 )
 BODIES: tuple[type[BaseModel], ...] = (
     *dict.fromkeys(model for route in EMBEDDING_ROUTES for model in route.bodies),
-    pharia.TokenizeBody,
-    pharia.DetokenizeBody,
+    pharia_schema.TokenizeBody,
+    pharia_schema.DetokenizeBody,
 )
 
 
@@ -204,17 +204,17 @@ def add_pharia_routes(router: APIRouter, served: PhariaServing, as_json: Callabl
         responses=answers(
             {"tokens": ["[CLS]", "hello", "[SEP]"], "token_ids": [101, 7592, 102]},
             *BODY,
-            model=pharia.TokenizeResponse,
+            model=pharia_schema.TokenizeResponse,
         ),
-        openapi_extra=body(pharia.TokenizeBody),
+        openapi_extra=body(pharia_schema.TokenizeBody),
     )
     router.add_api_route(
         "/detokenize",
         detokenize,
         methods=["POST"],
         summary="Turn token ids into text (Pharia).",
-        responses=answers({"result": "hello"}, *BODY, model=pharia.DetokenizeResponse),
-        openapi_extra=body(pharia.DetokenizeBody),
+        responses=answers({"result": "hello"}, *BODY, model=pharia_schema.DetokenizeResponse),
+        openapi_extra=body(pharia_schema.DetokenizeBody),
     )
     router.add_api_route(
         "/models/{name:path}/tokenizer",
@@ -236,5 +236,5 @@ def add_pharia_routes(router: APIRouter, served: PhariaServing, as_json: Callabl
             settings,
             summary="List the models, and which can answer now (Pharia).",
             name=path.strip("/"),
-            responses=answers([SETTINGS], InvalidKeyError, model=list[pharia.ModelSettings]),
+            responses=answers([SETTINGS], InvalidKeyError, model=list[pharia_schema.ModelSettings]),
         )

@@ -13,6 +13,11 @@ from starlette.requests import ClientDisconnect, Request
 from deployments.api.encoding import normalize, truncate
 from deployments.api.fields import Body, count_values
 from deployments.api.request import EmbeddingRequest, EmbeddingResult
+from deployments.dispatch.admission import RETRY_AFTER_SECONDS
+from deployments.dispatch.catalog import Catalog, Served
+from deployments.dispatch.offload import offload
+from deployments.dispatch.prepare import prepare
+from deployments.dispatch.work import Lane
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
 from deployments.engine.tokenizer import TextTokenizer
@@ -24,15 +29,10 @@ from deployments.errors import (
     QueueFullError,
     TooManyInputsError,
 )
-from deployments.dispatch.admission import RETRY_AFTER_SECONDS
 from deployments.http.auth import key_of
-from deployments.dispatch.catalog import Catalog, Served
-from deployments.dispatch.offload import offload
-from deployments.dispatch.prepare import prepare
+from deployments.keys.file import Key
 from deployments.keys.rates import REQUESTS, TOKENS, Rates
 from deployments.keys.usage import Usage
-from deployments.dispatch.work import Lane
-from deployments.keys.file import Key
 from deployments.metrics import CANCELLED, NO_MODEL, SUCCESS, Metrics
 
 T = TypeVar("T")

@@ -10,10 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.plan.plan import Device, WorkerPlan, engines_version, ingress_config
 from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, NO_BATCHES, Worker, is_secret
 from deployments.errors import ConfigError
+from deployments.front.switches import FAST_DATA_PLANE
 from deployments.keys.file import KEYS_VARIABLE
+from deployments.plan.placement import Device
+from deployments.plan.plan import WorkerPlan, engines_version, ingress_config
 
 # One goes on while another is replaced.
 INGRESS_REPLICAS = 2
@@ -31,17 +33,6 @@ REDIS_ADDRESS = "redis:6379"
 HEAD_CPUS = 2
 POD_MEMORY_GIB = 16
 PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "serve": 8000}
-
-# What the tuned start sets for one machine, for every node of a cluster: read when Ray is imported.
-FAST_DATA_PLANE = {
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_PROXY_USE_GRPC": "1",
-    # A dead front is replaced after three failed checks, which by default are ten seconds apart.
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    # gRPC's own 4 MiB hold one answer of 2,730 vectors of 384 numbers; ours may be a hundred times that.
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(512 * 2**20),
-}
 
 
 @dataclass(frozen=True)

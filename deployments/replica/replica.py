@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import ray
 
-from deployments.plan.plan import WorkerPlan
 from deployments.engine import ADDRESS, VERSION, ModelCard, make_engine
 from deployments.engine.batch import NOBODY, CallContext, Embedded, TokenBatch
 from deployments.engine.cl100k import read_cl100k
@@ -26,8 +25,9 @@ from deployments.errors import (
     EngineStartError,
     ModelChangedError,
 )
-from deployments.transport.local import LocalServer
+from deployments.plan.plan import WorkerPlan
 from deployments.replica.scaling import ReplicaLoad
+from deployments.transport.local import LocalServer
 
 logger = logging.getLogger("ray.serve")
 

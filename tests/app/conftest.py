@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from deployments.config.load import load_workers
-from deployments.plan.plan import Machine, WorkerPlan, make_plans
 from deployments.dispatch.catalog import Catalog
 from deployments.dispatch.dispatch import Dispatch
-from deployments.http.ingress import make_app
-from deployments.keys.rates import Rates
+from deployments.http.app import make_app
 from deployments.http.serving import Serving
+from deployments.keys.rates import Rates
 from deployments.metrics import Metrics
+from deployments.plan.placement import Machine
+from deployments.plan.plan import WorkerPlan, make_plans
 from deployments.replica.replica import Replica
 from tests import fake, workers
 

@@ -10,10 +10,11 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deployments.http.app import make_app
 from deployments.http.auth import Access
-from deployments.http.ingress import make_app
+from deployments.keys.file import Key, Keys, hash_of
 from deployments.keys.rates import Buckets, Grant, LeasedRates, LocalRates, Rates
-from deployments.keys.file import Key, KeyRing, Keys, hash_of
+from deployments.keys.ring import KeyRing
 from tests.app.conftest import LocalHandle, make_serving
 
 NOW = datetime.now(UTC)

@@ -16,17 +16,18 @@ import openai
 import pytest
 
 from deployments.batches import job
+from deployments.batches import lines as bulk
+from deployments.batches.desk import BatchAccess
+from deployments.batches.lines import Bulk
 from deployments.batches.runner import Runner
 from deployments.batches.store import BatchPlace
 from deployments.errors import EngineError, ModelUnavailableError
-from deployments.gateway import bulk
+from deployments.http.app import make_app
 from deployments.http.auth import Access
-from deployments.batches.serving import BatchAccess
-from deployments.batches.lines import Bulk
-from deployments.http.ingress import make_app
-from deployments.keys.rates import LocalRates
 from deployments.http.serving import Serving
-from deployments.keys.file import Key, KeyRing, Keys, hash_of
+from deployments.keys.file import Key, Keys, hash_of
+from deployments.keys.rates import LocalRates
+from deployments.keys.ring import KeyRing
 from tests.app.conftest import LocalHandle, expected, make_serving
 
 NOW = datetime.now(UTC)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from ray.exceptions import RayTaskError
 
-from deployments.config.worker import Worker
 from deployments.bulk.connection import Connection, How
+from deployments.bulk.window import Window
+from deployments.config.worker import Worker
+from deployments.dispatch.dispatch import Dispatch
 from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 from deployments.errors import (
     ContextLengthError,
@@ -19,8 +21,6 @@ from deployments.errors import (
     EngineError,
     ModelUnavailableError,
 )
-from deployments.dispatch.dispatch import Dispatch
-from deployments.bulk.window import Window
 from deployments.metrics import Metrics
 from tests.app.conftest import LocalHandle, expected
 

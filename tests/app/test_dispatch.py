@@ -12,7 +12,8 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.config.load import load_workers
-from deployments.plan.plan import Machine, make_plans
+from deployments.dispatch.dispatch import Dispatch
+from deployments.dispatch.work import Input, Lane, Pending, split
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import fake_vectors
 from deployments.errors import (
@@ -25,9 +26,9 @@ from deployments.errors import (
     NonFiniteEmbeddingError,
     QueueFullError,
 )
-from deployments.dispatch.dispatch import Dispatch
-from deployments.dispatch.work import Input, Job, Lane, split
 from deployments.metrics import Metrics
+from deployments.plan.placement import Machine
+from deployments.plan.plan import make_plans
 from tests import workers
 from tests.app.conftest import LocalHandle
 
@@ -195,7 +196,7 @@ async def test_a_big_request_is_split_and_comes_back_in_order(make: Make) -> Non
 def test_parts_for_four_replicas_differ_by_less_than_a_tenth() -> None:
     """And their number is a multiple of four."""
     rng = np.random.default_rng(1)
-    job = Job(2048, None)  # type: ignore[arg-type]
+    job = Pending(2048, None)  # type: ignore[arg-type]
     waiting = [
         Input(b"", np.zeros(int(length), np.int32), Lane.BULK, [(job, 0)])
         for length in rng.lognormal(3.5, 1, 2048).clip(2, 2000)
@@ -443,7 +444,7 @@ async def test_a_flood_of_small_requests_yields_to_another_caller(make: Make) ->
 
 def of_requests() -> set[int]:
     """Return the identities of all jobs and inputs that there are."""
-    return {id(each) for each in gc.get_objects() if isinstance(each, Job | Input)}
+    return {id(each) for each in gc.get_objects() if isinstance(each, Pending | Input)}
 
 
 async def test_an_answered_request_leaves_no_cycle(make: Make) -> None:
@@ -490,6 +491,6 @@ async def test_a_quiet_worker_isnt_taken_for_a_slow_one(make: Make) -> None:
 
 def test_no_part_has_more_inputs_than_a_call_may() -> None:
     """However short they are."""
-    job = Job(5000, None)  # type: ignore[arg-type]
+    job = Pending(5000, None)  # type: ignore[arg-type]
     waiting = [Input(b"", np.zeros(2, np.int32), Lane.BULK, [(job, 0)]) for _ in range(5000)]
     assert max(map(len, split(waiting, 16_384, 1))) <= 1024

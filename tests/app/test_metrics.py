@@ -9,13 +9,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments import errors
-from deployments.plan.plan import ingress_config
-from deployments.engine.batch import TokenBatch
 from deployments.batches.lines import Bulk
 from deployments.dispatch.catalog import Catalog
-from deployments.http.serving import Serving
 from deployments.dispatch.workers import Workers
+from deployments.engine.batch import TokenBatch
+from deployments.http.serving import Serving
 from deployments.metrics import CANCELLED, NO_MODEL, STAGES, SUCCESS, Metrics, merge
+from deployments.plan.plan import ingress_config
 from tests.app.conftest import NAMES, LocalHandle
 from tests.unit.test_house import all_errors
 
@@ -137,7 +137,7 @@ async def test_one_models_trouble_costs_no_other_its_retries(
     monkeypatch.setattr("deployments.dispatch.calls.FIRST_PAUSE_SECONDS", 0.0)
     serving = Serving(Catalog({}), Metrics(), 1000)
     files = ingress_config(handles[name]._plan for name in "ab")["workers"]
-    Workers(handles, serving).take({"workers": files})  # type: ignore[arg-type]
+    Workers(handles, serving.catalog, serving.metrics).take({"workers": files})  # type: ignore[arg-type]
     batch = TokenBatch.of([[1, 2]])
 
     async def ask(name: str) -> None:
@@ -157,7 +157,7 @@ async def test_nothing_is_kept_of_a_worker_that_is_gone(handles: dict[str, Local
     """Neither its cache nor its rows; the others go on counting, and one that comes back begins anew."""
     metrics = Metrics()
     serving = Serving(Catalog({}), metrics, 1000)
-    taken = Workers(handles, serving)  # type: ignore[arg-type]
+    taken = Workers(handles, serving.catalog, serving.metrics)  # type: ignore[arg-type]
     files = ingress_config(handles[name]._plan for name in "ab")["workers"]
     bulk = Bulk(serving)
     taken.take({"workers": files})

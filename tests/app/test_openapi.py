@@ -27,19 +27,22 @@ from starlette.requests import Request
 
 from deployments import api
 from deployments.api import batches, pharia
+from deployments.batches.desk import BatchAccess
+from deployments.batches.serving import DEFAULT_BATCHES, FORM_EXPIRY, MAX_BATCHES, MAX_FILES
+from deployments.batches.serving import _expiry as batches_form
 from deployments.batches.store import BatchPlace
 from deployments.config.load import load_workers
-from deployments.plan.plan import Machine, make_plans
 from deployments.errors import EmbeddingError
+from deployments.http.app import make_app
 from deployments.http.auth import Access
-from deployments.batches.serving import DEFAULT_BATCHES, FORM_EXPIRY, MAX_BATCHES, MAX_FILES, BatchAccess
-from deployments.batches.serving import _expiry as batches_form
 from deployments.http.documentation import document
-from deployments.http.ingress import make_app
-from deployments.keys.rates import LocalRates
 from deployments.http.routes import EMBEDDING_ROUTES
 from deployments.http.serving import lane_of
-from deployments.keys.file import Key, KeyRing, Keys, hash_of
+from deployments.keys.file import Key, Keys, hash_of
+from deployments.keys.rates import LocalRates
+from deployments.keys.ring import KeyRing
+from deployments.plan.placement import Machine
+from deployments.plan.plan import make_plans
 from tests import workers
 from tests.app.conftest import LocalHandle, make_serving
 from tests.server import free_port, program

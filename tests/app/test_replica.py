@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from deployments.config.load import load_workers
-from deployments.plan.plan import Machine, make_plans
 from deployments.engine import ADDRESS
 from deployments.engine.batch import NOBODY, TokenBatch
 from deployments.engine.fake import fake_vectors
 from deployments.errors import EngineCrashError, EngineError, EngineStartError
-from deployments.transport.local import LocalClient
+from deployments.plan.placement import Machine
+from deployments.plan.plan import make_plans
 from deployments.replica.replica import Replica
+from deployments.transport.local import LocalClient
 from tests import workers
 
 BATCH = TokenBatch.of([[1, 2, 3], [4, 5]])

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from deployments.api.batches import Batch, FileObject, Line, LineError, NewBatch, Page, parse_line
+from deployments.api.batch_objects import Batch, FileObject
+from deployments.api.batches import Line, LineError, NewBatch, Page, parse_line
 from deployments.batches import job, plan, runner
 from deployments.batches.job import Embed
 from deployments.batches.plan import BatchFailed, make_plan
@@ -25,7 +26,8 @@ from deployments.errors import (
     InvalidRequestError,
     StorageUnavailableError,
 )
-from deployments.keys.file import Key, KeyRing, Keys, hash_of
+from deployments.keys.file import Key, Keys, hash_of
+from deployments.keys.ring import KeyRing
 
 DAY = 24 * 3600
 KEEP = 30 * DAY

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deployments import front
+from deployments.front import guard as front
 from tests.server import wait_for
 
 

@@ -14,99 +14,41 @@ from deployments import errors
 
 ROOT = Path(deployments.__file__).parent
 
-# A module imports only what stands below it: those of a later line may import those of an earlier one.
-LAYERS = [
-    ["deployments.errors", "deployments.metrics", "deployments.front.guard", "deployments.engine.priority"],
-    ["deployments.config.worker", "deployments.config.model_files", "deployments.keys.file"],
-    ["deployments.config.load", "deployments.plan.plan"],
-    ["deployments.plan.manifest", "deployments.engine.batch", "deployments.engine.cores"],
-    ["deployments.engine.tokenizer", "deployments.engine.cl100k", "deployments.engine.speed"],
-    ["deployments.engine"],
-    ["deployments.engine.fake", "deployments.engine.turns", "deployments.engine.vllm"],
-    ["deployments.api.encoding", "deployments.api.envelope", "deployments.api.fields"],
-    ["deployments.api.request"],
-    ["deployments.api.openai", "deployments.api.pharia", "deployments.api.cohere", "deployments.api.tei"],
-    ["deployments.api.embed", "deployments.api.batches", "deployments.api.upload"],
-    ["deployments.batches.storage", "deployments.batches.records"],
-    ["deployments.batches.store", "deployments.batches.plan"],
-    ["deployments.batches.job"],
-    ["deployments.batches.runner"],
-    ["deployments.replica.scaling", "deployments.transport.local"],
-    [
-        "deployments.replica.replica",
-        "deployments.transport.router",
-        "deployments.dispatch.work",
-        "deployments.dispatch.meter",
-        "deployments.transport.broadcast",
-        "deployments.front.spare",
-        "deployments.transport.applications",
-        "deployments.bulk.window",
-        "deployments.dispatch.offload",
-    ],
-    ["deployments.dispatch.admission"],
-    ["deployments.dispatch.lanes", "deployments.dispatch.prepare", "deployments.transport.serve_router"],
-    ["deployments.http.metrics_port", "deployments.dispatch.cache"],
-    ["deployments.dispatch.calls"],
-    ["deployments.dispatch.dispatch"],
-    ["deployments.dispatch.catalog"],
-    ["deployments.bulk.connection"],
-    ["deployments.client"],
-    ["deployments.keys.rates", "deployments.keys.usage", "deployments.http.access"],
-    ["deployments.http.auth"],
-    ["deployments.http.serving", "deployments.http.documentation"],
-    ["deployments.http.pharia", "deployments.batches.serving", "deployments.batches.lines"],
-    ["deployments.http.routes", "deployments.batches.routes", "deployments.dispatch.workers"],
-    ["deployments.http.ingress"],
-    ["deployments.batches.deployment"],
-    ["deployments.app"],
-    ["deployments.jobs.source", "deployments.jobs.ledger", "deployments.jobs.progress"],
-    ["deployments.jobs.sink"],
-    ["deployments.jobs.run"],
-    ["deployments.command.serve", "deployments.command.keys", "deployments.command.embed"],
-    ["deployments.__main__"],
+# A folder, or a module beside the folders, imports only what stands before it.
+ORDER = [
+    "errors",
+    "metrics",
+    "priority",
+    "config",
+    "front",
+    "keys",
+    "plan",
+    "api",
+    "engine",
+    "transport",
+    "replica",
+    "dispatch",
+    "bulk",
+    "http",
+    "batches",
+    "client",
+    "jobs",
+    "app",
+    "command",
+    "__main__",
 ]
-EMPTY = {
-    "deployments",
-    "deployments.api",
-    "deployments.batches",
-    "deployments.config",
-    "deployments.gateway",
-    "deployments.job",
-}
-# The engines are made by name, at use.
-UPWARD = {
-    ("deployments.engine", "deployments.engine.fake"),
-    ("deployments.engine", "deployments.engine.vllm"),
-}
-# Modules that are heavy, and the only ones that may import them.
+# What is heavy, and where alone it may be imported.
 HEAVY = {
-    "torch": {"deployments.engine.vllm"},
-    "vllm": {"deployments.engine.vllm"},
-    "transformers": {"deployments.engine.tokenizer"},
-    "ray": {
-        "deployments.app",
-        "deployments.client",
-        "deployments.bulk.connection",
-        "deployments.command.serve",
-        "deployments.replica.replica",
-        "deployments.transport.applications",
-        "deployments.transport.router",
-        "deployments.replica.scaling",
-        "deployments.transport.broadcast",
-        "deployments.dispatch.calls",
-        "deployments.front.spare",
-        "deployments.dispatch.dispatch",
-        "deployments.http.ingress",
-        "deployments.dispatch.workers",
-        "deployments.batches.deployment",
-    },
-    "fastapi": {
-        "deployments.http.ingress",
-        "deployments.http.routes",
-        "deployments.batches.routes",
-        "deployments.http.documentation",
-    },
+    "torch": "engine.vllm",
+    "vllm": "engine.vllm",
+    "transformers": "engine.tokenizer",
+    "ray": "app bulk client command dispatch front.spare http.ingress http.app batches.deployment batches.desk"
+    " replica transport",
+    "fastapi": "http batches.routes batches.desk",
 }
+MAX_FILES, MAX_LINES, MAX_FUNCTION = 12, 320, 40
+# They are tables: of metrics, of routes, of a file's parts.
+TABLES = {"Metrics.__init__", "add_batch_routes", "add_pharia_routes", "_routes", "ray_service"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -131,28 +73,44 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
     return found
 
 
-def test_a_module_imports_only_what_stands_below_it() -> None:
-    """Data flows one way."""
-    level = {name: number for number, names in enumerate(LAYERS) for name in names}
+def test_a_folder_imports_only_what_stands_before_it() -> None:
+    """So there is no cycle among them either."""
     for name, path in modules():
-        if name in EMPTY:
-            assert not imports(path), name
-            continue
-        assert name in level, f"{name} has no place in LAYERS"
-        for other in imports(path):
-            if other.startswith("deployments.") and (name, other) not in UPWARD:
-                assert level[other] < level[name], f"{name} imports {other}"
+        if name != "deployments":
+            place = ORDER.index(name.split(".")[1])
+            for other in imports(path):
+                if other.startswith("deployments."):
+                    assert ORDER.index(other.split(".")[1]) <= place, f"{name} imports {other}"
+    assert not imports(ROOT / "__init__.py")
 
 
 def test_heavy_modules_are_imported_only_where_allowed() -> None:
     """And vllm and transformers nowhere at the top of a file."""
     for name, path in modules():
         for other in imports(path):
-            package = other.partition(".")[0]
-            assert name in HEAVY.get(package, {name}), f"{name} imports {other}"
+            allowed = HEAVY.get(other.partition(".")[0], "deployments").split()
+            inside = f"{name}.".removeprefix("deployments.")
+            assert allowed == ["deployments"] or inside.startswith(tuple(f"{a}." for a in allowed)), (
+                f"{name} imports {other}"
+            )
         assert not {n.partition(".")[0] for n in imports(path, True)} & {"vllm", "torch", "transformers"}, (
             name
         )
+
+
+def test_every_room_is_small() -> None:
+    """Folders, files and functions are such that one sees all of them at once."""
+    files = {path: len(path.read_text().splitlines()) for _, path in modules()}
+    for path, lines in files.items():
+        assert lines <= MAX_LINES, path
+        assert sum(other.parent == path.parent for other in files) <= MAX_FILES, path.parent
+        tree = ast.parse(path.read_text())
+        for scope in (tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))):
+            for node in scope.body:
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    name = f"{scope.name}.{node.name}" if isinstance(scope, ast.ClassDef) else node.name
+                    length = (node.end_lineno or 0) - node.lineno + 1
+                    assert length <= MAX_FUNCTION or name in TABLES, f"{path}: {name} has {length} lines"
 
 
 def all_errors() -> list[type[errors.EmbeddingError]]:

@@ -190,7 +190,7 @@ def test_a_kill_while_the_output_is_put_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, step: int
 ) -> None:
     """Whatever the last step was, the next run ends the job without embedding anything."""
-    from deployments.job import sink
+    from deployments.jobs import sink
 
     source, output = write(tmp_path / "in.parquet"), tmp_path / f"out{suffix}"
     steps = [(sink, "write_whole"), (sink, "_write_errors"), (sink, "settle_folder"), (Ledger, "remove")]

@@ -8,15 +8,8 @@ import pytest
 
 from deployments.__main__ import main
 from deployments.errors import ConfigError
-from deployments.keys.file import (
-    FileKeyRing,
-    KeySource,
-    hash_of,
-    is_loopback,
-    key_source,
-    read_keys,
-    require_keys,
-)
+from deployments.keys.file import hash_of, read_keys
+from deployments.keys.ring import FileKeyRing, KeySource, is_loopback, key_source, require_keys
 
 
 class Clock:

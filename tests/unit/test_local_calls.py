@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import uvloop
 
-from deployments import local_calls
 from deployments.engine.batch import Embedded, TokenBatch
 from deployments.errors import ContextLengthError, EmbeddingError, EngineDeadError
+from deployments.transport import local as local_calls
 from deployments.transport.local import LocalClient, LocalServer
 
 Run = Callable[[Coroutine[Any, Any, None]], None]

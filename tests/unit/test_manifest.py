@@ -12,9 +12,10 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.__main__ import main
 from deployments.app import BuildArguments, batch_place
-from deployments.plan.manifest import FAST_DATA_PLANE, WORKERS_FOLDER
 from deployments.errors import ConfigError
+from deployments.front.switches import FAST_DATA_PLANE
 from deployments.keys.file import KEYS_VARIABLE
+from deployments.plan.manifest import WORKERS_FOLDER
 from tests import checkpoints, workers
 from tests.unit.test_worker_files import write, write_config
 

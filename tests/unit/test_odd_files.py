@@ -8,9 +8,10 @@ import pytest
 
 from deployments.config.load import load_workers, read_workers
 from deployments.config.model_files import ModelFiles
-from deployments.plan.plan import Machine, make_plans, unplaceable
 from deployments.engine.tokenizer import byte_tokenizer, check_vocabulary
 from deployments.errors import EngineStartError
+from deployments.plan.placement import Machine
+from deployments.plan.plan import make_plans, unplaceable
 from tests import checkpoints, workers
 from tests.unit.test_worker_files import NO_GPU, write, write_config
 

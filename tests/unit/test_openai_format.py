@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from deployments.api import openai
-from deployments.api.encoding import EncodingFormat, truncate
-from deployments.api.envelope import error_body
+from deployments.api.encoding import EncodingFormat, error_body, truncate
 from deployments.api.request import EmbeddingResult
 from deployments.errors import InvalidRequestError, QueueFullError
 

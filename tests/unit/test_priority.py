@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from deployments.engine.priority import ENGINE_STEPS, LEAST_NICENESS, behind_requests, in_background
+from deployments.priority import ENGINE_STEPS, LEAST_NICENESS, behind_requests, in_background
 
 
 def seen_from(lower: Callable[[], None]) -> list[tuple[int, int]]:

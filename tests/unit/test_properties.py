@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deployments.api import embed, fields, openai, pharia
+from deployments.api import fields, openai, pharia, tei
 from deployments.api.request import EmbeddingResult
+from deployments.dispatch.work import Input, Lane, Pending, split
 from deployments.errors import EmbeddingError, InvalidRequestError
-from deployments.dispatch.work import Input, Job, Lane, split
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -81,7 +81,7 @@ def test_no_body_breaks_a_parser(fields: Any) -> None:
     body = json.dumps(fields).encode()
     for parse in (
         openai.parse_request,
-        embed.parse_request,
+        tei.parse_any,
         pharia.parse_semantic,
         pharia.parse_batch,
         pharia.parse_instructable,
@@ -135,7 +135,7 @@ def test_what_is_split_comes_back_in_order(
     """Whatever the lengths, the number of replicas, and the order in which parts are done."""
 
     async def run() -> None:
-        job = Job(len(lengths), asyncio.get_running_loop().create_future())
+        job = Pending(len(lengths), asyncio.get_running_loop().create_future())
         inputs = [
             Input(b"", np.full(length, row, np.int32), Lane.BULK, [(job, row)])
             for row, length in enumerate(lengths)

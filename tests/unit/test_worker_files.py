@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from deployments.config.load import load_workers, read_workers
-from deployments.plan.plan import Machine, make_plans, unplaceable
 from deployments.errors import ConfigError
+from deployments.plan.placement import Machine
+from deployments.plan.plan import make_plans, unplaceable
 from tests import checkpoints, workers
 
 ONE_GPU = Machine(cpus=8, gpus=1, cpus_per_node=8)

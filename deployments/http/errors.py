@@ -1,0 +1,102 @@
+"""The one place where errors become answers."""
+
+import logging
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.api.encoding import error_body
+from deployments.errors import (
+    EmbeddingError,
+    HarmfulInputError,
+    InvalidKeyError,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    RouteNotFoundError,
+)
+
+logger = logging.getLogger("ray.serve")
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's name for it: nobody reads this answer
+
+
+def as_json(content: Any, status: int = 200) -> Response:
+    """Return plain data as an answer."""
+    return Response(orjson.dumps(content), status, media_type="application/json")
+
+
+def error_response(error: EmbeddingError) -> Response:
+    """Return the error as the contract's envelope."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after)))
+    if isinstance(error, InvalidKeyError):
+        headers["www-authenticate"] = "Bearer"
+    if isinstance(error, HarmfulInputError):
+        headers["x-should-retry"] = "false"  # OpenAI's clients try every 500 again otherwise
+    return Response(error_body(error), error.status, headers, "application/json")
+
+
+class Errors:
+    """Middleware: whatever a route raises becomes JSON, and never shows a traceback or the input."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Wrap an application."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with the error, unless the answer has begun."""
+        begun = False
+
+        async def watch(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        except ClientDisconnect:
+            if not begun:
+                await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            if not isinstance(error, EmbeddingError):
+                # The traceback alone: its text and locals may hold what the client sent.
+                logger.error("internal error: %s", type(error).__name__, exc_info=_bare(error))
+                error = EmbeddingError("internal error")
+            await error_response(error)(scope, receive, send)
+
+
+def _bare(error: Exception) -> Exception:
+    """Return an error of the same place without its text."""
+    return RuntimeError(type(error).__name__).with_traceback(error.__traceback__)
+
+
+async def http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    kind: Callable[[str], EmbeddingError] = {
+        404: RouteNotFoundError,
+        405: MethodNotAllowedError,
+    }.get(error.status_code, InvalidRequestError)
+    response = error_response(kind(str(error.detail)))
+    response.headers.update(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        # Starlette names the methods of the first route with that path alone.
+        response.headers["allow"] = ", ".join(_methods(request))
+    return response
+
+
+def _methods(request: Request) -> list[str]:
+    """Return what the path of a request may be asked with."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    fitting = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in fitting for method in route.methods or ()})
