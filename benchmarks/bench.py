@@ -112,7 +112,7 @@ def say(text: str, others: float = 0.0) -> None:
 
 
 def main() -> int:
-    """Measure, keep the results, print the tables; a full run goes into the README."""
+    """Measure, keep the results, print the tables; a full run goes into benchmarks/README.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each run")
@@ -143,7 +143,7 @@ def main() -> int:
     file.with_suffix(".md").write_text(f"{text}\n")
     report.plot(results, file.with_suffix(".png"))
     if file == FOLDER / f"{NAME}.json":
-        report.insert(report.README, NAME, text)
+        report.insert(report.NOTES, NAME, text)
     return 0
 
 

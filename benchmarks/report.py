@@ -1,4 +1,4 @@
-"""Results → tables in markdown, a plot, and the part of the README that shows them."""
+"""Results → tables in markdown, a plot, and the part of this folder's page that shows them."""
 
 import statistics
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ from benchmarks.workloads import WORKLOADS, Workload, mean_tokens
 
 UNITS = {w.name: w.measure for w in WORKLOADS} | {START: "seconds", MEMORY: "MiB (PSS)"}
 BEGIN, END = "<!-- {name}: begin -->", "<!-- {name}: end -->"
-README = Path(__file__).parent.parent / "README.md"
 NOTES = Path(__file__).parent / "README.md"
 COLUMNS = 3
 COLOURS = ("#1b6ca8", "#9aa5b1")  # ours, and the others

@@ -2,21 +2,19 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from fastapi import APIRouter
-from pydantic import BaseModel
 from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.api.batch_objects import BatchBody
-from deployments.batches.routes import add_batch_routes
+from deployments.batches.routes import batch_routes
 from deployments.batches.serving import BatchServing
 from deployments.batches.store import Batches, BatchPlace
 from deployments.http.serving import Serving
+from deployments.http.table import Entry
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,9 @@ class BatchAccess:
     max_file_bytes: int
     wake: Callable[[], None]
 
-    bodies: ClassVar[tuple[type[BaseModel], ...]] = (BatchBody,)
-
-    def add_routes(self, router: APIRouter, serving: Serving) -> None:
-        """Add the routes of files and batches to an application's."""
-        add_batch_routes(router, BatchServing(self.batches, self.max_file_bytes, self.wake, serving))
+    def routes(self, serving: Serving) -> Iterator[Entry]:
+        """Return the routes of files and batches."""
+        return batch_routes(BatchServing(self.batches, self.max_file_bytes, self.wake, serving))
 
 
 @dataclass(frozen=True)

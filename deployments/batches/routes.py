@@ -1,8 +1,8 @@
 """The routes of files and batches (OpenAI), and their documentation."""
 
+from collections.abc import Iterator
 from typing import Any
 
-from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
 from deployments.api.batch_objects import (
@@ -38,7 +38,7 @@ from deployments.errors import (
     RateLimitError,
     StorageUnavailableError,
 )
-from deployments.http.documentation import answers, body
+from deployments.http.table import Entry, answers
 
 FILE_OBJECT = {
     "id": "file-0193b2f0a1c07f3a9c41d2e8",
@@ -118,15 +118,13 @@ FORM = {
         },
     }
 }
-CONTENT = {200: {"content": {CONTENT_TYPE: {"schema": {"type": "string", "format": "binary"}}}}}
+CONTENT: dict[int | str, Any] = {
+    200: {"content": {CONTENT_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
+}
 
 
-def add_batch_routes(router: APIRouter, served: BatchServing) -> None:
-    """Add what OpenAI's `client.files` and `client.batches` ask for."""
-
-    def add(path: str, handler: Any, method: str, summary: str, **options: Any) -> None:
-        router.add_api_route(path, handler, methods=[method], summary=summary, **options)
-
+def batch_routes(served: BatchServing) -> Iterator[Entry]:
+    """Yield what OpenAI's `client.files` and `client.batches` ask for."""
     files = answers(
         PAGE | {"data": [FILE_OBJECT]},
         *ALWAYS,
@@ -141,80 +139,80 @@ def add_batch_routes(router: APIRouter, served: BatchServing) -> None:
     )
     one_file = (*ALWAYS, FileMissingError)
     one_batch = (*ALWAYS, BatchMissingError)
-    add(
-        "/files",
-        served.upload,
-        "POST",
-        "Store a file of requests for a batch, one on each line (OpenAI).",
+    yield Entry(
+        path="/files",
+        handler=served.upload,
+        method="POST",
+        summary="Store a file of requests for a batch, one on each line (OpenAI).",
         name="upload_file",
         responses=answers(FILE_OBJECT, *MAKING, model=FileObject),
-        openapi_extra=FORM,
+        document=FORM,
     )
-    add(
-        "/files",
-        served.files,
-        "GET",
-        "List your files, the newest first (OpenAI).",
+    yield Entry(
+        path="/files",
+        handler=served.files,
+        method="GET",
+        summary="List your files, the newest first (OpenAI).",
         name="list_files",
         responses=files,
-        openapi_extra={"parameters": FILE_QUERY},
+        document={"parameters": FILE_QUERY},
     )
-    add(
-        "/files/{file_id}",
-        served.file,
-        "GET",
-        "Show a file (OpenAI).",
+    yield Entry(
+        path="/files/{file_id}",
+        handler=served.file,
+        method="GET",
+        summary="Show a file (OpenAI).",
         name="file",
         responses=answers(FILE_OBJECT, *one_file, model=FileObject),
     )
-    add(
-        "/files/{file_id}",
-        served.delete,
-        "DELETE",
-        "Remove a file and what is in it (OpenAI).",
+    yield Entry(
+        path="/files/{file_id}",
+        handler=served.delete,
+        method="DELETE",
+        summary="Remove a file and what is in it (OpenAI).",
         name="delete_file",
         responses=answers(DELETED, *one_file, model=DeletedFile),
     )
-    add(
-        "/files/{file_id}/content",
-        served.content,
-        "GET",
-        "Send what is in a file (OpenAI).",
+    yield Entry(
+        path="/files/{file_id}/content",
+        handler=served.content,
+        method="GET",
+        summary="Send what is in a file (OpenAI).",
         name="file_content",
         response_class=StreamingResponse,
         responses=answers(None, *one_file) | CONTENT,
     )
-    add(
-        "/batches",
-        served.create,
-        "POST",
-        "Embed what a file asks for, as bulk work (OpenAI).",
+    yield Entry(
+        path="/batches",
+        handler=served.create,
+        method="POST",
+        summary="Embed what a file asks for, as bulk work (OpenAI).",
         name="create_batch",
         responses=answers(BATCH_OBJECT, *MAKING, FileMissingError, model=Batch),
-        openapi_extra=body(BatchBody),
+        bodies=(BatchBody,),
     )
-    add(
-        "/batches",
-        served.batches,
-        "GET",
-        "List your batches, the newest first (OpenAI).",
+    yield Entry(
+        path="/batches",
+        handler=served.batches,
+        method="GET",
+        summary="List your batches, the newest first (OpenAI).",
         name="list_batches",
         responses=batches,
-        openapi_extra={"parameters": BATCH_QUERY},
+        document={"parameters": BATCH_QUERY},
     )
-    add(
-        "/batches/{batch_id}",
-        served.batch,
-        "GET",
-        "Show a batch, and how far it is (OpenAI).",
+    yield Entry(
+        path="/batches/{batch_id}",
+        handler=served.batch,
+        method="GET",
+        summary="Show a batch, and how far it is (OpenAI).",
         name="batch",
         responses=answers(BATCH_OBJECT, *one_batch, model=Batch),
     )
-    add(
-        "/batches/{batch_id}/cancel",
-        served.cancel,
-        "POST",
-        "Let a batch end; what is done is kept (OpenAI).",
+    yield Entry(
+        path="/batches/{batch_id}/cancel",
+        handler=served.cancel,
+        method="POST",
+        summary="Let a batch end; what is done is kept (OpenAI).",
         name="cancel_batch",
         responses=answers(
             BATCH_OBJECT | {"status": "cancelling"}, *one_batch, InvalidRequestError, model=Batch

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.errors import EmbeddingError, InvalidKeyError, OperatorOnlyError
-from deployments.http.access import Audiences
+from deployments.http.table import Audiences
 from deployments.keys.file import Key
 from deployments.keys.rates import Rates
 from deployments.keys.ring import KeyRing

@@ -1,26 +1,60 @@
 """What Pharia's clients ask besides vectors: tokens, tokenizers, and which models can answer now."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from fastapi import Request, Response
 
-from deployments.api import pharia
+from deployments.api import pharia, pharia_schema
 from deployments.api.fields import Body
 from deployments.dispatch.catalog import Served
 from deployments.dispatch.offload import offload
 from deployments.dispatch.prepare import GROUP_CHARACTERS, takes_instructions
 from deployments.engine import ModelCard
 from deployments.engine.tokenizer import TextTokenizer
-from deployments.errors import ContextLengthError, InvalidRequestError, ModelUnavailableError
+from deployments.errors import (
+    ContextLengthError,
+    DeadlineExceededError,
+    EmbeddingError,
+    InvalidKeyError,
+    InvalidRequestError,
+    ModelNotAllowedError,
+    ModelNotFoundError,
+    ModelUnavailableError,
+)
 from deployments.http.auth import key_of
+from deployments.http.errors import as_json
 from deployments.http.serving import BODY_SECONDS, Serving, wanted_seconds
+from deployments.http.table import BODY, Entry, answers
 from deployments.keys.rates import REQUESTS
 
 # How long a listing waits for a model that says that it is ready.
 CARD_SECONDS = 2.0
+
+SETTINGS = {
+    "name": "all-minilm-l6-v2",
+    "status": "available",
+    "worker_type": "vllm",
+    "description": "English sentences and short paragraphs",
+    "multimodal": False,
+    "max_context_size": 256,
+    "maximum_completion_tokens": None,
+    "semantic_embedding": True,
+    "completion_type": "none",
+    "embedding_type": "semantic",
+    "chat": False,
+    "prompt_template": None,
+}
+TOKENIZER = (
+    InvalidKeyError,
+    ModelNotAllowedError,
+    ModelNotFoundError,
+    DeadlineExceededError,
+    ModelUnavailableError,
+    EmbeddingError,
+)
 
 Asked = TypeVar("Asked", pharia.TokenizeRequest, pharia.DetokenizeRequest)
 
@@ -32,15 +66,15 @@ class PhariaServing:
         """Share the reading, counting and catalog of `serving`."""
         self._serving = serving
 
-    async def tokenize(self, request: Request) -> bytes:
+    async def tokenize(self, request: Request) -> Response:
         """Return what the model would read of a text."""
         async with self._asked(request, pharia.parse_tokenize) as (wanted, (_, tokenizer)):
             if len(wanted.prompt) > GROUP_CHARACTERS:
                 raise ContextLengthError(f"`prompt` may have {GROUP_CHARACTERS} characters", "prompt")
             ids, tokens = await offload(len(wanted.prompt), tokenizer.read, wanted.prompt)
-            return await offload(len(ids), pharia.answer_tokenize, wanted, ids, tokens)
+            return _json(await offload(len(ids), pharia.answer_tokenize, wanted, ids, tokens))
 
-    async def detokenize(self, request: Request) -> bytes:
+    async def detokenize(self, request: Request) -> Response:
         """Return the text of token ids."""
         async with self._asked(request, pharia.parse_detokenize) as (wanted, (card, tokenizer)):
             if max(wanted.token_ids, default=0) >= card.vocab_size:
@@ -48,18 +82,18 @@ class PhariaServing:
                     f"`token_ids` holds an id beyond the vocabulary of {card.vocab_size}", "token_ids"
                 )
             ids = wanted.token_ids
-            return pharia.answer_detokenize(await offload(len(ids), tokenizer.decode, ids))
+            return _json(pharia.answer_detokenize(await offload(len(ids), tokenizer.decode, ids)))
 
-    async def tokenizer(self, request: Request, name: str) -> str:
+    async def tokenizer(self, request: Request, name: str) -> Response:
         """Return a model's tokenizer in the JSON of Hugging Face's `tokenizers`."""
         arrival = asyncio.get_running_loop().time()
         card, _ = await _model(self._serving.find(request, name), request, arrival)
-        return card.tokenizer
+        return _json(card.tokenizer)
 
-    async def settings(self, request: Request) -> list[dict[str, Any]]:
+    async def settings(self, request: Request) -> Response:
         """Return every model that the client may use, and whether it can answer now."""
         models = self._serving.visible(request)
-        return list(await asyncio.gather(*map(_settings, models)))
+        return as_json(await asyncio.gather(*map(_settings, models)))
 
     @asynccontextmanager
     async def _asked(
@@ -94,3 +128,42 @@ async def _settings(served: Served) -> dict[str, Any]:
         prompts = card.prompts | prompts
         listing["max_model_len"] = card.max_model_len
     return pharia.model_settings(listing, state["ready"], takes_instructions(prompts))
+
+
+def _json(printed: bytes | str) -> Response:
+    return Response(printed, media_type="application/json")
+
+
+def pharia_routes(served: PhariaServing) -> Iterator[Entry]:
+    """Yield what else Pharia's clients ask for. Before `/models/{name}`, whose names may hold slashes."""
+    tokens = {"tokens": ["[CLS]", "hello", "[SEP]"], "token_ids": [101, 7592, 102]}
+    yield Entry(
+        path="/tokenize",
+        handler=served.tokenize,
+        method="POST",
+        summary="Show the tokens that the model would read of a text, special tokens included (Pharia).",
+        responses=answers(tokens, *BODY, model=pharia_schema.TokenizeResponse),
+        bodies=(pharia_schema.TokenizeBody,),
+    )
+    yield Entry(
+        path="/detokenize",
+        handler=served.detokenize,
+        method="POST",
+        summary="Turn token ids into text (Pharia).",
+        responses=answers({"result": "hello"}, *BODY, model=pharia_schema.DetokenizeResponse),
+        bodies=(pharia_schema.DetokenizeBody,),
+    )
+    yield Entry(
+        path="/models/{name:path}/tokenizer",
+        handler=served.tokenizer,
+        summary="Give the model's tokenizer, in the JSON of Hugging Face's `tokenizers` (Pharia).",
+        responses=answers({"version": "1.0", "model": {"type": "WordPiece"}}, *TOKENIZER),
+    )
+    for path in ("/models_available", "/model-settings"):
+        yield Entry(
+            path=path,
+            handler=served.settings,
+            summary="List the models, and which can answer now (Pharia).",
+            name=path.strip("/"),
+            responses=answers([SETTINGS], InvalidKeyError, model=list[pharia_schema.ModelSettings]),
+        )

@@ -1,4 +1,4 @@
-"""The README's own blocks run as they stand, but for the server's address."""
+"""The blocks of the README and of the rooms' pages run as they stand, but for the server's address."""
 
 import json
 import re
@@ -19,15 +19,23 @@ from tests.server import Server
 
 pytestmark = pytest.mark.model
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    page.parent.name if page.parent != ROOT else "": page.read_text(encoding="utf-8")
+    for page in (ROOT / "README.md", *sorted(ROOT.glob("deployments/*/README.md")))
+}
 ADDRESS = "http://127.0.0.1:8000"
 
 
-def blocks(language: str) -> list[str]:
-    """Return the code blocks of a language, in order."""
-    found = re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, *pages: str) -> list[str]:
+    """Return the code blocks of a language, in order, each once; of the README where no page is named."""
+    texts = [PAGES[page] for page in pages or [""]]
+    found = [
+        block
+        for text in texts
+        for block in re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    ]
     assert found
-    return found
+    return list(dict.fromkeys(found))
 
 
 def test_the_curl_command_answers_as_shown(two_models: Server) -> None:
@@ -45,7 +53,7 @@ def test_the_curl_command_answers_as_shown(two_models: Server) -> None:
     assert answer["model"] == MINILM
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", blocks("python", *PAGES))
 def test_python_blocks_run(two_models: Server, code: str, tmp_path: Path) -> None:
     """Each on its own, against the running server and on its cluster."""
     code = code.replace(ADDRESS, two_models.url)
@@ -63,9 +71,12 @@ def test_python_blocks_run(two_models: Server, code: str, tmp_path: Path) -> Non
 
 
 def test_the_worker_file_loads_and_shows_every_key(tmp_path: Path) -> None:
-    """What the schema has, the README explains; what it shows, the schema has."""
-    text, scaling = blocks("toml")
+    """What the schema has, the page explains; what it shows, the schema has. The README's is a short one."""
+    (short,) = blocks("toml")
     file = tmp_path / "all-minilm-l6-v2.toml"
+    file.write_text(short)
+    assert load_workers(file, environ={})[0].name == MINILM
+    text, scaling = blocks("toml", "config")
     file.write_text(text)
     (worker,) = load_workers(file, environ={})
     shown = tomli.loads(text)
@@ -75,7 +86,7 @@ def test_the_worker_file_loads_and_shows_every_key(tmp_path: Path) -> None:
     for table in ("generator", "queue", "monitoring", "limits"):
         assert set(type(getattr(worker, table)).model_fields) == set(shown[table])
     for key in type(worker.deployment).model_fields:
-        assert key in README
+        assert key in PAGES["config"]
     task = shown["queue"]["models"][MINILM]["embedding_task"]
     assert set(task) == set(type(worker.queue.models[MINILM].embedding_task).model_fields)
 
@@ -84,7 +95,7 @@ def test_commands_of_the_console_blocks_exist(tmp_path: Path) -> None:
     """Every make target is there, and every command parses; check and plan run."""
     (tmp_path / "workers").symlink_to(ROOT / "deployments" / "workers")
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    lines = [line for block in blocks("console") for line in block.splitlines() if line]
+    lines = [line for block in blocks("console", *PAGES) for line in block.splitlines() if line]
     assert len(lines) >= 8
     for line in lines:
         program, *arguments = shlex.split(line, comments=True)

@@ -42,13 +42,13 @@ HEAVY = {
     "torch": "engine.vllm",
     "vllm": "engine.vllm",
     "transformers": "engine.tokenizer",
-    "ray": "app bulk client command dispatch front.spare http.ingress http.app batches.deployment batches.desk"
-    " replica transport",
-    "fastapi": "http batches.routes batches.desk",
+    "ray": "app batches.deployment batches.desk bulk client command dispatch front.spare http replica "
+    "transport",
+    "fastapi": "http batches.routes",
 }
 MAX_FILES, MAX_LINES, MAX_FUNCTION = 12, 320, 40
 # They are tables: of metrics, of routes, of a file's parts.
-TABLES = {"Metrics.__init__", "add_batch_routes", "add_pharia_routes", "_routes", "ray_service"}
+TABLES = {"Metrics.__init__", "batch_routes", "ray_service"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
