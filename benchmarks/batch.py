@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import openai
@@ -44,7 +44,7 @@ from tests.nodes import HEAD, SECOND, nodes, serve_on
 from tests.server import Server, program, serve, wait_for
 
 TEXTS = 20_000
-TRUNCATION = "end"
+TRUNCATION: Literal["end"] = "end"
 MIB = 2**20
 # The fake engine's: as many tokens a second as all-MiniLM-L6-v2 on 2 cores.
 FAKE = "call_seconds = 0.003, token_seconds = 0.000036, dimension = 64"
@@ -261,11 +261,12 @@ def batch_beside(server: Server, _: Path, rows: int) -> Iterator[None]:
     file = sdk.files.create(file=("requests.jsonl", "\n".join(lines).encode()), purpose="batch")
     batch = sdk.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
     state = lambda: sdk.batches.retrieve(batch.id)  # noqa: E731
+    counts: Callable[[], Any] = lambda: state().request_counts  # noqa: E731
     try:
-        wait_for(lambda: state().request_counts.completed, 60, lambda: str(state()))
+        wait_for(lambda: counts().completed, 60, lambda: str(state()))
         yield
         assert state().status == "in_progress", state()
-        assert not state().request_counts.failed, state()
+        assert not counts().failed, state()
     finally:
         sdk.batches.cancel(batch.id)
         wait_for(lambda: state().status == "cancelled", 60, lambda: str(state()))
@@ -356,6 +357,11 @@ def kills(rows: int = 24_000, times: int = 5, part_rows: int = 2048, seed: int |
         yield from kill_job(where, rows, times, part_rows, seed)
 
 
+def has_slices(parts: Path, count: int) -> bool:
+    """Whether a job has written so many slices."""
+    return len(list(parts.glob("slice-*.arrow"))) >= count
+
+
 def kill_job(where: Site, rows: int, times: int, part_rows: int, seed: int | None = None) -> Rows:
     """Do it on a site."""
     seed = random.randrange(2**32) if seed is None else seed
@@ -376,11 +382,11 @@ def kill_job(where: Site, rows: int, times: int, part_rows: int, seed: int | Non
             had = len(list(parts.glob("slice-*.arrow")))
             # A random moment of what should take a share of the whole.
             until = had + 1 + rng.random() * rows / (part_rows // 8) / (times + 2)
-            wait_for(lambda until=until: len(list(parts.glob("slice-*.arrow"))) >= int(until), 120, log)
+            wait_for(functools.partial(has_slices, parts, int(until)), 120, log)
             if number % 2 == 1 and faults:
                 faults.pop(0)()
             moment = time.monotonic() + rng.random() * 0.3
-            wait_for(lambda moment=moment: time.monotonic() > moment, 5, "a moment")
+            time.sleep(max(0.0, moment - time.monotonic()))
             assert job.poll() is None, log.read_text()
         finally:
             job.kill()

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,9 +87,9 @@ def usage_of(running: Running) -> Counter[str]:
     return cpu
 
 
-def stages_of(running: Running) -> Counter[tuple[str, str]]:
+def stages_of(running: Running) -> dict[tuple[str, str], float]:
     """Return the sum and the count of each stage's seconds, as the server has measured them."""
-    stages: Counter[tuple[str, str]] = Counter()
+    stages: defaultdict[tuple[str, str], float] = defaultdict(float)
     text = httpx.get(f"{running.server.url}/metrics", timeout=30).text
     for family in text_string_to_metric_families(text):
         if family.name == "embedding_stage_seconds":
@@ -151,7 +151,8 @@ def budget(running: Running, workload: Workload, seconds: float, folder: Path) -
     result = send(workload, seconds, 0.0, "")
     spent, stages = usage_of(running), stages_of(running)
     spent.subtract(before)
-    stages.subtract(stages_before)
+    for stage, value in stages_before.items():
+        stages[stage] -= value
     requests = len(result.latencies)
     with sampled(running, seconds, folder) as found:
         send(workload, seconds + WARM_UP_SECONDS, 0.0, "")
@@ -172,10 +173,10 @@ def budget(running: Running, workload: Workload, seconds: float, folder: Path) -
     yield ""
     yield "| the server's own timings | each, µs | a request, µs |"
     yield "|---|---|---|"
-    for stage in dict.fromkeys(name for name, _ in stages):
-        seconds_in, count = stages[stage, "sum"], stages[stage, "count"]
+    for name in dict.fromkeys(name for name, _ in stages):
+        seconds_in, count = stages[name, "sum"], stages[name, "count"]
         if count:
-            yield f"| {stage} | {1e6 * seconds_in / count:,.0f} | {1e6 * seconds_in / requests:,.0f} |"
+            yield f"| {name} | {1e6 * seconds_in / count:,.0f} | {1e6 * seconds_in / requests:,.0f} |"
     yield ""
 
 

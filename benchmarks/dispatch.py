@@ -268,9 +268,9 @@ def neighbours(rounds: int = 3, seconds: float = 10.0) -> Rows:
                     sides[model][1].append(replace(person, model=model, seed=2 * number + 1).run())
     for model, who in (("b", "person on another model"), ("a", "another caller of the model")):
         idle, flooded = sides[model]
-        good = [[seen.of(200) for seen in side] for side in (idle, flooded)]
-        yield slower(f"{who} beside a flood", *good, 50)
-        yield slower(f"{who} beside a flood", *good, 99, bound=2 if model == "b" else None)
+        before, after = ([seen.of(200) for seen in side] for side in (idle, flooded))
+        yield slower(f"{who} beside a flood", before, after, 50)
+        yield slower(f"{who} beside a flood", before, after, 99, bound=2 if model == "b" else None)
         answers = [answer for seen in flooded for answer in seen.answers]
         refused = sum(answer.status != 200 for answer in answers) / len(answers)
         yield Row.at_most(f"of {who}'s {len(answers)} requests refused", refused, 0)

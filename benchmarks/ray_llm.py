@@ -1,6 +1,7 @@
 """Serves the model with ray.serve.llm's `build_openai_app`, for `benchmarks.rivals`; ends at SIGTERM."""
 
 import json
+import logging
 import signal
 import sys
 import time
@@ -23,7 +24,7 @@ def main() -> None:
         num_cpus=cores_here() + 1,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
     # While it starts too; Ray has put a handler of its own there.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

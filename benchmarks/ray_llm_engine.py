@@ -21,7 +21,7 @@ class FakeEngine(LLMEngine):
         self._vector = np.full(DIMENSION, DIMENSION**-0.5, np.float32).tolist()
         self._model = llm_config.model_id
 
-    async def embeddings(
+    async def embeddings(  # type: ignore[override]  # its base declares a coroutine and awaits none
         self, request: EmbeddingRequest, raw_request_info: Any = None
     ) -> AsyncGenerator[EmbeddingResponse, None]:
         """Yield the one answer."""
@@ -51,4 +51,4 @@ class FakeEngine(LLMEngine):
     async def _refuse(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError
 
-    chat = completions = transcriptions = tokenize = detokenize = _refuse
+    chat = completions = transcriptions = tokenize = detokenize = _refuse  # type: ignore[assignment]

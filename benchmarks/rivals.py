@@ -263,10 +263,10 @@ def in_process(folder: Path, subject: Subject, which: str) -> Iterator[Running]:
     told = json.dumps({**asdict(subject), "worker_file": str(subject.worker_file)})
     command = [sys.executable, "-m", "benchmarks.inprocess", which, told]
     begun = time.monotonic()
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with process(command, folder, engine_environment(subject) | WITHOUT_PANDAS, **pipes) as server:
-        lines, said = server.process.stdin, server.process.stdout
-        assert lines is not None and said is not None
+        lines: Any = server.process.stdin  # as text
+        said: Any = server.process.stdout
 
         def answer() -> Any:
             while line := str(said.readline()):
@@ -278,7 +278,7 @@ def in_process(folder: Path, subject: Subject, which: str) -> Iterator[Running]:
             task = json.dumps(
                 asdict(Task("", asdict(workload), seconds, warm_up, reference, subject.dimension))
             )
-            lines.write(f"{task}\n")  # type: ignore[arg-type]
+            lines.write(f"{task}\n")
             lines.flush()
             return Result(**answer())
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import contextvars
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -111,7 +112,7 @@ def cluster(engine_args: str, more: str) -> Iterator[Any]:
                 Machine(cores_here(), 0, cores_here()),
             )
         }
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:
             handles = {OURS: app.bind_replica(plans[OURS])}
             with mock.patch.object(app, "ROUTER", RequestRouterConfig().request_router_class):

@@ -135,7 +135,7 @@ class _Run:
         self._task = task
         self.workload = Workload(**task.workload)
         parts = urlsplit(task.url)
-        self._address = parts.hostname, parts.port
+        self._address = parts.hostname or "", parts.port or 80
         generator = self.workload.requests()
         self._texts = [next(generator) for _ in range(self.workload.ready_requests)]
         bodies = [self.workload.body(texts, number) for number, texts in enumerate(self._texts)]

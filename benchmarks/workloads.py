@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import orjson
+from tokenizers import Tokenizer
 
 from deployments.config.model_files import resolve_model_path
 
@@ -163,10 +164,8 @@ def mean_tokens(kind: Kind) -> float:
 
 
 @functools.cache
-def tokenizer() -> "Tokenizer":  # noqa: F821 - imported at use
+def tokenizer() -> Tokenizer:
     """Return the model's tokenizer, without truncation and padding."""
-    from tokenizers import Tokenizer
-
     made = Tokenizer.from_file(str(Path(model_folder(), "tokenizer.json")))
     made.no_truncation()
     made.no_padding()

@@ -7,7 +7,6 @@ starts after a crash. Every call goes to a thread, since all of this may wait fo
 import asyncio
 import contextlib
 import functools
-import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +16,14 @@ from typing import Any, TypeVar
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from deployments.durable import replacing, settle
 from deployments.errors import ConfigError, StorageUnavailableError
 
 T = TypeVar("T")
 CHUNK_BYTES = 2**20
 # Of its own: a disk or network that hangs takes them all, and shall take nobody else's.
 _threads = ThreadPoolExecutor(16, thread_name_prefix="storage")
-PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
+PRIVATE_FOLDER = 0o700
 
 
 class Storage:
@@ -99,7 +99,7 @@ class Storage:
                 await self._do(file.write, chunk)
                 size += len(chunk)
             if self._is_local:
-                await self._do(_sync, file)
+                await self._do(settle, file)
             await self._do(file.close)
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is the one to tell
@@ -139,16 +139,8 @@ class Storage:
             self._fs.pipe_file(full, content)  # object stores show an object once it is whole
             return
         self._make_folder(full)
-        fresh = Path(f"{full}.{secrets.token_hex(4)}~")
-        try:
-            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE_FILE)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                _sync(file)
-            fresh.replace(full)
-        except BaseException:
-            fresh.unlink(missing_ok=True)
-            raise
+        with replacing(Path(full)) as file:
+            file.write(content)
 
     def _discard(self, file: Any, full: str) -> None:
         if not self._is_local and hasattr(file, "discard"):
@@ -157,11 +149,6 @@ class Storage:
             file.close()
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(full)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _reason(error: Exception) -> str:

@@ -7,7 +7,6 @@ row is in one place, whatever is killed when.
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +15,14 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from deployments.durable import replacing
 from deployments.errors import JobError
 
 ERRORS, TOKENS, ROWS = b"errors", b"tokens", b"rows"
 # What stands in the way of another run, and what it says of itself.
 RESUME, OVERWRITE = "--resume", "--overwrite"
+# As any program makes its files; the umask takes its share.
+READABLE = 0o666
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,8 @@ class Ledger:
         counts = {TOKENS: str(tokens), ROWS: str(table.num_rows)}
         table = table.replace_schema_metadata({ERRORS: content, **counts})
         file = self.folder / f"slice-{number:09d}.arrow"
-        draft = file.with_suffix(".draft")
-        with draft.open("wb") as target:
-            with pa.ipc.new_file(target, table.schema) as writer:
-                writer.write_table(table)
-            settle(target)
-        draft.replace(file)
-        settle_folder(self.folder)
+        with replacing(file, READABLE) as target, pa.ipc.new_file(target, table.schema) as writer:
+            writer.write_table(table)
         self.done.add(number)
 
     def slices(self) -> Iterator[Written]:
@@ -160,24 +157,5 @@ def differences(known: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 def write_whole(file: Path, content: Any) -> None:
     """Write JSON so that the file is there whole or not at all."""
-    draft = file.with_name(f"{file.name}.draft")
-    with draft.open("w") as target:
-        json.dump(content, target, indent=1)
-        settle(target)
-    draft.replace(file)
-    settle_folder(file.parent)
-
-
-def settle(target: IO[Any]) -> None:
-    """Bring what was written to the disk."""
-    target.flush()
-    os.fsync(target.fileno())
-
-
-def settle_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with replacing(file, READABLE) as target:
+        target.write(json.dumps(content, indent=1).encode())

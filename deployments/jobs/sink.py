@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from deployments.durable import settle, settle_folder
 from deployments.errors import JobError
-from deployments.jobs.ledger import Ledger, settle, settle_folder, write_whole
+from deployments.jobs.ledger import Ledger, write_whole
 
 # The number of a row in the input, counted from 0; rows with errors are left out.
 ROW = "input_row"

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import os
 import secrets
-import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from deployments.durable import replacing
 from deployments.errors import ConfigError
 
 PREFIX = "ec-"  # so that scanners for leaked secrets can know one
@@ -110,12 +110,8 @@ def _changing(path: Path) -> Iterator[list[Key]]:
         keys = list(read_keys(path).keys) if path.exists() else []
         yield keys
         text = Keys(keys=tuple(keys)).model_dump_json(indent=2, exclude_none=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # mode 0600 from the start
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
+        with replacing(path) as file:
+            file.write(f"{text}\n".encode())
 
 
 def create_key(path: Path, key: Callable[[str], Key]) -> str:

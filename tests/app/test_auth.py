@@ -389,11 +389,12 @@ async def test_ten_thousand_refusals_leave_no_trace(
 ) -> None:
     """No key and no text in any log, at any level."""
     caplog.set_level(logging.DEBUG)
+    app = client._transport.app  # type: ignore[attr-defined]
     ask: Callable[[int], Awaitable[tuple[int, Any]]] = lambda n: raw(  # noqa: E731
-        client._transport.app,
+        app,
         "POST",
         "/v1/embeddings",
-        bearer(f"wrong-{n}"),  # type: ignore[attr-defined]
+        bearer(f"wrong-{n}"),
     )
     for number in range(10_000):
         status, _ = await ask(number)

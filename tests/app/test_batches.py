@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ import jsonschema_rs
 import numpy as np
 import openai
 import pytest
+from openai.types import Batch
 
 from deployments.batches import job
 from deployments.batches import lines as bulk
@@ -69,12 +70,20 @@ async def application(
 
         def client(name: str) -> openai.AsyncOpenAI:
             return openai.AsyncOpenAI(
-                base_url="http://cluster/v1", api_key=f"secret-{name}", http_client=http, max_retries=0
+                base_url="http://cluster/v1",
+                api_key=f"secret-{name}",
+                http_client=http,  # type: ignore[arg-type]
+                max_retries=0,
             )
 
         yield Application(folder, client, http)
     work.cancel()
     await asyncio.gather(work, return_exceptions=True)
+
+
+def completed(batches: Iterable[Batch]) -> int:
+    """Return how many lines of batches are done."""
+    return sum(each.request_counts.completed for each in batches if each.request_counts)
 
 
 async def none() -> list[bytes]:
@@ -208,7 +217,8 @@ async def test_nobody_finds_what_belongs_to_another_key(application: Application
     for ask in asked:
         with pytest.raises(openai.NotFoundError):
             await ask()
-    assert (await other.files.list()).data == (await other.batches.list()).data == []
+    assert (await other.files.list()).data == []
+    assert (await other.batches.list()).data == []
     for path in ("/files", "/batches", f"/files/{batch.output_file_id}/content", f"/batches/{batch.id}"):
         assert (await application.http.get(path)).status_code == 401
     assert (await application.http.post("/batches", json={})).status_code == 401
@@ -372,10 +382,10 @@ async def test_a_key_whose_rate_is_used_up_keeps_no_other_key_waiting(
         await few.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
         for _ in range(6)
     ]
-    await eventually(few.batches.list, lambda page: sum(b.request_counts.completed for b in page.data) == 10)
+    await eventually(few.batches.list, lambda page: completed(page.data) == 10)
     batch = await run(application.client("all"), line(1, {"model": "a", "input": "y"}))
     assert (batch.status, batch.request_counts.completed) == ("completed", 1)
     found = (await few.batches.list()).data
-    assert sum(each.request_counts.completed for each in found) == 10
+    assert completed(found) == 10
     assert {each.status for each in found} <= {"validating", "in_progress"}
     assert len(found) == len(standing)

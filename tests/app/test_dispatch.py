@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.config.load import load_workers
@@ -328,7 +329,7 @@ async def test_chance_doesnt_fail_a_call_that_met_no_death(make: Make) -> None:
     await dispatch.model(soon())
     handle_of(dispatch).failures = [
         EngineDeadError("ended"),
-        DeploymentUnavailableError(None),
+        DeploymentUnavailableError(DeploymentID("m")),
         ActorDiedError(),
     ]
     await check(dispatch, inputs(3))

@@ -13,6 +13,8 @@ import numpy as np
 import openai
 import psutil
 import pytest
+from openai.types import Batch
+from openai.types.batch_request_counts import BatchRequestCounts
 
 from tests import workers
 from tests.fake import expected
@@ -76,13 +78,20 @@ def create(client: openai.OpenAI, content: bytes) -> Any:
 
 def wait_until_completed(client: openai.OpenAI, batch: Any, lines: int) -> int:
     """Wait until so many lines are, and return how many that are."""
-    counts = lambda: client.batches.retrieve(batch.id).request_counts.completed  # noqa: E731
+    counts = lambda: counts_of(client.batches.retrieve(batch.id)).completed  # noqa: E731
     wait_for(lambda: counts() >= lines, SECONDS, lambda: str(client.batches.retrieve(batch.id)))
     return int(counts())
 
 
-def read(client: openai.OpenAI, name: str) -> list[dict[str, Any]]:
+def counts_of(batch: Batch) -> BatchRequestCounts:
+    """Return a batch's counts, which ours always has."""
+    assert batch.request_counts is not None
+    return batch.request_counts
+
+
+def read(client: openai.OpenAI, name: str | None) -> list[dict[str, Any]]:
     """Return a file's lines."""
+    assert name is not None
     return [json.loads(text) for text in client.files.content(name).text.splitlines()]
 
 
@@ -107,11 +116,11 @@ def test_a_batch_survives_its_runner_the_ingress_and_the_whole_server(place: Pat
         kill(server.processes())
         shutil.rmtree(Path(private).parent)
     with started(place) as (server, client):
-        assert client.batches.retrieve(batch.id).request_counts.completed >= done
+        assert counts_of(client.batches.retrieve(batch.id)).completed >= done
         wait_until_completed(client, batch, LINES - len(BAD))
         wait_for(lambda: client.batches.retrieve(batch.id).status == "completed", SECONDS, "its end")
         ended = client.batches.retrieve(batch.id)
-        counts = ended.request_counts
+        counts = counts_of(ended)
         assert (counts.total, counts.completed, counts.failed) == (LINES, LINES - len(BAD), len(BAD))
         output, errors = read(client, ended.output_file_id), read(client, ended.error_file_id)
         good = [n for n in range(LINES) if n not in BAD]
@@ -135,8 +144,8 @@ def test_a_batch_survives_its_runner_the_ingress_and_the_whole_server(place: Pat
         assert client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
         wait_for(lambda: client.batches.retrieve(batch.id).status == "cancelled", SECONDS, "its end")
         cancelled = client.batches.retrieve(batch.id)
-        assert 0 < cancelled.request_counts.completed < LINES
-        assert len(read(client, cancelled.output_file_id)) == cancelled.request_counts.completed
+        assert 0 < counts_of(cancelled).completed < LINES
+        assert len(read(client, cancelled.output_file_id)) == counts_of(cancelled).completed
         shown = {each.id: each.status for each in client.batches.list()}
         assert list(shown) == [cancelled.id, *(each.id for each in reversed(standing)), ended.id]
         assert {shown[each.id] for each in standing} <= {"validating", "in_progress"}

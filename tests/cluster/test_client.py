@@ -159,7 +159,8 @@ class Actor:
 def test_tasks_and_actors_embed(where: Site) -> None:
     """A client may travel."""
     task = embed.remote(EmbeddingClient("m"), TEXTS[:50])
-    answer = Actor.remote("m").embed.remote(TEXTS[50:100])
+    actor = Actor.remote("m")  # type: ignore[attr-defined]
+    answer = actor.embed.remote(TEXTS[50:100])
     assert np.array_equal(np.concatenate(ray.get([task, answer], timeout=90)), expected(TEXTS[:100]))
 
 

@@ -37,7 +37,13 @@ class Site:
 
     def deploy(self) -> None:
         """Write the deploy file anew, and deploy it."""
-        plan = [BIN / "embedding-cluster", "plan", "--format", "serve", self.folder / "workers"]
+        plan: list[str | Path] = [
+            BIN / "embedding-cluster",
+            "plan",
+            "--format",
+            "serve",
+            self.folder / "workers",
+        ]
         written = subprocess.run(
             plan, capture_output=True, text=True, check=True, env=environ(self.server.mark)
         )
@@ -49,7 +55,7 @@ class Site:
         application["args"]["keys"] = str(self.folder / "keys.json")
         file = self.folder / "deploy.yaml"
         file.write_text(yaml.safe_dump(document))
-        command = [BIN / "serve", "deploy", "-a", self.dashboard, file]
+        command: list[str | Path] = [BIN / "serve", "deploy", "-a", self.dashboard, file]
         result = subprocess.run(
             command, capture_output=True, text=True, check=False, env=environ(self.server.mark)
         )
@@ -91,7 +97,14 @@ def environ(mark: str) -> dict[str, str]:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A head node on this machine that serves one fake model with two replicas."""
     folder, mark, dashboard = tmp_path_factory.mktemp("deploy"), uuid.uuid4().hex, free_port()
-    command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"]
+    command: list[str | Path] = [
+        BIN / "ray",
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=2",
+        f"--port={free_port()}",
+    ]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     # A short path: Ray adds 56 characters to it, and a socket's path may have 97.
     own = Path(tempfile.mkdtemp(prefix="deploy-", dir="/tmp"))
@@ -145,7 +158,8 @@ def write(site: Site, task: str = "", replicas: int = 2, seed: int = 0, version:
 
 def expected(text: str, seed: int = 0) -> np.ndarray:
     """Return the right vector of a text."""
-    return fake.expected([text], seed=seed)[0]
+    vector: np.ndarray = fake.expected([text], seed=seed)[0]
+    return vector
 
 
 def is_vector(answer: httpx.Response, vector: np.ndarray) -> bool:
@@ -187,7 +201,7 @@ def test_a_submitted_job_embeds(site: Site) -> None:
     """`ray job submit` runs the command on the cluster; nothing has to be told where that is."""
     source, output = site.folder / "in.csv", site.folder / "out.npy"
     source.write_text("text\nhello\nworld\n")
-    command = [BIN / "ray", "job", "submit", "--address", site.dashboard, "--"]
+    command: list[str | Path] = [BIN / "ray", "job", "submit", "--address", site.dashboard, "--"]
     command += [BIN / "embedding-cluster", "embed", source, output, "--model", "m"]
     told = ""
 

@@ -1,6 +1,6 @@
 """The dispatch under load on a real server: what is split, joined, refused. Times are for `make dispatch`."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +97,9 @@ def test_a_profile_shows_processes_and_stages(running: tuple[Running, Workload],
     lines = list(budget(*running, 1.0, tmp_path))
     assert lines[0].startswith(f"**{SINGLES.name}**")
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
-    where, costs, stages = "", {}, Counter[str]()
+    where = ""
+    costs: dict[str, float] = {}
+    stages: defaultdict[str, float] = defaultdict(float)
     for row in rows:
         if row[1:2] == ["all"]:
             where, costs[row[0]] = row[0], float(row[2].replace(",", ""))

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cluster
 REQUESTS, CLIENTS = 10_000, 8
 SECRET, TEXT = "never-to-be-logged-key", "never-to-be-logged-text"
 BODY = f'{{"model": "m", "input": "{TEXT}"}}'.encode()
-WRONG = [
+WRONG: list[dict[str, str | bytes]] = [
     {},
     {"Authorization": f"Bearer {SECRET}"},
     {"Authorization": f"Basic {SECRET}"},

@@ -117,7 +117,8 @@ async def test_openai_python(site: Site, right: Right, options: dict[str, Any]) 
 def openai_floats(vector: Any) -> list[float]:
     """Return the numbers; the SDK decodes base64 by itself only where nobody asked for it."""
     if isinstance(vector, str):
-        return np.frombuffer(base64.b64decode(vector), "<f4").tolist()
+        numbers: list[float] = np.frombuffer(base64.b64decode(vector), "<f4").tolist()
+        return numbers
     return list(vector)
 
 
@@ -270,7 +271,8 @@ def requests() -> dict[str, Any]:
 def compressed(vectors: np.ndarray) -> np.ndarray:
     """Return the first 128 dimensions at unit length."""
     cut = vectors[:, :128]
-    return cut / np.linalg.norm(cut, axis=1, keepdims=True)
+    unit: np.ndarray = cut / np.linalg.norm(cut, axis=1, keepdims=True)
+    return unit
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -289,8 +291,8 @@ def test_aleph_alpha_client(site: Site, right: Right) -> None:
     assert same(got.embedding, right([QUERY + TEXTS[0]])[0])
     got = client.semantic_embed(ask["compressed"], MINILM)
     assert same(got.embedding, compressed(right(TEXTS[:1]))[0])
-    got = client.instructable_embed(ask["instructable_embed"], MINILM)
-    assert same(got.embedding, right(["Find cats: " + TEXTS[0]])[0])
+    told = client.instructable_embed(ask["instructable_embed"], MINILM)
+    assert same(told.embedding, right(["Find cats: " + TEXTS[0]])[0])
     batch = aleph.BatchSemanticEmbeddingRequest(
         ask["batch_semantic_embed"].prompts[:100], aleph.SemanticRepresentation.Document
     )
@@ -320,8 +322,8 @@ async def test_aleph_alpha_async_client(site: Site, right: Right) -> None:
         assert same(got.embedding, right([QUERY + TEXTS[0]])[0])
         got = await client.semantic_embed(ask["compressed"], MINILM)
         assert same(got.embedding, compressed(right(TEXTS[:1]))[0])
-        got = await client.instructable_embed(ask["instructable_embed"], MINILM)
-        assert same(got.embedding, right(["Find cats: " + TEXTS[0]])[0])
+        told = await client.instructable_embed(ask["instructable_embed"], MINILM)
+        assert same(told.embedding, right(["Find cats: " + TEXTS[0]])[0])
         batch = await client.batch_semantic_embed(
             ask["batch_semantic_embed"], MINILM, num_concurrent_requests=3
         )

@@ -215,7 +215,14 @@ class Cluster:
         """Make a file."""
         name, path = self.files.upload(owner)
         size = await self.storage.write_stream(path, chunked(content, 1000))
-        file = FileObject(id=name, bytes=size, created_at=int(self.now), filename="in.jsonl", purpose=purpose)
+        file = FileObject(
+            id=name,
+            bytes=size,
+            created_at=int(self.now),
+            filename="in.jsonl",
+            purpose=purpose,
+            expires_at=None,
+        )
         return await self.files.add(owner, file, (path,))
 
     async def create(self, content: bytes, owner: str = NOBODY) -> Batch:
@@ -634,7 +641,8 @@ async def test_a_write_that_hangs_spoils_nothing_when_it_ends(
 ) -> None:
     """The same runner has gone on with the block by then: what it counts is what it wrote this time."""
     batch = await cluster.create(lines(*map(request, range(3))))
-    write, late = cluster.storage.write, []
+    write = cluster.storage.write
+    late: list[Any] = []
 
     async def hanging(path: str, content: bytes) -> None:
         if "output" in path and not late:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def checker(tmp_path: Path) -> Checker:
     return Checker(tmp_path / "reference.npy")
 
 
-def answer(rows: list[object]) -> bytes:
+def answer(rows: Sequence[object]) -> bytes:
     """Return an answer in OpenAI's format."""
     return json.dumps({"data": [{"index": i, "embedding": row} for i, row in enumerate(rows)]}).encode()
 

@@ -19,7 +19,8 @@ def test_without_the_vocabulary_the_start_fails_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Which says what to do."""
-    import tiktoken
+    import tiktoken.load
+    import tiktoken.registry
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})

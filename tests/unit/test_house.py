@@ -19,6 +19,7 @@ ORDER = [
     "errors",
     "metrics",
     "priority",
+    "durable",
     "config",
     "front",
     "keys",
@@ -105,7 +106,9 @@ def test_every_room_is_small() -> None:
         assert lines <= MAX_LINES, path
         assert sum(other.parent == path.parent for other in files) <= MAX_FILES, path.parent
         tree = ast.parse(path.read_text())
-        for scope in (tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))):
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        scopes: list[ast.Module | ast.ClassDef] = [tree, *classes]
+        for scope in scopes:
             for node in scope.body:
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                     name = f"{scope.name}.{node.name}" if isinstance(scope, ast.ClassDef) else node.name

@@ -18,7 +18,7 @@ from deployments.bulk.connection import Attempt, How, mistake
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import fake_vectors
 from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
-from deployments.errors import JobError
+from deployments.errors import EmbeddingError, JobError
 from deployments.jobs.ledger import Ledger
 from deployments.jobs.progress import Lines
 from deployments.jobs.run import Job, run
@@ -51,7 +51,9 @@ class Client:
             self.asked += batch
             if len(self.asked) > self.dies_after:
                 raise KeyboardInterrupt
-            errors = {row: error for row, text in enumerate(batch) if (error := mistake(text))}
+            errors: dict[int, EmbeddingError] = {
+                row: error for row, text in enumerate(batch) if (error := mistake(text))
+            }
             good = [text for row, text in enumerate(batch) if row not in errors]
             vectors = expected(good) if good else np.empty((0, DIMENSION), np.float32)
             yield Attempt(vectors, errors, sum(map(len, good)), frozenset({self.answers_as}))

@@ -132,7 +132,8 @@ def test_the_ray_service_carries_the_worker_files_as_a_secret(
 
 def test_only_this_machine_is_let_in_without_keys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Others, where the file names keys, or says that none are meant."""
-    wanted = {(): ("127.0.0.1", {}), ("--insecure",): ("0.0.0.0", {"insecure": True})}
+    wanted: dict[tuple[str, ...], tuple[str, dict[str, Any]]] = {(): ("127.0.0.1", {})}
+    wanted["--insecure",] = ("0.0.0.0", {"insecure": True})
     wanted["--keys", str(folder / "keys.json")] = ("0.0.0.0", {"keys": str(folder / "keys.json")})
     for options, (host, arguments) in wanted.items():
         (document,) = documents(capsys, str(folder), "--format", "serve", *options)

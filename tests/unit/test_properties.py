@@ -89,7 +89,7 @@ def test_no_body_breaks_a_parser(fields: Any) -> None:
         pharia.parse_detokenize,
     ):
         try:
-            parse(body)  # type: ignore[operator]
+            parse(body)
         except EmbeddingError as error:
             assert error.status == 400
             assert error.param
@@ -114,7 +114,7 @@ def test_both_formats_give_back_every_bit(numbers: list[float]) -> None:
     """Of every finite float32: zeros with a sign, the smallest and the largest among them."""
     vectors = np.array([numbers, numbers[::-1]], np.float32)
     for encoding_format in ("float", "base64"):
-        request = openai.OpenAIRequest(encoding_format=encoding_format)  # type: ignore[arg-type]
+        request = openai.OpenAIRequest(encoding_format=encoding_format)
         data = json.loads(request.answer(EmbeddingResult(vectors, "m", 1)))["data"]
         for row, item in zip(vectors, data, strict=True):
             value = item["embedding"]

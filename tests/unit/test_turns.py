@@ -72,6 +72,7 @@ async def test_a_suspect_is_in_the_engine_with_nobody_else() -> None:
     after = [embed(ONE, bulk) for bulk in (False, True, False, True)]
     *served, fatal = await asyncio.gather(*before, *suspects, return_exceptions=True)
     for vectors, batch in zip(served, (ONE, ONE, TokenBatch.of([[1]])), strict=True):
+        assert isinstance(vectors, np.ndarray)
         assert np.array_equal(vectors, fake_vectors(batch, 64))
     assert type(fatal) is EngineCrashError
     strangers = await asyncio.gather(*after, return_exceptions=True)
