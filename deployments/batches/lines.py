@@ -5,7 +5,6 @@ What only time mends is tried again, and what is wrong with a line is that line'
 
 import asyncio
 import functools
-import random
 import weakref
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,15 +12,12 @@ from weakref import WeakKeyDictionary
 from deployments.api import openai
 from deployments.api.request import EmbeddingRequest
 from deployments.batches.store import owner_of
+from deployments.bulk.patience import Patience
 from deployments.bulk.window import TOKENS_PER_CHARACTER, Window
 from deployments.dispatch.dispatch import Dispatch
 from deployments.dispatch.work import Lane
 from deployments.errors import (
-    DeadlineExceededError,
     EmbeddingError,
-    HarmfulInputError,
-    ModelUnavailableError,
-    RateLimitError,
 )
 from deployments.http.serving import Client, Serving
 from deployments.keys.file import Key
@@ -29,13 +25,9 @@ from deployments.metrics import NO_MODEL, SUCCESS
 
 # Nobody waits at the other end, so a call may wait long for those of people.
 CALL_SECONDS = 600.0
-# A queue that is full has room again soon; not all who wait should ask at the same moment.
-MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 1.5
 # So much of an owner's is under way, as a multiple of what flies: if a block's lines all started at once,
 # tokenising them would take a core for a third of a second.
 WINDOW_FLIGHTS = 2
-# A model that fails on an input will mostly do so again.
-MAX_FAILURES = 3
 
 
 class Bulk:
@@ -71,9 +63,8 @@ class Bulk:
     async def _persist(self, wanted: openai.OpenAIRequest, key: Key | None) -> tuple[bytes, int]:
         """Ask until there is an answer, or an error that stays."""
         client = Client(key, owner_of(key), Lane.BULK)
-        failures = 0
+        patience = Patience()
         while True:
-            pause = random.uniform(MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS)  # noqa: S311 - no secret
             try:
                 # Found anew each time: meanwhile the model may have changed, or gone.
                 served = self._serving.find_for(key, wanted.model, wanted.tags)
@@ -81,17 +72,8 @@ class Bulk:
                 async with window.room(_estimate(wanted)):
                     deadline = asyncio.get_running_loop().time() + CALL_SECONDS
                     return await self._serving.answer(wanted, served, client, deadline)
-            except RateLimitError as error:
-                pause += error.retry_after or 0.0
-            except (ModelUnavailableError, DeadlineExceededError):
-                pass
-            except HarmfulInputError:
-                raise
             except EmbeddingError as error:
-                failures += 1
-                if error.status < EmbeddingError.status or failures >= MAX_FAILURES:
-                    raise
-            await asyncio.sleep(pause)
+                await patience.wait_out(error)
 
     def _window(self, dispatch: Dispatch, owner: str) -> Window:
         """Return an owner's window to a worker; each owner has one, so that they still take turns."""

@@ -6,7 +6,6 @@ A job's work waits for room instead of being refused, and for a model that is aw
 """
 
 import asyncio
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from deployments.api.encoding import truncate
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
+from deployments.bulk.patience import Patience
 from deployments.bulk.window import TOKENS_PER_CHARACTER, Window
 from deployments.config.worker import Worker
 from deployments.dispatch.catalog import Catalog, Served
@@ -31,7 +31,6 @@ from deployments.errors import (
     FatalInputError,
     InvalidRequestError,
     ModelUnavailableError,
-    QueueFullError,
 )
 
 # Chunks are as large as what flies, times this: the parts that they are cut into lose little by rounding.
@@ -42,10 +41,6 @@ WINDOW_CHUNKS = 3
 MAX_CHUNK_TEXTS = 4096
 # How much the last chunk counts in the running ratio.
 RATIO_SHARE = 0.3
-FIRST_PAUSE_SECONDS = 0.1
-MAX_PAUSE_SECONDS = 5.0
-# A bug's errors are all alike; after so many the texts are tried in halves, to find the one at fault.
-INTERNAL_ERRORS = 3
 
 FIELD = "texts"
 # Texts as a client means them have this limit for each alone, since there is no request to bound.
@@ -181,25 +176,13 @@ class Connection:
 
     async def _patiently(self, texts: Sequence[str], served: Served, how: How, caller: str) -> Attempt:
         """Try a chunk for as long as its patience lasts: a full queue and a model that is away pass."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + how.timeout_s
-        pause = FIRST_PAUSE_SECONDS
-        internal = 0
+        deadline = asyncio.get_running_loop().time() + how.timeout_s
+        patience = Patience(deadline)
         while True:
             try:
                 return await self._try(texts, served, how, caller, deadline)
             except EmbeddingError as error:
-                if type(error) is EmbeddingError:
-                    internal += 1
-                if not isinstance(error, ModelUnavailableError) and not 0 < internal < INTERNAL_ERRORS:
-                    raise
-                # A full queue of ours has room as soon as anything ends, long before all of it has.
-                least = 0.0 if isinstance(error, QueueFullError) else pause / 2
-                wait = random.uniform(least, pause)  # noqa: S311 - callers shouldn't all come back at once
-                if loop.time() + wait > deadline:
-                    raise
-            await asyncio.sleep(wait)
-            pause = min(2 * pause, MAX_PAUSE_SECONDS)
+                await patience.wait_out(error)
 
     async def _try(
         self, texts: Sequence[str], served: Served, how: How, caller: str, deadline: float

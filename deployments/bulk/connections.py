@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import ray
 from ray import serve
 
-from deployments.bulk.connection import FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS, Connection
+from deployments.bulk.connection import Connection
+from deployments.bulk.patience import FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS
 from deployments.config.worker import INGRESS_NAME, Worker
 from deployments.dispatch.catalog import Served
 from deployments.dispatch.dispatch import Dispatch

@@ -17,11 +17,12 @@ import pytest
 from openai.types import Batch
 
 from deployments.batches import job
-from deployments.batches import lines as bulk
+from deployments.batches import lines as batch_lines
 from deployments.batches.desk import BatchAccess
 from deployments.batches.lines import Bulk
 from deployments.batches.runner import Runner
 from deployments.batches.store import BatchPlace
+from deployments.bulk import patience
 from deployments.errors import EngineError, ModelUnavailableError
 from deployments.http.app import make_app
 from deployments.http.auth import Access
@@ -55,8 +56,8 @@ async def application(
     handles: dict[str, LocalHandle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Application]:
     """With keys on, and a runner beside it."""
-    monkeypatch.setattr(bulk, "MIN_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(bulk, "MAX_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "MAX_PAUSE_SECONDS", 0.02)
     folder = tmp_path / "storage"
     ring = KeyRing(Keys(keys=(key("all"), key("some", models=("a",)), key("few", tokens_per_minute=1000))))
     access = Access(ring, LocalRates(lambda: 0.0))  # what is used up stays so, however long a test takes
@@ -243,7 +244,7 @@ async def test_an_owners_lines_start_as_there_is_room_for_them(
     application: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another owner's have room of their own."""
-    monkeypatch.setattr(bulk, "WINDOW_FLIGHTS", 0)  # one at a time: something is always let in
+    monkeypatch.setattr(batch_lines, "WINDOW_FLIGHTS", 0)  # one at a time: something is always let in
     inside: Counter[str] = Counter()
     most: Counter[str] = Counter()
     together = 0
