@@ -15,71 +15,18 @@ import os
 import pickle
 import shutil
 import socket
-import struct
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from deployments.errors import EmbeddingError, EngineCrashError
+from deployments.transport.frames import Frames
 
 logger = logging.getLogger("ray.serve")
 
-# Number of the call, bytes of the body that follows. A request without a body takes the call back.
-_HEAD = struct.Struct("<QQ")
 # Each server makes a folder of its own, and the socket in it.
 PREFIX, SOCKET = "embedding-calls-", "socket"
-_PEER = struct.Struct("3i")  # pid, uid, gid, as the kernel knows them
-
-
-class _Frames(asyncio.BufferedProtocol, ABC):
-    """Cuts what arrives into frames, without a copy: the body is read into the buffer that it ends up in."""
-
-    _number: int | None  # of the frame whose body is being read; None while it is a head
-    _view: memoryview
-    _filled: int
-
-    def __init__(self) -> None:
-        self._transport: asyncio.WriteTransport | None = None
-        self._expect(None, _HEAD.size)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Refuse other users: frames are pickles, which run what they are told to."""
-        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's isn't a subclass
-        if _peer_uid(transport.get_extra_info("socket")) != os.getuid():
-            self._transport.abort()
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Return where the next bytes belong."""
-        return self._view[self._filled :]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        """Count bytes that have come; a full buffer is a head or a body."""
-        self._filled += nbytes
-        if self._filled < len(self._view):
-            return
-        number, body = self._number, self._view
-        if number is None:
-            number, size = _HEAD.unpack(body)
-            if size:
-                self._expect(number, size)
-                return
-            body = body[:0]
-        self._expect(None, _HEAD.size)
-        self.received(number, body)
-
-    @abstractmethod
-    def received(self, number: int, body: memoryview) -> None:
-        """Take one frame."""
-
-    def send(self, number: int, body: bytes) -> None:
-        """Write one frame, unless the other side has gone."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.writelines((_HEAD.pack(number, len(body)), body))
-
-    def _expect(self, number: int | None, size: int) -> None:
-        self._number, self._view, self._filled = number, memoryview(bytearray(size)), 0
 
 
 # --- the side that answers ------------------------------------------------------------------------------
@@ -132,7 +79,7 @@ class LocalServer:
             await asyncio.wait(self._running.copy())
 
 
-class _Answers(_Frames):
+class _Answers(Frames):
     """One caller's connection, as the answering side sees it."""
 
     def __init__(self, answer: Callable[..., Awaitable[Any]], running: set[asyncio.Task[None]]) -> None:
@@ -209,7 +156,7 @@ class LocalClient:
             calls.when_lost = lambda: self._connections.pop(address, None)
 
 
-class _Calls(_Frames):
+class _Calls(Frames):
     """One connection, as the asking side sees it."""
 
     def __init__(self) -> None:
@@ -266,9 +213,3 @@ def _remove_stale(place: str) -> None:
                 probe.connect(str(folder / SOCKET))
             except ConnectionRefusedError:  # one that is being made has no socket yet
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _peer_uid(connection: Any) -> int:
-    """Return the user whose process is at the other end."""
-    _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    return int(uid)

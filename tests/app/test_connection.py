@@ -8,6 +8,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from deployments.bulk.connection import Connection, How
+from deployments.bulk.patience import INTERNAL_ERRORS
 from deployments.bulk.window import Window
 from deployments.config.worker import Worker
 from deployments.dispatch.dispatch import Dispatch
@@ -128,7 +129,9 @@ async def test_an_error_in_rays_clothes_is_the_texts_own(handles: dict[str, Loca
     connection = connect(handle)
     await embed(connection, ["x"])
     for error in (EngineError("it can't", "input", 2.0), EmbeddingError("internal error")):
-        handle.failures = [RayTaskError("embed", "a traceback", error).as_instanceof_cause()]
+        # As often as an engine's error is tried again; what else may pass, passes after the first.
+        times = INTERNAL_ERRORS if type(error) is EngineError else 1
+        handle.failures = [RayTaskError("embed", "a traceback", error).as_instanceof_cause()] * times
         attempt = await embed(connection, ["y"])
         if type(error) is EngineError:
             (got,) = attempt.errors.values()

@@ -223,7 +223,7 @@ def test_another_user_is_turned_away(run: Run, monkeypatch: pytest.MonkeyPatch) 
     async def check() -> None:
         server, client = LocalServer(asyncio.sleep), LocalClient()
         await server.start()
-        monkeypatch.setattr(local_calls, "_peer_uid", lambda _: 4242)
+        monkeypatch.setattr("deployments.transport.frames._peer_uid", lambda _: 4242)
         assert not client.reaches(server.address)
         await asyncio.gather(*client._connecting.values())
         assert not client.reaches(server.address)
