@@ -10,7 +10,6 @@ import os
 import zlib
 from collections.abc import Iterable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,11 +19,10 @@ from ray.exceptions import RayError
 from ray.serve.schema import LoggingConfig
 
 from deployments.batches.deployment import BatchRunner
-from deployments.batches.desk import BatchDesk
-from deployments.batches.storage import Storage
+from deployments.batches.desk import BatchDesk, batch_place
 from deployments.batches.store import BatchPlace
 from deployments.config.load import load_workers
-from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, NO_BATCHES, RATES_NAME
+from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, RATES_NAME
 from deployments.errors import ConfigError
 from deployments.http.ingress import AccessSettings, Ingress
 from deployments.keys.rates import RateServer
@@ -47,7 +45,6 @@ HEALTH_CHECK_TIMEOUT_SECONDS = 30.0
 # then every ingress knows that it leaves. Whoever calls the ingress isn't ours, and has Ray Serve's own time.
 DRAIN_CHECK_SECONDS = 0.5
 INGRESS_DRAIN_CHECK_SECONDS = 2.0
-DAY_SECONDS = 24 * 3600
 
 
 class BuildArguments(BaseModel):
@@ -83,31 +80,9 @@ def build(arguments: BuildArguments) -> serve.Application:
     if nodes:
         refuse_changed_packages(plans)
     handles = {plan.name: bind_replica(plan) for plan in plans}
-    return bind_ingress(plans, handles, arguments, batch_place(arguments, len(nodes)))
-
-
-def batch_place(arguments: BuildArguments, nodes: int) -> BatchPlace | None:
-    """Return where files and batches are kept; None where there is no place for them. Raises ConfigError."""
-    url = arguments.batches
-    if url == NO_BATCHES:
-        return None
-    if not url and nodes > 1:
-        # The ingress of one node wouldn't find what another one's has stored.
-        logger.warning("no batches: name a place that all nodes reach, as batches=s3://…")
-        return None
-    url = url or default_batches()
-    if "://" not in url:
-        url = str(Path(url).resolve())
-    storage = Storage(url)
-    if "://" not in url:
-        storage.check()  # others may be reached only from inside of the cluster
-    return BatchPlace(url, arguments.batch_days * DAY_SECONDS)
-
-
-def default_batches() -> str:
-    """Return the folder of this user's data for files and batches."""
-    data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return str(Path(data, "embedding-cluster", "batches"))
+    return bind_ingress(
+        plans, handles, arguments, batch_place(arguments.batches, arguments.batch_days, len(nodes))
+    )
 
 
 def cluster_machine(nodes: list[dict[str, Any]]) -> Machine:

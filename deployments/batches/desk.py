@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayError
@@ -12,9 +15,15 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.batches.routes import batch_routes
 from deployments.batches.serving import BatchServing
+from deployments.batches.storage import Storage
 from deployments.batches.store import Batches, BatchPlace
+from deployments.config.worker import NO_BATCHES
 from deployments.http.serving import Serving
 from deployments.http.table import Entry
+
+logger = logging.getLogger("ray.serve")
+
+DAY_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -53,3 +62,29 @@ class BatchDesk:
             task.add_done_callback(waking.discard)
 
         return BatchAccess(self.place.open(), self.max_file_bytes, wake_later)
+
+
+def batch_place(url: str, days: int, nodes: int) -> BatchPlace | None:
+    """Return where files and batches are kept for so many days; None where there is no place for them.
+
+    `url` is a folder, what fsspec opens, `off`, or empty: then it depends on the nodes. Raises ConfigError.
+    """
+    if url == NO_BATCHES:
+        return None
+    if not url and nodes > 1:
+        # The ingress of one node wouldn't find what another one's has stored.
+        logger.warning("no batches: name a place that all nodes reach, as batches=s3://…")
+        return None
+    url = url or default_batches()
+    if "://" not in url:
+        url = str(Path(url).resolve())
+    storage = Storage(url)
+    if "://" not in url:
+        storage.check()  # others may be reached only from inside of the cluster
+    return BatchPlace(url, days * DAY_SECONDS)
+
+
+def default_batches() -> str:
+    """Return the folder of this user's data for files and batches."""
+    data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return str(Path(data, "embedding-cluster", "batches"))

@@ -64,6 +64,6 @@ def _keys(arguments: ServeArguments) -> str:
 
 
 def _batches(arguments: ServeArguments) -> str:
-    from deployments.app import default_batches
+    from deployments.batches.desk import default_batches
 
     return arguments.batches or default_batches()

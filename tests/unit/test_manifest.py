@@ -11,7 +11,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.__main__ import main
-from deployments.app import BuildArguments, batch_place
+from deployments.app import BuildArguments
+from deployments.batches.desk import batch_place
 from deployments.errors import ConfigError
 from deployments.front.switches import FAST_DATA_PLANE
 from deployments.keys.file import KEYS_VARIABLE
@@ -71,7 +72,8 @@ def test_the_place_of_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
 
     def place(nodes: int, **arguments: Any) -> str | None:
-        found = batch_place(BuildArguments(config="", **arguments), nodes)
+        given = BuildArguments(config="", **arguments)
+        found = batch_place(given.batches, given.batch_days, nodes)
         return found.url if found else None
 
     assert place(1) == str(tmp_path / "embedding-cluster" / "batches")
