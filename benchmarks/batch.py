@@ -15,7 +15,6 @@ import json
 import os
 import pickle
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -39,9 +38,10 @@ from benchmarks.workloads import MODEL, articles
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import fake_vectors
 from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
-from tests import workers
-from tests.nodes import HEAD, SECOND, nodes, serve_on
-from tests.server import Server, program, serve, wait_for
+from tests.harness import workers
+from tests.harness.jobs import address_of, start_job
+from tests.harness.nodes import HEAD, SECOND, nodes, serve_on
+from tests.harness.server import Server, serve, wait_for
 
 TEXTS = 20_000
 TRUNCATION: Literal["end"] = "end"
@@ -84,29 +84,6 @@ def corpus(count: int) -> list[str]:
     """Return so many texts: articles and postings, repeated with numbers, none like another."""
     texts = [*articles(), *newsgroups()]
     return [f"{number} {texts[number % len(texts)]}" for number in range(count)]
-
-
-# --- a job's process ----------------------------------------------------------------------------------
-
-
-def environ(address: str) -> dict[str, str]:
-    """Return what a process needs to join a test server's cluster."""
-    return {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address}
-
-
-def address_of(server: Server) -> str:
-    """Return the address that the tuned server prints."""
-    wait_for(lambda: "RAY_ADDRESS=" in server.log.read_text(), 30, server.log)
-    found = re.search(r"RAY_ADDRESS=(\S+)", server.log.read_text())
-    assert found is not None
-    return found[1]
-
-
-def start_job(address: str, source: Path, output: Path, *more: str, log: Path) -> "subprocess.Popen[bytes]":
-    """Start `embedding-cluster embed`."""
-    command = [program("embedding-cluster"), "embed", str(source), str(output), *more]
-    with log.open("ab") as target:
-        return subprocess.Popen(command, env=environ(address), stdout=target, stderr=target)
 
 
 # --- throughput -----------------------------------------------------------------------------------

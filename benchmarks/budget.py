@@ -25,7 +25,7 @@ from benchmarks.rivals import Running, ours
 from benchmarks.subjects import bundled
 from benchmarks.workloads import WORKLOADS, Workload
 from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, RATES_NAME
-from tests.server import program
+from tests.harness.server import program
 
 SECONDS, WARM_UP_SECONDS = 5.0, 1.0
 SAMPLES_PER_SECOND = 200

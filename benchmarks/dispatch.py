@@ -23,8 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.load import Seen, Stream, median
 from benchmarks.routing import DEFAULT, LONE_CALL_SECONDS, OURS, measure
-from tests import workers
-from tests.server import Server, serve
+from tests.harness import workers
+from tests.harness.server import Server, serve
 
 # What all-MiniLM-L6-v2 takes on 2 cores, as measured: a step of any size, and each of its tokens.
 MINILM = "call_seconds = 0.003, token_seconds = 0.000036"

@@ -18,7 +18,7 @@ import psutil
 
 import deployments
 from benchmarks.rivals import WITHOUT_PANDAS
-from tests.server import Server, serve
+from tests.harness.server import Server, serve
 
 BUNDLED = Path(deployments.__file__).parent / "workers"
 LOAD_SECONDS = 20.0

@@ -26,7 +26,7 @@ from benchmarks.sender import Result, Task, send
 from benchmarks.subjects import Subject, engine_environment
 from benchmarks.workloads import DIMENSION, MODEL, Workload
 from deployments.front.switches import prepare_environment
-from tests.server import MARK, STOP_SECONDS, Server, free_port, serve, wait_for
+from tests.harness.server import MARK, STOP_SECONDS, Server, free_port, serve, wait_for
 
 ROOT = Path(__file__).parent.parent
 # Environments of the rivals' own, made once.

@@ -27,7 +27,7 @@ from deployments.engine.batch import TokenBatch
 from deployments.front.switches import prepare_environment
 from deployments.plan.placement import Machine, cores_here
 from deployments.plan.plan import WorkerPlan, make_plans
-from tests import workers
+from tests.harness import workers
 
 ROOT = Path(__file__).parent.parent
 OURS, DEFAULT = "ours", "default"

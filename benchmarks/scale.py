@@ -26,9 +26,9 @@ from benchmarks.results import FOLDER, machine, shown
 from benchmarks.rivals import Running, asking, first_embedding
 from benchmarks.subjects import bundled
 from benchmarks.workloads import DIMENSION, MODEL, WORKLOADS, Workload
-from tests import workers
-from tests.nodes import HEAD, nodes, serve_on
-from tests.server import serve
+from tests.harness import workers
+from tests.harness.nodes import HEAD, nodes, serve_on
+from tests.harness.server import serve
 
 SECONDS, WARM_UP_SECONDS, IDLE_SECONDS = 4.5, 1.0, 5.0
 REPEATS = 3

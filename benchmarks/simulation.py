@@ -36,7 +36,7 @@ from deployments.engine.batch import Embedded, TokenBatch
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.metrics import Metrics
 from deployments.transport.router import TokenRouter
-from tests import workers
+from tests.harness import workers
 
 REQUESTS = 20_000
 LOAD = 0.8

@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-from tests import checkpoints
+from tests.harness import checkpoints
 
 # litellm brings cl100k's vocabulary along, under the name by which tiktoken looks for it.
 TOKENIZERS = checkpoints.package_folder("litellm", "litellm_core_utils/tokenizers")

@@ -18,7 +18,7 @@ from deployments.metrics import Metrics
 from deployments.plan.placement import Machine
 from deployments.plan.plan import WorkerPlan, make_plans
 from deployments.replica.replica import Replica
-from tests import fake, workers
+from tests.harness import fake, workers
 
 MAX_BODY_BYTES = 1_000_000
 

@@ -30,8 +30,8 @@ from deployments.errors import (
 from deployments.metrics import Metrics
 from deployments.plan.placement import Machine
 from deployments.plan.plan import make_plans
-from tests import workers
 from tests.app.conftest import LocalHandle
+from tests.harness import workers
 
 Make = Callable[..., Dispatch]
 

@@ -43,9 +43,9 @@ from deployments.keys.rates import LocalRates
 from deployments.keys.ring import KeyRing
 from deployments.plan.placement import Machine
 from deployments.plan.plan import make_plans
-from tests import workers
 from tests.app.conftest import LocalHandle, make_serving
-from tests.server import free_port, program
+from tests.harness import workers
+from tests.harness.server import free_port, program
 
 # The name in the documentation's examples.
 MODEL = "all-minilm-l6-v2"

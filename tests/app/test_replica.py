@@ -16,7 +16,7 @@ from deployments.plan.placement import Machine
 from deployments.plan.plan import make_plans
 from deployments.replica.replica import Replica
 from deployments.transport.local import LocalClient
-from tests import workers
+from tests.harness import workers
 
 BATCH = TokenBatch.of([[1, 2, 3], [4, 5]])
 

@@ -11,8 +11,8 @@ import httpx
 import numpy as np
 import pytest
 
-from tests import workers
-from tests.server import Server, serve, wait_for
+from tests.harness import workers
+from tests.harness.server import Server, serve, wait_for
 
 pytestmark = pytest.mark.cluster
 BODY = {"model": "m", "input": "x"}

@@ -16,9 +16,9 @@ import pytest
 from openai.types import Batch
 from openai.types.batch_request_counts import BatchRequestCounts
 
-from tests import workers
-from tests.fake import expected
-from tests.server import Server, serve, wait_for
+from tests.harness import workers
+from tests.harness.fake import expected
+from tests.harness.server import Server, serve, wait_for
 
 pytestmark = pytest.mark.cluster
 LINES, DIMENSION = 5000, 16

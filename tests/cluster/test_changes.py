@@ -11,9 +11,9 @@ import httpx
 import numpy as np
 import pytest
 
-from tests import workers
-from tests.fake import expected
-from tests.server import Server, serve, wait_for
+from tests.harness import workers
+from tests.harness.fake import expected
+from tests.harness.server import Server, serve, wait_for
 
 pytestmark = pytest.mark.cluster
 REPLICAS = "[deployment]\nnum_replicas = 2\n"

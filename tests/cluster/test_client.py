@@ -12,13 +12,14 @@ import pytest
 import ray
 from ray import serve
 
-from benchmarks.batch import Site, environ, kill_job, site
+from benchmarks.batch import Site, kill_job, site
 from deployments.app import BuildArguments, build
 from deployments.client import EmbeddingClient, embed_dataset
 from deployments.errors import ContextLengthError, EngineError, InvalidRequestError, ModelNotFoundError
-from tests import workers
-from tests.fake import expected
-from tests.server import program
+from tests.harness import workers
+from tests.harness.fake import expected
+from tests.harness.jobs import environ
+from tests.harness.server import program
 
 pytestmark = pytest.mark.cluster
 TEXTS = [f"text number {number}" for number in range(3000)]

@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from deployments.keys.file import Key, create_key
-from tests import fake, workers
-from tests.server import MARK, Server, free_port, is_ready, wait_for
+from tests.harness import fake, workers
+from tests.harness.server import MARK, Server, free_port, is_ready, wait_for
 
 pytestmark = pytest.mark.cluster
 BIN = Path(sys.executable).parent

@@ -14,8 +14,8 @@ from benchmarks.results import shown
 from benchmarks.rivals import Running, asking
 from benchmarks.scale import SINGLES, measure, table
 from benchmarks.workloads import Workload
-from tests import workers
-from tests.server import Server, serve
+from tests.harness import workers
+from tests.harness.server import Server, serve
 
 pytestmark = pytest.mark.cluster
 

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from deployments.keys.file import Key, create_key
-from tests import workers
-from tests.server import Server, serve
+from tests.harness import workers
+from tests.harness.server import Server, serve
 
 pytestmark = pytest.mark.cluster
 REQUESTS, CLIENTS = 10_000, 8

@@ -7,10 +7,10 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.faults import FAULTS, run, served
-from tests import workers
-from tests.nodes import SECOND, nodes, serve_on
-from tests.server import Server, wait_for
+from tests.harness import workers
+from tests.harness.faults import FAULTS, run, served
+from tests.harness.nodes import SECOND, nodes, serve_on
+from tests.harness.server import Server, wait_for
 
 pytestmark = pytest.mark.cluster
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.faults import FakeTexts, Load, Traffic, client
-from tests import workers
-from tests.server import Server, serve, wait_for
+from tests.harness import workers
+from tests.harness.faults import FakeTexts, Load, Traffic, client
+from tests.harness.server import Server, serve, wait_for
 
 pytestmark = pytest.mark.cluster
 INTERVALS = """\

@@ -18,10 +18,10 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.faults import FAULTS, FakeTexts, Fault, Load, Traffic, client, run
-from tests import workers
-from tests.fake import expected
-from tests.server import MARK, Server, free_port, program, serve, wait_for
+from tests.harness import workers
+from tests.harness.fake import expected
+from tests.harness.faults import FAULTS, FakeTexts, Fault, Load, Traffic, client, run
+from tests.harness.server import MARK, Server, free_port, program, serve, wait_for
 
 pytestmark = pytest.mark.cluster
 COUNTED = {

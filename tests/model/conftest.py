@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import checkpoints, workers
-from tests.server import Server, serve
+from tests.harness import checkpoints, workers
+from tests.harness.server import Server, serve
 
 MINILM = "all-minilm-l6-v2"
 

@@ -24,9 +24,9 @@ from langchain_openai import OpenAIEmbeddings
 from llama_index.embeddings.openai import OpenAIEmbedding
 from tokenizers import Tokenizer
 
-from tests import checkpoints, workers
+from tests.harness import checkpoints, workers
+from tests.harness.server import Server, program, serve
 from tests.model.conftest import MINILM, encode
-from tests.server import Server, program, serve
 
 pytestmark = pytest.mark.model
 TEXTS = ["The cat sits on the mat.", "Ein Satz über Größe und 東京 🙂", "stock markets fell"]

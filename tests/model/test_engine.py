@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import checkpoints, workers
+from tests.harness import checkpoints, workers
 
 pytestmark = pytest.mark.model
 
@@ -16,7 +16,7 @@ import asyncio, sys
 from deployments.config.load import load_workers
 from deployments.plan.plan import Machine, make_plans
 from deployments.engine import make_engine
-from tests.engine_contract import check_engine
+from tests.harness.engine_contract import check_engine
 (plan,) = make_plans(load_workers(sys.argv[1]), Machine(1, 0, 1))
 engine = make_engine(plan)
 asyncio.run(check_engine(engine, engine.start(), 0.99999))

@@ -10,10 +10,10 @@ import openai
 import pytest
 from scipy.stats import spearmanr
 
-from tests import checkpoints, workers
+from tests.harness import checkpoints, workers
+from tests.harness.server import Server, serve
 from tests.model.conftest import cosines, encode
 from tests.model.test_two_models import token_ids, vectors_of
-from tests.server import Server, serve
 
 pytestmark = pytest.mark.model
 QWEN = "qwen3-embedding-8b"

@@ -15,10 +15,10 @@ from ray.util.placement_group import placement_group_table
 
 from deployments.app import BuildArguments, build
 from deployments.engine.batch import TokenBatch
-from tests import checkpoints, workers
+from tests.harness import checkpoints, workers
+from tests.harness.server import free_port, wait_for
 from tests.model.conftest import cosines
 from tests.model.test_two_models import token_ids
-from tests.server import free_port, wait_for
 
 pytestmark = pytest.mark.model
 TEXTS = ["What is the capital of China?", "Explain gravity", "a", "The quick brown fox jumps. " * 20]

@@ -11,11 +11,11 @@ import pytest
 import tomli
 import yaml
 
-from benchmarks.batch import address_of, environ
 from deployments.__main__ import _parser
 from deployments.config.load import load_workers
+from tests.harness.jobs import address_of, environ
+from tests.harness.server import Server
 from tests.model.conftest import MINILM
-from tests.server import Server
 
 pytestmark = pytest.mark.model
 ROOT = Path(__file__).parents[2]

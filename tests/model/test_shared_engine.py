@@ -2,8 +2,9 @@
 
 import pytest
 
-from benchmarks.batch import BESIDE, address_of, beside, in_process, rss_at
-from tests.server import Server
+from benchmarks.batch import BESIDE, beside, in_process, rss_at
+from tests.harness.jobs import address_of
+from tests.harness.server import Server
 
 pytestmark = pytest.mark.model
 

@@ -13,9 +13,9 @@ from aleph_alpha_client import Client, EmbeddingV2Request
 from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
-from tests import checkpoints
+from tests.harness import checkpoints
+from tests.harness.server import Server
 from tests.model.conftest import MINILM, cosines, encode
-from tests.server import Server
 
 pytestmark = pytest.mark.model
 MODEL = MINILM

@@ -7,7 +7,7 @@ import numpy as np
 from deployments.config.worker import FakeEngineArgs
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import FakeEngine, fake_vectors
-from tests.engine_contract import check_engine
+from tests.harness.engine_contract import check_engine
 
 
 async def test_fake_fulfils_the_contract() -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from deployments.front import guard as front
-from tests.server import wait_for
+from tests.harness.server import wait_for
 
 
 def starts(log: Path) -> list[float]:

@@ -17,7 +17,7 @@ from deployments.errors import ConfigError
 from deployments.front.switches import FAST_DATA_PLANE
 from deployments.keys.file import KEYS_VARIABLE
 from deployments.plan.manifest import WORKERS_FOLDER
-from tests import checkpoints, workers
+from tests.harness import checkpoints, workers
 from tests.unit.test_worker_files import write, write_config
 
 ROOT = Path(__file__).parents[2]

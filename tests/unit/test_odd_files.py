@@ -12,7 +12,7 @@ from deployments.engine.tokenizer import byte_tokenizer, check_vocabulary
 from deployments.errors import EngineStartError
 from deployments.plan.placement import Machine
 from deployments.plan.plan import make_plans, unplaceable
-from tests import checkpoints, workers
+from tests.harness import checkpoints, workers
 from tests.unit.test_worker_files import NO_GPU, write, write_config
 
 

@@ -11,7 +11,7 @@ from deployments.config.load import load_workers, read_workers
 from deployments.errors import ConfigError
 from deployments.plan.placement import Machine
 from deployments.plan.plan import make_plans, unplaceable
-from tests import checkpoints, workers
+from tests.harness import checkpoints, workers
 
 ONE_GPU = Machine(cpus=8, gpus=1, cpus_per_node=8)
 NO_GPU = Machine(cpus=8, gpus=0, cpus_per_node=8)

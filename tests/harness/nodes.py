@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deployments.front.switches import switches
-from tests.server import (
+from tests.harness.server import (
     MARK,
     PATIENCE,
     START_SECONDS,
