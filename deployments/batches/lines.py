@@ -31,7 +31,7 @@ WINDOW_FLIGHTS = 2
 
 
 class Bulk:
-    """Embeds a line at a time over a catalog of models; see `batches.job.Embed`."""
+    """Embeds a line at a time over a catalog of models; see `batches.run.Embed`."""
 
     def __init__(self, serving: Serving) -> None:
         """Share what requests share."""

@@ -8,7 +8,6 @@ import secrets
 from collections import Counter
 
 from deployments.api.batch_objects import WINDOW_SECONDS, BatchError
-from deployments.batches.job import BatchRun, Embed, Place
 from deployments.batches.records import (
     BATCH,
     FILE,
@@ -21,6 +20,7 @@ from deployments.batches.records import (
     made_at,
     now_seconds,
 )
+from deployments.batches.run import BatchRun, Embed, Place
 from deployments.batches.store import NOBODY, Files, batch_folder, file_folder, load, waiting_path
 from deployments.errors import InvalidKeyError
 from deployments.keys.ring import KeyRing

@@ -14,11 +14,11 @@ import pytest
 from deployments.api.batch_objects import Batch, FileObject
 from deployments.api.batches import Line, LineError, NewBatch, Page, parse_line
 from deployments.batches import job, plan, runner
-from deployments.batches.job import Embed
-from deployments.batches.plan import BatchFailed, make_plan
+from deployments.batches.run import Embed
 from deployments.batches.runner import Runner
 from deployments.batches.storage import Storage
 from deployments.batches.store import NOBODY, Batches, Files
+from deployments.batches.validation import BatchFailed, make_plan
 from deployments.errors import (
     BatchMissingError,
     ConfigError,

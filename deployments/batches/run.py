@@ -14,7 +14,6 @@ from typing import Any
 
 from deployments.api.batch_objects import EXPIRED, BatchError, FileObject, Status
 from deployments.api.batches import LineError, parse_line, refused_line, result_line, unasked_line
-from deployments.batches.plan import BatchFailed, RawLine, make_plan, read_lines
 from deployments.batches.records import (
     BATCH,
     FILE,
@@ -26,6 +25,7 @@ from deployments.batches.records import (
     sum_up,
 )
 from deployments.batches.store import Files, batch_folder, load, waiting_path
+from deployments.batches.validation import BatchFailed, RawLine, make_plan, read_lines
 from deployments.errors import EmbeddingError, FileMissingError, StorageUnavailableError
 from deployments.keys.file import Key
 
