@@ -16,12 +16,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from deployments.api.request import Truncation
-from deployments.bulk.connection import Attempt, Connection, How
+from deployments.bulk.connection import Attempt, Connection, How, HowOptions
 from deployments.bulk.connections import Connections, connections
 from deployments.dispatch.catalog import Served
 from deployments.engine import ModelCard
@@ -57,18 +56,8 @@ class EmbeddingClient:
     `output` name the columns that a batch of Ray Data has its texts in and gets its vectors in.
     """
 
-    def __init__(  # noqa: PLR0913 - each a setting of its own, by name
-        self,
-        model: str,
-        *,
-        dimensions: int | None = None,
-        input_type: str | None = None,
-        instruction: str | None = None,
-        truncation: Truncation | None = None,
-        bulk: bool = True,
-        timeout_s: float = 600.0,
-        column: str = COLUMN,
-        output: str = OUTPUT,
+    def __init__(
+        self, model: str, *, column: str = COLUMN, output: str = OUTPUT, **how: Unpack[HowOptions]
     ) -> None:
         """Find the model and wait until a replica of it is there.
 
@@ -77,14 +66,7 @@ class EmbeddingClient:
         """
         self.model = model
         self._columns = column, output
-        self._how = How(
-            dimensions=dimensions,
-            input_type=input_type,
-            instruction=instruction,
-            truncation=truncation,
-            bulk=bulk,
-            timeout_s=timeout_s,
-        )
+        self._how = How(**how)
         # Several clients of a process take turns, as callers over HTTP do.
         self._caller = uuid.uuid4().hex
         assert self._link  # what is wrong is told now

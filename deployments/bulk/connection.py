@@ -8,7 +8,7 @@ A job's work waits for room instead of being refused, and for a model that is aw
 import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -45,6 +45,17 @@ RATIO_SHARE = 0.3
 FIELD = "texts"
 # Texts as a client means them have this limit for each alone, since there is no request to bound.
 UNBOUNDED = {"max_inputs": 2**31, "max_request_tokens": 2**62}
+
+
+class HowOptions(TypedDict, total=False):
+    """The arguments of `How`."""
+
+    dimensions: int | None
+    input_type: str | None
+    instruction: str | None
+    truncation: Truncation | None
+    bulk: bool
+    timeout_s: float
 
 
 @dataclass(frozen=True, kw_only=True)

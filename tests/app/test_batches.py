@@ -16,8 +16,8 @@ import openai
 import pytest
 from openai.types import Batch
 
-from deployments.batches import job
 from deployments.batches import lines as batch_lines
+from deployments.batches import run as job
 from deployments.batches.desk import BatchAccess
 from deployments.batches.lines import Bulk
 from deployments.batches.runner import Runner

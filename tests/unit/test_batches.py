@@ -13,7 +13,9 @@ import pytest
 
 from deployments.api.batch_objects import Batch, FileObject
 from deployments.api.batches import Line, LineError, NewBatch, Page, parse_line
-from deployments.batches import job, plan, runner
+from deployments.batches import run as job
+from deployments.batches import runner
+from deployments.batches import validation as plan
 from deployments.batches.run import Embed
 from deployments.batches.runner import Runner
 from deployments.batches.storage import Storage
