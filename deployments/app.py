@@ -167,7 +167,7 @@ def bind_ingress(
     keys = key_source(arguments.keys)
     rates = bind_rates() if keys and (arguments.ingress_replicas > 1 or place) else None
     # Serve puts its handle in the place of what was bound.
-    access_to = AccessSettings(keys, arguments.insecure, rates)  # type: ignore[arg-type]
+    access = AccessSettings(keys, arguments.insecure, rates)  # type: ignore[arg-type]
     limits = arguments.max_body_bytes, arguments.max_file_bytes
     settings = (*limits, arguments.metrics_host, arguments.insecure, keys, rates is None, place)
     ingress = _deployment(
@@ -179,22 +179,22 @@ def bind_ingress(
     )
     desk = None
     if place is not None:
-        runner = bind_batch_runner(plans, handles, place, access_to)
+        runner = bind_batch_runner(plans, handles, place, access)
         desk = BatchDesk(place, arguments.max_file_bytes, runner)  # type: ignore[arg-type]  # as above
-    return ingress.bind(handles, arguments.max_body_bytes, arguments.metrics_host, access_to, desk)
+    return ingress.bind(handles, arguments.max_body_bytes, arguments.metrics_host, access, desk)
 
 
 def bind_batch_runner(
     plans: tuple[WorkerPlan, ...],
     handles: dict[str, serve.Application],
     place: BatchPlace,
-    access_to: AccessSettings,
+    access: AccessSettings,
 ) -> serve.Application:
     """Bind what works batches off: one for all ingress replicas."""
-    settings = (place, access_to.keys, access_to.rates is None)
+    settings = (place, access.keys, access.rates is None)
     options = _beside_engines(BATCHES_NAME)
     deployment = _deployment(BatchRunner, _version(settings), **options, user_config=ingress_config(plans))
-    return deployment.bind(handles, place, access_to)
+    return deployment.bind(handles, place, access)
 
 
 def bind_rates() -> serve.Application:

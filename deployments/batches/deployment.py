@@ -23,11 +23,11 @@ class BatchRunner:
     """Runs what waits in the storage, from its start on."""
 
     def __init__(
-        self, handles: Mapping[str, DeploymentHandle[Any]], place: BatchPlace, access_to: AccessSettings
+        self, handles: Mapping[str, DeploymentHandle[Any]], place: BatchPlace, access_settings: AccessSettings
     ) -> None:
         """Run nothing until `reconfigure` names the workers. Raises ConfigError."""
         in_background()
-        access = access_to.access()
+        access = access_settings.access()
         # No body is read here: what the lines hold was bounded when their file came.
         self._serving = Serving(Catalog({}), Metrics(), 0, access.rates if access else None)
         self._workers = Workers(handles, self._serving.catalog, self._serving.metrics)

@@ -71,15 +71,15 @@ class Ingress:
         handles: Mapping[str, DeploymentHandle[Any]],
         max_body_bytes: int,
         metrics_host: str,
-        access_to: AccessSettings = AccessSettings(),
+        access_settings: AccessSettings = AccessSettings(),
         batches: Desk | None = None,
     ) -> None:
         """Serve nothing until `reconfigure` names the workers; `handles` are those bound with the ingress.
 
         Raises ConfigError where the keys can't be read.
         """
-        self._access_settings = access_to
-        self._access = access_to.access()
+        self._access_settings = access_settings
+        self._access = access_settings.access()
         self._batches = batches
         self._metrics_host = metrics_host
         self._ports: dict[str, MetricsPort] = {}
