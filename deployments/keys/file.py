@@ -83,9 +83,6 @@ def hash_of(secret: bytes) -> str:
     return hashlib.sha256(secret).hexdigest()
 
 
-# --- the file --------------------------------------------------------------------------------------
-
-
 def read_keys(path: Path) -> Keys:
     """Read a key file. Raises ConfigError where it can't be read, or others than its owner may read it."""
     try:
