@@ -18,6 +18,7 @@ from deployments.api.upload import FILE, Upload
 from deployments.batches.store import Batches, owner_of
 from deployments.errors import DeadlineExceededError, InvalidRequestError
 from deployments.http.auth import key_of
+from deployments.http.errors import json_response
 from deployments.http.serving import BODY_SECONDS, Serving, body_chunks, wanted_seconds
 from deployments.keys.rates import REQUESTS
 
@@ -147,4 +148,4 @@ def _expiry(fields: dict[str, str]) -> int | None:
 
 
 def _json(shown: BaseModel) -> Response:
-    return Response(shown.model_dump_json(), media_type="application/json")
+    return json_response(shown.model_dump_json())

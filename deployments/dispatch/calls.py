@@ -216,7 +216,7 @@ class Calls:
         answer = self._begin(batch, call, call_id)
         try:
             while True:
-                await asyncio.wait({answer}, timeout=self._pace.patience(part.tokens))
+                await asyncio.wait({answer}, timeout=self._pace.cut_after(part.tokens))
                 if answer.done():
                     embedded: Embedded = answer.result()
                     seconds = time.perf_counter() - begun

@@ -210,7 +210,7 @@ class Dispatch:
             self._cold_since = None
 
     def _join(self, pending: Pending, batch: TokenBatch, lane: Lane, version: str) -> list[Input]:
-        """Make the pending wait for each of its inputs; return those that nobody waited for yet."""
+        """Make a request wait for each of its inputs; return those that nobody waited for yet."""
         fresh = []
         prefix = version.encode()
         hits = 0
@@ -234,7 +234,7 @@ class Dispatch:
         return fresh
 
     def _leave(self, pending: Pending) -> None:
-        """Drop what only this pending waited for; a call that nobody waits for is cancelled."""
+        """Drop what only this request waited for; a call that nobody waits for is cancelled."""
         if pending.complete:
             return
         for each in pending.inputs:

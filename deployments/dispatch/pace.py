@@ -40,7 +40,7 @@ class Pace:
         """Whether a call is at least half of what one may hold."""
         return 2 * part.tokens >= self.part_tokens or 2 * len(part.inputs) >= MAX_CALL_INPUTS
 
-    def patience(self, tokens: int) -> float:
+    def cut_after(self, tokens: int) -> float:
         """Seconds after which a call is taken to hang: many times what the slowest of the last ones took."""
         if not self._recent:
             return UNKNOWN_CUT_SECONDS

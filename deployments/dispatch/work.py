@@ -213,7 +213,9 @@ class Apart:
 
     def take(self) -> Part | None:
         """Take the next part, which flies from here on; None while another one does."""
-        for line in self._waiting.values() if not self.flies else ():
+        if self.flies:
+            return None
+        for line in self._waiting.values():
             while line:
                 part = line.popleft()
                 part.drop_unwanted()

@@ -14,6 +14,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from deployments.dispatch.offload import INLINE, offload
+from deployments.http.errors import json_response
 from deployments.http.table import REFERENCE, Audience, Entry, audience_of
 
 # The parts of the documentation's page, and what they are.
@@ -87,7 +88,7 @@ def documentation_routes(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> Ite
     async def openapi_json(request: Request) -> Response:
         if "document" not in made:
             made["document"] = await offload(INLINE, lambda: orjson.dumps(document(app, bodies)))
-        return Response(made["document"], media_type="application/json")
+        return json_response(made["document"])
 
     async def docs(request: Request) -> Response:
         # Relative addresses: nothing that a client sends, its Host for one, stands in the page.

@@ -27,9 +27,14 @@ logger = logging.getLogger("ray.serve")
 CLIENT_CLOSED_REQUEST = 499  # nginx's name for it: nobody reads this answer
 
 
+def json_response(printed: bytes | str, status: int = 200) -> Response:
+    """Return what is JSON already as an answer."""
+    return Response(printed, status, media_type="application/json")
+
+
 def as_json(content: Any, status: int = 200) -> Response:
     """Return plain data as an answer."""
-    return Response(orjson.dumps(content), status, media_type="application/json")
+    return json_response(orjson.dumps(content), status)
 
 
 def error_response(error: EmbeddingError) -> Response:

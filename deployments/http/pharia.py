@@ -25,7 +25,7 @@ from deployments.errors import (
     ModelUnavailableError,
 )
 from deployments.http.auth import key_of
-from deployments.http.errors import as_json
+from deployments.http.errors import as_json, json_response
 from deployments.http.serving import BODY_SECONDS, Serving, wanted_seconds
 from deployments.http.table import BODY, Entry, answers
 from deployments.keys.rates import REQUESTS
@@ -72,7 +72,7 @@ class PhariaServing:
             if len(wanted.prompt) > GROUP_CHARACTERS:
                 raise ContextLengthError(f"`prompt` may have {GROUP_CHARACTERS} characters", "prompt")
             ids, tokens = await offload(len(wanted.prompt), tokenizer.read, wanted.prompt)
-            return _json(await offload(len(ids), pharia.answer_tokenize, wanted, ids, tokens))
+            return json_response(await offload(len(ids), pharia.answer_tokenize, wanted, ids, tokens))
 
     async def detokenize(self, request: Request) -> Response:
         """Return the text of token ids."""
@@ -82,13 +82,13 @@ class PhariaServing:
                     f"`token_ids` holds an id beyond the vocabulary of {card.vocab_size}", "token_ids"
                 )
             ids = wanted.token_ids
-            return _json(pharia.answer_detokenize(await offload(len(ids), tokenizer.decode, ids)))
+            return json_response(pharia.answer_detokenize(await offload(len(ids), tokenizer.decode, ids)))
 
     async def tokenizer(self, request: Request, name: str) -> Response:
         """Return a model's tokenizer in the JSON of Hugging Face's `tokenizers`."""
         arrival = asyncio.get_running_loop().time()
         card, _ = await _model(self._serving.find(request, name), request, arrival)
-        return _json(card.tokenizer)
+        return json_response(card.tokenizer)
 
     async def settings(self, request: Request) -> Response:
         """Return every model that the client may use, and whether it can answer now."""
@@ -128,10 +128,6 @@ async def _settings(served: Served) -> dict[str, Any]:
         prompts = card.prompts | prompts
         listing["max_model_len"] = card.max_model_len
     return pharia.model_settings(listing, state["ready"], takes_instructions(prompts))
-
-
-def _json(printed: bytes | str) -> Response:
-    return Response(printed, media_type="application/json")
 
 
 def pharia_routes(served: PhariaServing) -> Iterator[Entry]:

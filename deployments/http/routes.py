@@ -13,7 +13,7 @@ from deployments.errors import (
     InvalidKeyError,
 )
 from deployments.http.auth import key_of
-from deployments.http.errors import as_json
+from deployments.http.errors import as_json, json_response
 from deployments.http.serving import Parse, Serving
 from deployments.http.table import EMBEDDING, NICE, Entry, answers
 from deployments.keys.usage import Counts, usage_answer
@@ -119,7 +119,7 @@ def embedding_routes(serving: Serving) -> Iterator[Entry]:
 
 def _embedding(serving: Serving, parse: Parse) -> Callable[[Request], Awaitable[Response]]:
     async def embeddings(request: Request) -> Response:
-        return Response(await serving.embed(request, parse), media_type="application/json")
+        return json_response(await serving.embed(request, parse))
 
     return embeddings
 

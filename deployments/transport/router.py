@@ -112,8 +112,7 @@ class TokenRouter(RequestRouter):
             # Serve asks again at once otherwise, without ever giving way.
             pending_request.routing_context.should_backoff = True
         version = _context(pending_request.args).version if pending_request is not None else ""
-        living = [each for each in candidate_replicas if each.replica_id not in self._ended]
-        ranked = sorted(living, key=lambda replica: self._cost(replica, version))
+        ranked = sorted(self._living(candidate_replicas), key=lambda replica: self._cost(replica, version))
         if ranked and pending_request is not None:
             self._take(ranked[0].replica_id, pending_request)
         return [[replica] for replica in ranked]
@@ -121,8 +120,7 @@ class TokenRouter(RequestRouter):
     def best_address(self, version: str) -> tuple[ReplicaID, str] | None:
         """Return the replica that a call would go to and its address, if that can be called on this node."""
         replicas = list(self.curr_replicas.values())  # a copy: Serve's loop may be another thread
-        replicas = [each for each in replicas if each.replica_id not in self._ended]
-        best = min(replicas, key=lambda each: self._cost(each, version), default=None)
+        best = min(self._living(replicas), key=lambda each: self._cost(each, version), default=None)
         if best is None or best.node_id != self._node_id:
             return None
         address = best.replica_metadata.get(ADDRESS)
@@ -131,6 +129,10 @@ class TokenRouter(RequestRouter):
     def take(self, replica: ReplicaID, tokens: int, call_id: CallId) -> None:
         """Count the tokens of a call that goes to the replica without Serve."""
         self._count(call_id, _Call(replica, tokens, call_id))
+
+    def _living(self, replicas: Sequence[RunningReplica]) -> list[RunningReplica]:
+        """Return the replicas that haven't said that their engine has ended."""
+        return [each for each in replicas if each.replica_id not in self._ended]
 
     def _cost(self, replica: RunningReplica, version: str) -> tuple[bool, bool, int, bool]:
         identity = replica.replica_id

@@ -375,16 +375,18 @@ async def test_two_runners_never_mix_their_lines(cluster: Cluster, monkeypatch: 
     }
 
 
+async def embed_unless_away(fields: dict[str, Any], _: Key | None) -> tuple[bytes, int]:
+    """Answer at once, and never for the model that has no replica."""
+    if fields["model"] == "away":
+        await asyncio.Event().wait()
+    return b"{}", 1
+
+
 async def test_batches_that_stand_keep_nobody_waiting(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many of one model that has no replica: another model's and another owner's end beside them."""
     monkeypatch.setattr(runner, "MAX_RUNNING", 2)
-
-    async def embed(fields: dict[str, Any], _: Key | None) -> tuple[bytes, int]:
-        if fields["model"] == "away":
-            await asyncio.Event().wait()
-        return b"{}", 1
 
     body = {"input": "x"}
     for owner in ("greedy", NOBODY):
@@ -395,7 +397,7 @@ async def test_batches_that_stand_keep_nobody_waiting(
         await cluster.create(lines(request(2, body=body | {"model": model})), NOBODY)
         for model in ("here", "there", "here")
     ]
-    worker = cluster.runner(embed)
+    worker = cluster.runner(embed_unless_away)
     for each in late:
         assert (await cluster.until(worker, each, ended)).status == "completed"
     assert Counter(found.owner for found, _ in worker._running.values()) == {"greedy": 1, NOBODY: 1}
@@ -602,16 +604,11 @@ async def test_batches_of_several_models_that_stand_keep_nobody_waiting(
     """Nor do those whose lines name none: what isn't known of a batch yet isn't what they have in common."""
     monkeypatch.setattr(runner, "MAX_RUNNING", 2)
 
-    async def embed(fields: dict[str, Any], _: Key | None) -> tuple[bytes, int]:
-        if fields["model"] == "away":
-            await asyncio.Event().wait()
-        return b"{}", 1
-
     both = [request(n, body={"model": model, "input": "x"}) for n, model in enumerate(("away", "here"))]
     for _ in range(3):
         await cluster.create(lines(*both))
         cluster.now += 1
-    worker = cluster.runner(embed)
+    worker = cluster.runner(embed_unless_away)
     for _ in range(20):
         await worker.turn()
         await asyncio.sleep(0.001)
