@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
@@ -34,6 +35,8 @@ from deployments.keys.ring import KeyRing
 DAY = 24 * 3600
 KEEP = 30 * DAY
 COUNTER = itertools.count()
+# A turn takes milliseconds; one that never comes hangs.
+HANGS_SECONDS = 60.0
 
 
 def request(number: int, **changes: Any) -> dict[str, Any]:
@@ -234,7 +237,8 @@ class Cluster:
 
     async def until(self, runner: Runner, batch: Batch, what: Callable[[Batch], bool]) -> Batch:
         """Let the runner work until a batch is as wanted."""
-        for _ in range(2000):
+        end = time.monotonic() + HANGS_SECONDS
+        while time.monotonic() < end:
             await runner.turn()
             await asyncio.sleep(0.001)
             owner = self.owner(batch)
@@ -497,7 +501,7 @@ async def test_a_failing_storage_delays_a_batch(cluster: Cluster, monkeypatch: p
 
     monkeypatch.setattr(cluster.storage, "write", failing)
     worker = cluster.runner()
-    await cluster.until(worker, batch, lambda _: not failures)
+    await cluster.until(worker, batch, lambda _: not failures and not worker._running)
     assert (await cluster.batches.find(NOBODY, batch.id)).status == "in_progress"
     cluster.now += runner.AGAIN_SECONDS
     batch = await cluster.until(worker, batch, ended)
@@ -651,7 +655,7 @@ async def test_a_write_that_hangs_spoils_nothing_when_it_ends(
 
     monkeypatch.setattr(cluster.storage, "write", hanging)
     worker = cluster.runner()
-    await cluster.until(worker, batch, lambda _: bool(late))
+    await cluster.until(worker, batch, lambda _: bool(late) and not worker._running)  # the failure is known
     cluster.now += runner.AGAIN_SECONDS
     batch = await cluster.until(worker, batch, ended)
     await late[0]
