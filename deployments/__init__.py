@@ -10,7 +10,7 @@ The life of a request:
 6. ``dispatch.dispatch`` cuts it into parts, or joins it with others, unless somebody waits for the same.
 7. ``dispatch.calls`` sends a part when a place in flight is free, again where ``transport.outcome`` says so.
 8. ``transport.router`` picks the replica; ``transport.local`` or Ray Serve's handle brings the call there.
-9. ``replica`` hands the ids to its ``engine``, in turns, and checks every vector that comes back.
+9. ``replica`` hands the ids to its ``engine``, whose ``steps`` they share, and checks what comes back.
 10. One contiguous float32 array travels back.
 11. ``api.encoding`` writes it out as floats or base64, once, at the end.
 

@@ -75,7 +75,11 @@ class FakeEngineArgs(Table):
 
 
 class Generator(Table):
-    """`[generator]`: the engine and the model."""
+    """`[generator]`: the engine and the model.
+
+    `steps` says how vLLM's model is computed: `packed`, a step at once, or `scheduled`, by vLLM's scheduler,
+    which serves every model; `auto` takes the faster one that gives the right vectors, each time it starts.
+    """
 
     type: Literal["vllm", "fake"]
     model_path: Annotated[str, Field(min_length=1)] = ""
@@ -84,6 +88,7 @@ class Generator(Table):
     pipeline_parallel_size: Count = 1
     tensor_parallel_size: Count = 1
     task: Literal["embed"] = "embed"
+    steps: Literal["auto", "packed", "scheduled"] = "auto"
     engine_args: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("engine_args")

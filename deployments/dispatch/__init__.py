@@ -7,8 +7,8 @@ Who yields to whom, and where:
 | a bulk part | an interactive one | `calls`: lanes, with as many places in flight each |
 | a caller with many parts | callers with few, one part each in turn | `work.Lanes` |
 | a part that may be at fault | nobody, but flies alone | `work.Apart` |
-| a bulk call in a replica | calls that don't yield: it enters the engine in slices | `engine.turns` |
-| any call in a replica | a suspect, which has the engine for itself | `engine.turns` |
+| a bulk call's inputs in a replica | those of people: what they leave of the next step | `engine.steps` |
+| any call in a replica | a suspect, which has a step for itself | `engine.steps` |
 | bulk callers of one owner or process | themselves: so many tokens at a time | `bulk.window` |
 | batches of one owner and model | those of others | `batches.runner` |
 | bulk processes, and the engine on cores that it shares | whoever answers people | `priority` |

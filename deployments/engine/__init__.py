@@ -20,7 +20,8 @@ class ModelCard:
     `tokenizer` is the model's tokenizer in the JSON of Hugging Face's `tokenizers`; `dimension` the
     length of a vector; `max_model_len` the most tokens of an input; ids go from 0 to `vocab_size` - 1.
     `prompts` maps a use to the text put before each input; `cl100k` holds the bytes of each of its tokens
-    where clients send those. Replicas of one `version` give the same vectors.
+    where clients send those. Replicas of one `version` give the same vectors. `steps` says how the engine
+    computes, and why so.
     """
 
     tokenizer: str
@@ -30,22 +31,31 @@ class ModelCard:
     prompts: dict[str, str] = field(default_factory=dict)
     cl100k: tuple[bytes, ...] = ()
     version: str = ""
+    steps: str = ""
 
 
 class Engine(Protocol):
     """One model, loaded once. `start` comes first, `stop` last; `embed` may be called concurrently.
 
     `steps` counts what the engine has computed, whoever asked for it: one that hangs makes none.
+    `tokens_per_second` is what it does where it has enough to do; 0 until measured.
     """
 
-    steps: int
+    @property
+    def steps(self) -> int:
+        """How many steps were computed."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second, at steps as long as the engine likes."""
 
     def start(self) -> ModelCard:
         """Load the model and return its card. Blocks; raises EngineStartError with one line."""
 
-    async def embed(self, batch: TokenBatch) -> np.ndarray:
+    async def embed(self, batch: TokenBatch, bulk: bool = False, alone: bool = False) -> np.ndarray:
         """Return float32 vectors of shape (len(batch), dimension), in the order of the batch.
 
+        `bulk` work lets other calls go first; one that is `alone` is in no step with another's inputs.
         A row that isn't finite is what the model gives for that input, whatever was embedded beside or before
         it. Raises EngineError where this call failed, EngineDeadError where every later one will, and
         EngineCrashError where this one may be the cause. Cancelling the call frees its work.

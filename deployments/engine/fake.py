@@ -15,11 +15,13 @@ import numpy as np
 from deployments.config.worker import FakeEngineArgs
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
+from deployments.engine.steps import StepQueue
 from deployments.engine.tokenizer import byte_tokenizer
-from deployments.errors import EngineCrashError, EngineDeadError, EngineError, EngineStartError
+from deployments.errors import EngineError, EngineStartError
 
 VOCAB_SIZE = 256
 MAX_MODEL_LEN = 8192
+STEP_TOKENS = 16_384
 
 
 def fake_vectors(batch: TokenBatch, dimension: int, seed: int = 0) -> np.ndarray:
@@ -33,16 +35,24 @@ def fake_vectors(batch: TokenBatch, dimension: int, seed: int = 0) -> np.ndarray
 
 
 class FakeEngine:
-    """Serves one call at a time, as a busy device would: `call_seconds` + tokens times `token_seconds`."""
+    """Computes steps as a device does: each takes `call_seconds`, and `token_seconds` for each token."""
 
     def __init__(self, arguments: FakeEngineArgs | None = None, max_model_len: int | None = None) -> None:
         """Set the size of the vectors and the times."""
         self._arguments = arguments or FakeEngineArgs()
         self._max_model_len = max_model_len or MAX_MODEL_LEN
-        self._device = asyncio.Lock()
-        self._stopped = False
-        self._crashed = False
-        self.steps = 0
+        self._queue = StepQueue(STEP_TOKENS)
+        self._running: asyncio.Task[None] | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many steps were computed."""
+        return self._queue.steps
+
+    @property
+    def tokens_per_second(self) -> float:
+        """How fast it is where it has enough to do; 0 until measured."""
+        return self._queue.tokens_per_second
 
     def start(self) -> ModelCard:
         """Wait for the set time, as if weights were loaded; fail if told to."""
@@ -51,34 +61,42 @@ class FakeEngine:
             raise EngineStartError(self._arguments.start_error)
         return ModelCard(byte_tokenizer(), self._arguments.dimension, self._max_model_len, VOCAB_SIZE)
 
-    async def embed(self, batch: TokenBatch) -> np.ndarray:
+    async def embed(self, batch: TokenBatch, bulk: bool = False, alone: bool = False) -> np.ndarray:
         """Return `fake_vectors` after the service time; NaN for an input with `nan_token` in it."""
-        self.check()
+        rows = self._queue.put(batch, bulk, alone)
         if self._arguments.calls_folder:
             self._record(batch)
-        seconds = self._arguments.call_seconds + batch.tokens * self._arguments.token_seconds
-        if seconds:
-            async with self._device:
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        return await rows
+
+    async def _run(self) -> None:
+        while (step := self._queue.take()) is not None:
+            seconds = self._arguments.call_seconds + step.batch.tokens * self._arguments.token_seconds
+            if seconds:
                 await asyncio.sleep(seconds)
-        if self._arguments.error_token in batch.ids:
-            raise EngineError("the engine met its error token")
-        if self._arguments.fatal_token in batch.ids:
-            self._crashed = True
-            raise EngineCrashError("the engine has ended: it met its fatal token")
-        vectors = fake_vectors(batch, self._arguments.dimension, self._arguments.seed)
-        if self._arguments.nan_token in batch.ids:
-            vectors[[self._arguments.nan_token in ids for ids in batch]] = np.nan
-        self.steps += 1
-        return vectors
+            if self._arguments.fatal_token in step.batch.ids:
+                self._queue.close("the engine has ended: it met its fatal token")
+                self._queue.fail_all(step)
+            elif self._arguments.error_token in step.batch.ids:
+                self._queue.fail(step, EngineError("the engine met its error token"))
+            else:
+                self._queue.done(step, self._vectors(step.batch), seconds)
+        self._running = None
 
     def _record(self, batch: TokenBatch) -> None:
         with Path(self._arguments.calls_folder, str(os.getpid())).open("a") as file:
             file.write(f"{batch.tokens}\n")
 
+    def _vectors(self, batch: TokenBatch) -> np.ndarray:
+        vectors = fake_vectors(batch, self._arguments.dimension, self._arguments.seed)
+        if self._arguments.nan_token in batch.ids:
+            vectors[[self._arguments.nan_token in ids for ids in batch]] = np.nan
+        return vectors
+
     def check(self) -> None:
         """Raise once stopped, or at its end."""
-        if self._stopped or self._crashed:
-            raise EngineDeadError(f"the engine {'has ended' if self._crashed else 'was stopped'}")
+        self._queue.check()
 
     def metrics(self) -> bytes:
         """Return nothing: it counts nothing."""
@@ -86,4 +104,5 @@ class FakeEngine:
 
     def stop(self) -> None:
         """Refuse from now on."""
-        self._stopped = True
+        self._queue.close("the engine was stopped")
+        self._queue.fail_all()

@@ -1,18 +1,16 @@
 """vLLM as an embedding engine: in the replica's own process, on a thread of its own.
 
-`LLMEngine` runs in the caller's process: no zmq, no serialisation. Measured against `AsyncLLM` on 2 cores
-with all-MiniLM-L6-v2: ready in 8 s against 19, 1.4 times the short texts per second, half the time for a
-single one. Under tensor or pipeline parallelism its executor starts the ranks as processes. torch and vllm
-are imported here, at use.
+vLLM loads the model, places its ranks and computes; `steps` decides what goes into a step, `choice` how it is
+computed. Under tensor or pipeline parallelism vLLM's executor starts the ranks as processes. torch and vllm
+are imported at use.
 """
 
-import asyncio
+import logging
 import os
-import queue
 import threading
-from collections import deque
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,63 +20,43 @@ from deployments.config.model_files import ModelFiles, is_hub_id, resolve_model_
 from deployments.engine import ModelCard
 from deployments.engine.available import cpu_dtype, require_vllm
 from deployments.engine.batch import TokenBatch
+from deployments.engine.choice import Way, choose, one_line
 from deployments.engine.cores import CoreClaim, sharers
+from deployments.engine.steps import Step, StepQueue
 from deployments.engine.tokenizer import check_vocabulary, read_tokenizer
-from deployments.errors import EngineCrashError, EngineDeadError, EngineError, EngineStartError
+from deployments.errors import EngineError, EngineStartError
 from deployments.metrics import vllm_text
 from deployments.plan.plan import WorkerPlan
 from deployments.priority import behind_requests
 
-
-@dataclass(eq=False)
-class _Call:
-    """One call of `embed`: its requests, the rows that are there and how many aren't, who waits for them."""
-
-    inputs: list[list[int]]
-    loop: asyncio.AbstractEventLoop
-    future: "asyncio.Future[np.ndarray]"
-    rows: list[np.ndarray | None] = field(default_factory=list)
-    missing: int = 0
-    pending: set[str] = field(default_factory=set)
-
-    def settle(self, result: np.ndarray | None, error: BaseException | None) -> None:
-        """Give the waiting task its result, from any thread."""
-
-        def set_result() -> None:
-            if self.future.done():
-                return
-            if error is not None:
-                self.future.set_exception(error)
-            else:
-                assert result is not None
-                self.future.set_result(result)
-
-        try:
-            self.loop.call_soon_threadsafe(set_result)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            pass
+logger = logging.getLogger("ray.serve")
 
 
 class VllmEngine:
-    """Runs one `LLMEngine`; see the module's docstring."""
+    """Runs one `LLMEngine`, or what it has loaded; see the module's docstring."""
 
     def __init__(self, plan: WorkerPlan, ray_cpus: float = 0) -> None:
         """Remember the plan; nothing is loaded yet."""
         self._plan = plan
         self._ray_cpus = ray_cpus
-        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        self._running: dict[str, tuple[_Call, int]] = {}
-        self._doubtful: deque[tuple[_Call, int]] = deque()  # rows that weren't finite, to be tried once more
-        self._tried_again: str | None = None  # the request that is such a row's second try
-        self._is_tainted = False  # whether a KV cache may hold what isn't finite
-        self.steps = 0
+        self._queue = StepQueue(plan.engine_args["max_num_batched_tokens"])
         self._started = threading.Event()
         self._card: ModelCard | None = None
         self._failure: BaseException | None = None
+        self._step: Step | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._next_id = 0
 
     # --- the contract, called from the replica's threads -------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """How many steps were computed."""
+        return self._queue.steps
+
+    @property
+    def tokens_per_second(self) -> float:
+        """How fast the engine is where it has enough to do; 0 until measured."""
+        return self._queue.tokens_per_second
 
     def start(self) -> ModelCard:
         """Load the model on the engine's thread; all of torch's own threads belong to it."""
@@ -89,21 +67,16 @@ class VllmEngine:
             assert self._failure is not None
             if isinstance(self._failure, EngineStartError):
                 raise self._failure
-            raise EngineStartError(f"vLLM can't start: {_one_line(self._failure)}") from self._failure
+            raise EngineStartError(f"vLLM can't start: {one_line(self._failure)}") from self._failure
         return self._card
 
-    async def embed(self, batch: TokenBatch) -> np.ndarray:
-        """Queue the batch for the engine's next step."""
-        self.check()
-        loop = asyncio.get_running_loop()
-        call = _Call([ids.tolist() for ids in batch], loop, loop.create_future())
-        self._calls.put(call)
-        return await call.future
+    async def embed(self, batch: TokenBatch, bulk: bool = False, alone: bool = False) -> np.ndarray:
+        """Queue the batch for the engine's next steps."""
+        return await self._queue.put(batch, bulk, alone)
 
     def check(self) -> None:
         """Raise if the engine's thread has ended."""
-        if self._failure is not None or (self._started.is_set() and not self._thread.is_alive()):
-            raise EngineDeadError(f"the engine has ended: {_one_line(self._failure)}")
+        self._queue.check()
 
     def metrics(self) -> bytes:
         """Return what vLLM counts, labelled with the worker's name."""
@@ -111,7 +84,7 @@ class VllmEngine:
 
     def stop(self) -> None:
         """Let the thread finish its step and end the ranks."""
-        self._calls.put(None)
+        self._queue.close("the engine was stopped")
         if self._thread.is_alive():
             self._thread.join()
 
@@ -125,13 +98,17 @@ class VllmEngine:
                 ranks = self._plan.worker.generator.world_size
                 claim = CoreClaim(self._plan.cores_per_rank * ranks, shared_by=sharers(self._ray_cpus))
                 self._bind(claim.claim())
-            engine, self._card = self._load()
+            engine, card = self._load()
+            way, why = choose(engine, card.tokenizer, card.max_model_len, self._plan.worker.generator.steps)
+            logger.info("%s: %s", self._plan.name, why)
+            self._card = replace(card, steps=why)
             self._started.set()
-            self._serve(engine)
+            self._serve(way)
         except BaseException as failure:
             self._failure = failure
-            self._fail_all(EngineCrashError(f"the engine has ended: {_one_line(failure)}"))
+            self._queue.close(f"the engine has ended: {one_line(failure)}")
         finally:
+            self._queue.fail_all(self._step)
             if engine is not None:
                 engine.engine_core.shutdown()
             if claim is not None:
@@ -169,6 +146,7 @@ class VllmEngine:
         if arguments.get("dtype") == "auto" and self._plan.device == "cpu":
             arguments["dtype"] = cpu_dtype()
         arguments["served_model_name"] = self._plan.name  # the label of its metrics
+        arguments["worker_extension_cls"] = "deployments.engine.packed.StepExtension"
         engine = LLMEngine.from_engine_args(EngineArgs(model=folder, **arguments))
         config = engine.vllm_config.model_config
         tokenizer = read_tokenizer(arguments.get("tokenizer") or folder, files)
@@ -201,117 +179,21 @@ class VllmEngine:
             raise EngineStartError("; ".join(f"{key}: {reason}" for key, reason in objections))
         return folder, files
 
-    def _serve(self, engine: Any) -> None:
-        """Add what waits, step, hand out what is done; sleep while there is nothing to do."""
-        from vllm import PoolingParams
-
-        parameters = PoolingParams(task="embed")
-        while True:
-            if self._is_tainted or self._doubtful or self._tried_again is not None:
-                # Nobody new comes in until what runs has ended.
-                if not self._running:
-                    self._clean(engine, parameters)
-            else:
-                while not self._running or not self._calls.empty():
-                    call = self._calls.get()
-                    if call is None:
-                        self._fail_all(EngineDeadError("the engine was stopped"))
-                        return
-                    self._add(engine, call, parameters)
-            self._drop_cancelled(engine)
-            if self._running:
-                for output in engine.step():
-                    self._collect(output)
-                self.steps += 1
-
-    def _clean(self, engine: Any, parameters: Any) -> None:
-        """Take what isn't finite out of the caches, and try one of the rows that weren't once more, alone.
-
-        A KV cache keeps it, and zero times NaN is NaN: whoever gets those blocks next gives NaN too, however
-        good the input. Nothing may run meanwhile, since a long input's beginning lies in the cache.
-        """
-        self._tried_again = None
-        if self._is_tainted:
-            engine.collective_rpc(zero_caches)
-            engine.reset_prefix_cache()
-            self._is_tainted = False
-        while self._doubtful and self._tried_again is None:
-            call, row = self._doubtful.popleft()
-            if not call.future.cancelled():
-                self._tried_again = self._request(engine, call, row, parameters)
-
-    def _add(self, engine: Any, call: _Call, parameters: Any) -> None:
-        if call.future.cancelled():
-            return
-        call.missing = len(call.inputs)
-        call.rows = [None] * call.missing
-        for row in range(len(call.inputs)):
+    def _serve(self, way: Way) -> None:
+        """Compute one step after the other; sleep while there is nothing to do."""
+        while (step := self._queue.wait()) is not None:
+            self._step = step
+            begun = time.perf_counter()
             try:
-                self._request(engine, call, row, parameters)
-            except ValueError as error:  # vLLM's refusal of this one prompt
-                self._forget(engine, call)
-                call.settle(None, EngineError(f"vLLM refused an input: {_one_line(error)}"))
-                return
-
-    def _request(self, engine: Any, call: _Call, row: int, parameters: Any) -> str:
-        self._next_id += 1
-        request_id = str(self._next_id)
-        prompt = {"type": "token", "prompt_token_ids": call.inputs[row]}
-        engine.add_request(request_id, prompt, parameters)
-        self._running[request_id] = (call, row)
-        call.pending.add(request_id)
-        return request_id
-
-    def _collect(self, output: Any) -> None:
-        call, row = self._running.pop(output.request_id)
-        call.pending.discard(output.request_id)
-        # The tensor may be a view into the batch's buffer, which the next step writes over.
-        vector = np.array(output.outputs.data.numpy(), dtype=np.float32, copy=True)
-        if not np.isfinite(vector).all():
-            self._is_tainted = True
-            if output.request_id != self._tried_again:
-                self._doubtful.append((call, row))
-                return
-        call.rows[row] = vector
-        call.missing -= 1
-        if not call.missing:
-            try:
-                call.settle(np.stack(call.rows), None)  # type: ignore[arg-type]
-            except ValueError:  # an aborted request comes back as an empty row
-                call.settle(None, EngineError("vLLM gave rows of different sizes"))
-
-    def _drop_cancelled(self, engine: Any) -> None:
-        for call in {call for call, _ in self._running.values() if call.future.cancelled()}:
-            self._forget(engine, call)
-
-    def _forget(self, engine: Any, call: _Call) -> None:
-        engine.abort_request(list(call.pending))
-        for request_id in call.pending:
-            del self._running[request_id]
-        call.pending.clear()
-
-    def _fail_all(self, error: EngineDeadError) -> None:
-        """Fail the calls that were in the engine with the error, and those that waited with its reason."""
-        for call in {call for call, _ in (*self._running.values(), *self._doubtful)}:
-            call.settle(None, error)
-        self._running.clear()
-        while not self._calls.empty():
-            if (waiting := self._calls.get()) is not None:
-                waiting.settle(None, EngineDeadError(error.message))
-
-
-def zero_caches(worker: Any) -> None:
-    """Fill a rank's KV caches with zeros; runs in that rank."""
-    import torch
-
-    with torch.inference_mode():  # as they were made
-        for cache in worker.model_runner.kv_caches:
-            for tensor in cache if isinstance(cache, list | tuple) else (cache,):
-                tensor.zero_()
-
-
-def _one_line(error: BaseException | None) -> str:
-    if error is None:
-        return "it was stopped"
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+                rows = way.embed(step.batch)
+            except EngineError as error:
+                self._queue.fail(step, error)
+                continue
+            seconds = time.perf_counter() - begun
+            finite, ended = self._queue.done(step, rows, seconds)
+            self._step = None
+            if not finite:
+                way.clean()
+            now = time.monotonic()
+            spent = [(call.begun - call.arrived, now - call.begun) for call in ended]
+            way.count(step.batch, self._queue.waiting, spent)

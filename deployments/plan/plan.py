@@ -106,6 +106,7 @@ class WorkerPlan:
             "models": list(worker.queue.models),
             "version": worker.queue.version,
             "engine": worker.generator.type,
+            "steps": worker.generator.steps,
             "model_path": worker.generator.model_path,
             "device": self.device,
             "tensor_parallel_size": worker.generator.tensor_parallel_size,

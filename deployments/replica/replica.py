@@ -17,7 +17,6 @@ import ray
 from deployments.engine import ADDRESS, VERSION, ModelCard, make_engine
 from deployments.engine.batch import NOBODY, CallContext, Embedded, TokenBatch
 from deployments.engine.cl100k import read_cl100k
-from deployments.engine.turns import ANSWER_SECONDS, Turns
 from deployments.errors import (
     EmbeddingError,
     EngineDeadError,
@@ -57,8 +56,6 @@ class Replica:
         self._server = LocalServer(self.embed, session_folder())
         await self._await_probes()
         self._engine = make_engine(plan, ray_cpus())
-        stages = plan.worker.generator.pipeline_parallel_size
-        self._turns = Turns(self._engine, stages, ANSWER_SECONDS if plan.device == "cpu" else 0.0)
         try:
             card = await asyncio.to_thread(self._engine.start)
             cl100k = await asyncio.to_thread(read_cl100k) if plan.worker.reads_cl100k else ()
@@ -101,14 +98,14 @@ class Replica:
     async def _embed(self, batch: TokenBatch, bulk: bool = True, suspect: bool = False) -> Embedded:
         begun = time.perf_counter()
         try:
-            vectors = await self._turns.embed(batch, bulk, suspect)
+            vectors = await self._engine.embed(batch, bulk, suspect)
         except EngineDeadError as error:
             if self._has_started:  # else Serve learns why it can't
                 self._end(error)
             raise
         not_finite = self._prove(batch, vectors)
         seconds = time.perf_counter() - begun
-        return Embedded(vectors, batch.tokens, seconds, self._turns.tokens_per_second, not_finite)
+        return Embedded(vectors, batch.tokens, seconds, self._engine.tokens_per_second, not_finite)
 
     async def describe(self, _: CallContext = NOBODY) -> ModelCard:
         """Return the model's card; the ingress tokenises and checks by it.

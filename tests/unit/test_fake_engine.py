@@ -16,13 +16,13 @@ async def test_fake_fulfils_the_contract() -> None:
     await check_engine(engine, engine.start(), 0.999999)
 
 
-async def test_calls_are_served_one_at_a_time() -> None:
-    """As by a busy device: two calls take twice the service time."""
+async def test_steps_are_computed_one_at_a_time() -> None:
+    """As by a busy device: four steps take four times the service time."""
     engine = FakeEngine(FakeEngineArgs(call_seconds=0.05))
     engine.start()
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    await asyncio.gather(*(engine.embed(TokenBatch.of([[1]])) for _ in range(4)))
+    await asyncio.gather(*(engine.embed(TokenBatch.of([[1]]), alone=True) for _ in range(4)))
     assert loop.time() - begun >= 0.2
 
 

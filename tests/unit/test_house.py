@@ -40,8 +40,8 @@ ORDER = [
 ]
 # What is heavy, and where alone it may be imported.
 HEAVY = {
-    "torch": "engine.vllm",
-    "vllm": "engine.vllm",
+    "torch": "engine",
+    "vllm": "engine",
     "transformers": "engine.tokenizer",
     "ray": "app batches.deployment batches.desk bulk client command dispatch front.spare http replica "
     "transport",
@@ -94,9 +94,9 @@ def test_heavy_modules_are_imported_only_where_allowed() -> None:
             assert allowed == ["deployments"] or inside.startswith(tuple(f"{a}." for a in allowed)), (
                 f"{name} imports {other}"
             )
-        assert not {n.partition(".")[0] for n in imports(path, True)} & {"vllm", "torch", "transformers"}, (
-            name
-        )
+        # What runs in vLLM's own workers needs no waiting for them.
+        heavy = {n.partition(".")[0] for n in imports(path, True)} & {"vllm", "torch", "transformers"}
+        assert not heavy or name == "deployments.engine.packed", name
 
 
 def test_every_room_is_small() -> None:

@@ -1,0 +1,163 @@
+"""The two ways to compute a step of the model that vLLM has loaded, and which of them serves."""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from deployments.engine.batch import TokenBatch
+from deployments.engine.tokenizer import TextTokenizer
+from deployments.errors import EngineError, EngineStartError
+
+logger = logging.getLogger("ray.serve")
+
+# Both ways embed one batch of as many words as these.
+WORD_COUNTS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144)
+# They may add up in different orders.
+MIN_COSINE = 0.999
+# They are timed so often at a lone input and at a step of so many tokens; the least counts.
+TIMED_STEPS = 3
+TIMED_TOKENS = 1024
+
+Wanted = Literal["auto", "packed", "scheduled"]
+# What of a step counts in metrics: its inputs, its tokens, what waits, and for each call that ends with it
+# the seconds in line and in the engine.
+Ended = Sequence[tuple[float, float]]
+
+
+class Way(Protocol):
+    """A way to compute steps, in every rank."""
+
+    def embed(self, batch: TokenBatch) -> np.ndarray:
+        """Return float32 vectors of shape (len(batch), dimension)."""
+
+    def clean(self) -> None:
+        """Take what isn't finite out of the caches of every rank."""
+
+    def count(self, batch: TokenBatch, waiting: int, ended: Ended) -> None:
+        """Count a step in vLLM's own metrics."""
+
+
+class Scheduled:
+    """By vLLM's scheduler: an object or two for each input, and every model that vLLM has."""
+
+    def __init__(self, engine: Any) -> None:
+        """Take an `LLMEngine` whose model is loaded."""
+        from vllm import PoolingParams
+
+        self._engine = engine
+        self._params = PoolingParams(task="embed")
+        self._next_id = 0
+
+    def embed(self, batch: TokenBatch) -> np.ndarray:
+        """See `Way`. Raises EngineError for an input that vLLM refuses."""
+        rows: dict[int, np.ndarray] = {}
+        first = self._next_id
+        try:
+            for ids in batch:
+                prompt = {"type": "token", "prompt_token_ids": ids.tolist()}
+                self._engine.add_request(str(self._next_id), prompt, self._params)
+                self._next_id += 1
+        except ValueError as error:
+            self._engine.abort_request([str(number) for number in range(first, self._next_id)])
+            raise EngineError(f"vLLM refused an input: {one_line(error)}") from error
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                # A view into the step's buffer, which the next one writes over.
+                rows[int(output.request_id)] = output.outputs.data.float().numpy().copy()
+        return np.stack([rows[number] for number in range(first, self._next_id)])
+
+    def clean(self) -> None:
+        """See `Way`."""
+        self._engine.collective_rpc("zero_caches")
+        self._engine.reset_prefix_cache()
+
+    def count(self, batch: TokenBatch, waiting: int, ended: Ended) -> None:
+        """Leave it to vLLM."""
+
+
+class Packed:
+    """By `PackedStep`: a step at once."""
+
+    def __init__(self, engine: Any) -> None:
+        """Take an `LLMEngine` whose model is loaded. Raises EngineError where that can't be served so."""
+        from deployments.engine.packed import Counters
+
+        self._engine = engine
+        self._counters = Counters(engine)
+        if reasons := [reason for reason in engine.collective_rpc("prepare_packed_steps") if reason]:
+            raise EngineError(reasons[0])
+
+    def embed(self, batch: TokenBatch) -> np.ndarray:
+        """See `Way`."""
+        self._counters.begin(len(batch))
+        answers = self._engine.collective_rpc("packed_step", args=(batch.ids, batch.lengths))
+        vectors: np.ndarray = next(answer for answer in answers if answer is not None)
+        return vectors
+
+    def clean(self) -> None:
+        """See `Way`."""
+        self._engine.collective_rpc("zero_caches")
+
+    def count(self, batch: TokenBatch, waiting: int, ended: Ended) -> None:
+        """See `Way`."""
+        self._counters.count(len(batch), batch.tokens, waiting, ended)
+
+
+def choose(engine: Any, tokenizer: str, max_model_len: int, wanted: Wanted) -> tuple[Way, str]:
+    """Return the way that serves and, for people, why.
+
+    The packed one does where it gives the vectors of vLLM's scheduler and is no slower, or was `wanted`.
+    """
+    texts = [" ".join(["word"] * count) for count in WORD_COUNTS]
+    inputs = [ids[:max_model_len] for ids in TextTokenizer(tokenizer).encode(texts)]
+    full = -(-TIMED_TOKENS // sum(map(len, inputs)))
+    batches = [TokenBatch.of(inputs), TokenBatch.of(inputs[:1]), TokenBatch.of(inputs * full)]
+    scheduled = Scheduled(engine)
+    if wanted == "scheduled":
+        return scheduled, "vLLM's scheduler, as generator.steps says"
+    # Before anything of ours has touched the model.
+    references, their_lone, their_full = _try(scheduled, batches)
+    try:
+        packed = Packed(engine)
+        vectors, lone, step = _try(packed, batches)
+        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(references, axis=1)
+        if not ((vectors * references).sum(axis=1) >= MIN_COSINE * norms).all():
+            raise EngineError("its vectors would be others than those of vLLM's scheduler")
+    except Exception as error:  # as where a private name has moved: the scheduler serves all the same
+        if wanted == "packed":
+            raise EngineStartError(
+                f"generator.steps: no packed steps for this model: {one_line(error)}"
+            ) from error
+        return scheduled, f"vLLM's scheduler; no packed steps for this model: {one_line(error)}"
+    times = (
+        f"a lone input {lone * 1e3:.1f} ms (by vLLM's scheduler {their_lone * 1e3:.1f}),"
+        f" {batches[2].tokens} tokens {step * 1e3:.1f} ms ({their_full * 1e3:.1f})"
+    )
+    if wanted == "auto" and lone * step > their_lone * their_full:
+        return scheduled, f"vLLM's scheduler, which is faster than packed steps: {times}"
+    return packed, f"packed steps: {times}"
+
+
+def _try(way: Way, batches: list[TokenBatch]) -> tuple[np.ndarray, float, float]:
+    """Return the first batch's vectors, and seconds of the others."""
+    vectors = way.embed(batches[0])
+    seconds = []
+    for batch in batches[1:]:
+        times = []
+        for _ in range(TIMED_STEPS):
+            begun = time.perf_counter()
+            way.embed(batch)
+            times.append(time.perf_counter() - begun)
+        seconds.append(min(times))
+    return vectors, seconds[0], seconds[1]
+
+
+def one_line(error: BaseException | None) -> str:
+    """Return the first line of what an error says, or its name."""
+    if error is None:
+        return "it was stopped"
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

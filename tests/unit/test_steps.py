@@ -1,0 +1,201 @@
+"""What goes into a step: people first, bulk work in what is left, and short where somebody waits."""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deployments.config.worker import FakeEngineArgs
+from deployments.engine.batch import TokenBatch
+from deployments.engine.fake import FakeEngine, fake_vectors
+from deployments.engine.steps import EXPECTING_SECONDS, Step, StepQueue, StepTimes
+from deployments.errors import EngineCrashError, EngineDeadError, EngineError
+
+FIXED, EACH = 0.003, 0.0001  # 30 tokens cost as much as any step does
+BULK = TokenBatch.of([[n % 256, n // 256, *[7] * 18] for n in range(400)])
+ONE = TokenBatch.of([[1, 2, 3]])
+MAX_TOKENS = 2000
+
+
+class Steps:
+    """A queue with a clock, and an engine whose steps take what the line says."""
+
+    def __init__(self, measured: bool = True) -> None:
+        """Have measured two sizes."""
+        self.now = 100.0
+        self.queue = StepQueue(MAX_TOKENS, lambda: self.now)
+        self.taken: list[Step] = []
+        for tokens in (1, 1000) if measured else ():
+            self.queue.times.record(tokens, FIXED + EACH * tokens)
+
+    def step(self) -> Step | None:
+        """Compute the next step."""
+        if (step := self.queue.take()) is not None:
+            self.taken.append(step)
+            seconds = FIXED + EACH * step.batch.tokens
+            self.now += seconds
+            self.queue.done(step, fake_vectors(step.batch, 8), seconds)
+        return step
+
+    def all_tokens(self) -> list[int]:
+        """Compute what there is; return the tokens of each step."""
+        first = len(self.taken)
+        while self.step() is not None:
+            pass
+        return [step.batch.tokens for step in self.taken[first:]]
+
+
+@pytest.fixture
+async def steps() -> Steps:
+    """One that has measured its line."""
+    return Steps()
+
+
+async def test_bulk_work_by_itself_has_steps_whose_fixed_cost_doesnt_count(steps: Steps) -> None:
+    """Some thirty times as many tokens as the fixed cost would compute, whatever calls they are of."""
+    rows = [steps.queue.put(BULK, bulk=True) for _ in range(3)]
+    tokens = steps.all_tokens()
+    assert sum(tokens) == 3 * BULK.tokens
+    assert min(tokens[:-1]) >= 940
+    assert max(tokens) <= 970
+    for each in rows:
+        assert np.array_equal(await each, fake_vectors(BULK, 8))
+
+
+async def test_people_go_first_and_bulk_work_fills_what_is_left(steps: Steps) -> None:
+    """Past all the bulk calls; with as much bulk work as leaves the step half as long again as its share."""
+    bulk = steps.queue.put(BULK, bulk=True)
+    steps.step()
+    person = steps.queue.put(ONE)
+    step = steps.step()
+    assert step is not None
+    assert [(call.bulk, count) for call, _, count in step.pieces] == [(False, 1), (True, 1)]
+    assert np.array_equal(await person, fake_vectors(ONE, 8))
+    assert not bulk.done()
+
+
+async def test_steps_are_short_for_a_while_after_somebody_came(steps: Steps) -> None:
+    """Who comes next waits for the step that they meet; four fifths of its time is bulk work all the same."""
+    steps.queue.put(ONE)
+    steps.step()
+    steps.queue.put(BULK, bulk=True)
+    for _ in range(5):
+        step = steps.step()
+        assert step is not None
+        assert 100 <= step.batch.tokens <= 120
+    steps.now += EXPECTING_SECONDS
+    step = steps.step()
+    assert step is not None
+    assert step.batch.tokens >= 940
+
+
+async def test_bulk_work_gets_on_however_many_come(steps: Steps) -> None:
+    """One input in each step at least."""
+    bulk = steps.queue.put(BULK, bulk=True)
+    for _ in range(len(BULK)):
+        for _ in range(20):
+            steps.queue.put(TokenBatch.of([[5] * 20]))
+        steps.step()
+    await asyncio.sleep(0)
+    assert bulk.done()
+
+
+async def test_one_that_is_alone_shares_its_step_with_nobody(steps: Steps) -> None:
+    """Who came before leaves first; bulk or not, it gets its turn though people come all the time."""
+    before = [steps.queue.put(ONE), steps.queue.put(BULK, bulk=True)]
+    suspects = [steps.queue.put(TokenBatch.of([[9]]), bulk, alone=True) for bulk in (False, True)]
+    steps.queue.put(ONE)
+    assert steps.all_tokens()[1:3] == [1, 1]
+    for step in steps.taken:
+        assert len(step.pieces) == 1 or not any(call.alone for call, _, _ in step.pieces)
+    await asyncio.gather(*before, *suspects)
+
+
+async def test_who_is_cancelled_leaves_before_its_step(steps: Steps) -> None:
+    """Of a call that has begun the rest."""
+    bulk, person = steps.queue.put(BULK, bulk=True), steps.queue.put(ONE)
+    steps.step()
+    bulk.cancel()
+    person.cancel()
+    assert steps.step() is None
+
+
+async def test_a_row_that_isnt_finite_is_tried_once_more_alone(steps: Steps) -> None:
+    """It may be another input's doing; the second time it is its own."""
+    batch = TokenBatch.of([[1], [2], [3]])
+    rows = steps.queue.put(batch)
+    step = steps.queue.take()
+    assert step is not None
+    spoilt = fake_vectors(batch, 8)
+    spoilt[1:] = np.nan
+    assert steps.queue.done(step, spoilt, 0.01) == (False, [])
+    again = steps.queue.take()
+    assert again is not None
+    assert again.batch.ids.tolist() == [2]
+    assert steps.queue.done(again, fake_vectors(again.batch, 8), 0.01)[0]
+    again = steps.queue.take()
+    assert again is not None
+    finite, ended = steps.queue.done(again, np.full((1, 8), np.nan, np.float32), 0.01)
+    assert not finite
+    assert len(ended) == 1
+    got = await rows
+    assert np.array_equal(got[:2], fake_vectors(batch, 8)[:2])
+    assert np.isnan(got[2]).all()
+
+
+async def test_an_input_longer_than_a_step_goes_by_itself() -> None:
+    """As does the first one, of which nothing is known."""
+    steps = Steps(measured=False)
+    steps.queue.put(TokenBatch.of([[1] * 3 * MAX_TOKENS, [2]]))
+    assert steps.all_tokens() == [3 * MAX_TOKENS, 1]
+
+
+async def test_an_engine_that_ends_fails_everybody_by_their_part_in_it() -> None:
+    """Those in its step as perhaps guilty, those in line as not, and who comes later."""
+    engine = FakeEngine(FakeEngineArgs(call_seconds=0.01, fatal_token=9))
+    fatal, waiting = (
+        asyncio.ensure_future(engine.embed(TokenBatch.of([[token]]), alone=True)) for token in (9, 1)
+    )
+    errors: list[Any] = await asyncio.gather(fatal, waiting, return_exceptions=True)
+    assert [type(error) for error in errors] == [EngineCrashError, EngineDeadError]
+    with pytest.raises(EngineDeadError):
+        await engine.embed(ONE)
+
+
+async def test_a_step_that_fails_fails_its_calls_alone() -> None:
+    """The next one is computed."""
+    engine = FakeEngine(FakeEngineArgs(error_token=9))
+    with pytest.raises(EngineError):
+        await engine.embed(TokenBatch.of([[9]]))
+    assert np.array_equal(await engine.embed(ONE), fake_vectors(ONE, 64))
+
+
+def test_the_line_is_that_of_the_engine_whatever_sizes_came() -> None:
+    """One step that hung doesn't move it."""
+    times = StepTimes()
+    assert times.speed(1000) == 0.0
+    for number in range(200):
+        tokens = (3, 20, 90, 700)[number % 4] + number % 7
+        times.record(tokens, FIXED + EACH * tokens + (1.0 if number == 70 else 0.0))
+    assert times.fixed == pytest.approx(FIXED, rel=0.05)
+    assert times.each == pytest.approx(EACH, rel=0.05)
+    assert times.tokens(0.8) == pytest.approx(120, rel=0.1)
+    assert times.speed(1000) == pytest.approx(1000 / (FIXED + 1000 * EACH), rel=0.05)
+
+
+def test_of_steps_of_one_size_the_speed_is_known_and_the_fixed_cost_is_taken_to_be_half() -> None:
+    """As long as bulk work alone was there."""
+    times = StepTimes()
+    for _ in range(40):
+        times.record(1000, 0.1)
+    assert times.speed(1000) == pytest.approx(10_000)
+    assert times.tokens(0.8) == pytest.approx(4000)
+
+
+def test_a_slice_of_a_batch_is_the_batch_of_the_slice() -> None:
+    """Also an empty one."""
+    batch = TokenBatch.of([[1, 2], [3], [4, 5, 6]])
+    assert [ids.tolist() for ids in batch[1:]] == [[3], [4, 5, 6]]
+    assert [ids.tolist() for ids in batch[0:2]] == [[1, 2], [3]]
+    assert len(batch[3:]) == batch[3:].tokens == 0
