@@ -87,8 +87,8 @@ class PackedStep:
     def embed(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Return float32 vectors of shape (len(lengths), dimension).
 
-        `ids` have shape (sum of lengths,) and stay as they are; both are int32. What needs more blocks than
-        the cache has is computed in several forwards.
+        `ids` have shape (sum of lengths,) and stay as they are; both are int32. What is more than one
+        forward may have is computed in several.
         """
         rows, begin, token = [], 0, 0
         while begin < len(lengths):
@@ -100,8 +100,8 @@ class PackedStep:
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def _fitting(self, lengths: np.ndarray) -> int:
-        """Return how many inputs the cache has blocks for."""
-        fitting = len(lengths)
+        """Return how many inputs a forward may have, and the cache has blocks for."""
+        fitting = int(np.searchsorted(np.cumsum(lengths), len(self._arange), side="right"))
         for size, blocks in self._room.items():
             needed = np.cumsum(-(-lengths // size))
             fitting = min(fitting, int(np.searchsorted(needed, blocks, side="right")))

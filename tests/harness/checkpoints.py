@@ -60,12 +60,12 @@ def make_qwen3_embedding(folder: Path) -> Path:
     words["added_tokens"].append(
         {**words["added_tokens"][-1], "id": config.vocab_size, "content": UNKNOWN_WORD, "special": False}
     )
-    _write(folder / "tokenizer.json", words)
+    write_json(folder / "tokenizer.json", words)
     tokenizer = json.loads((minilm() / "tokenizer_config.json").read_text())
     tokenizer["model_max_length"] = 2048
-    _write(folder / "tokenizer_config.json", tokenizer)
+    write_json(folder / "tokenizer_config.json", tokenizer)
     types = "sentence_transformers.models"
-    _write(
+    write_json(
         folder / "modules.json",
         [
             {"idx": 0, "name": "0", "path": "", "type": f"{types}.Transformer"},
@@ -73,7 +73,7 @@ def make_qwen3_embedding(folder: Path) -> Path:
             {"idx": 2, "name": "2", "path": "2_Normalize", "type": f"{types}.Normalize"},
         ],
     )
-    _write(
+    write_json(
         folder / "1_Pooling" / "config.json",
         {
             "word_embedding_dimension": 256,
@@ -83,7 +83,7 @@ def make_qwen3_embedding(folder: Path) -> Path:
             "include_prompt": True,
         },
     )
-    _write(
+    write_json(
         folder / "config_sentence_transformers.json",
         {
             "prompts": {"query": PROMPT, "document": ""},
@@ -94,6 +94,7 @@ def make_qwen3_embedding(folder: Path) -> Path:
     return folder
 
 
-def _write(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
+    """Write a file, and the folder that it lies in."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2))

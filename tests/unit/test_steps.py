@@ -11,6 +11,7 @@ from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import FakeEngine, fake_vectors
 from deployments.engine.steps import EXPECTING_SECONDS, Step, StepQueue, StepTimes
 from deployments.errors import EngineCrashError, EngineDeadError, EngineError
+from tests.harness import checkpoints
 
 FIXED, EACH = 0.003, 0.0001  # 30 tokens cost as much as any step does
 BULK = TokenBatch.of([[n % 256, n // 256, *[7] * 18] for n in range(400)])
@@ -199,3 +200,62 @@ def test_a_slice_of_a_batch_is_the_batch_of_the_slice() -> None:
     assert [ids.tolist() for ids in batch[1:]] == [[3], [4, 5, 6]]
     assert [ids.tolist() for ids in batch[0:2]] == [[1, 2], [3]]
     assert len(batch[3:]) == batch[3:].tokens == 0
+
+
+# What `engine/packed.py` uses of vLLM beyond its documented interface, by the file that has it.
+PRIVATE = {
+    "v1/worker/utils.py": (
+        "class AttentionGroup",
+        "layer_names:",
+        "kernel_block_size:",
+        "def build_metadata(",
+    ),
+    "v1/worker/gpu_model_runner.py": (
+        "self.attn_groups",
+        "self.kv_caches",
+        "self.kv_cache_config",
+        "self.vllm_config",
+    ),
+    "v1/worker/cpu_model_runner.py": ("class CPUModelRunner(GPUModelRunner)", "self.model ="),
+    "v1/worker/worker_base.py": ("worker_extension_cls", "self.model_runner"),
+    "v1/kv_cache_interface.py": (
+        "class EncoderOnlyAttentionSpec",
+        "class FullAttentionSpec",
+        "class SlidingWindowSpec",
+        "class MLAAttentionSpec",
+        "class UniformTypeKVCacheSpecs",
+        "kv_cache_specs:",
+        "num_blocks:",
+    ),
+    "v1/attention/backend.py": (
+        "class CommonAttentionMetadata",
+        "query_start_loc_cpu:",
+        "seq_lens_cpu_upper_bound:",
+        "block_table_tensor:",
+        "slot_mapping:",
+        "positions:",
+    ),
+    "v1/pool/metadata.py": ("class PoolingStates", "def build_pooling_cursor(", "query_start_loc_gpu:"),
+    "forward_context.py": ("def set_forward_context(", "cudagraph_runtime_mode:", "slot_mapping:"),
+    "config/compilation.py": ("static_forward_context:",),
+    "model_executor/layers/pooler/special.py": ("poolers_by_task",),
+    "model_executor/layers/pooler/abstract.py": ("def get_pooling_updates(",),
+    "model_executor/layers/attention_layer_base.py": ("class AttentionLayerBase",),
+    "v1/metrics/loggers.py": (
+        "counter_prompt_tokens",
+        "counter_request_success",
+        "histogram_iteration_tokens",
+        "gauge_scheduler_running",
+        "gauge_scheduler_waiting",
+        "histogram_queue_time_request",
+        "histogram_inference_time_request",
+        "histogram_e2e_time_request",
+    ),
+}
+
+
+@pytest.mark.parametrize("file", PRIVATE)
+def test_what_packed_steps_use_of_vllm_is_where_it_was(file: str) -> None:
+    """Whoever comes to a new release sees here what has moved."""
+    text = (checkpoints.package_folder("vllm", "") / file).read_text()
+    assert [name for name in PRIVATE[file] if name not in text] == []

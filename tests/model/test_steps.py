@@ -1,0 +1,74 @@
+"""Packed steps give the vectors of vLLM's scheduler, and both those of sentence-transformers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import layouts, workers
+
+pytestmark = pytest.mark.model
+COUNTS = (1, 7, 64, 1000)
+
+# One process for all: each of them imports vLLM for seconds.
+PROGRAM = """
+import json, sys
+import numpy as np
+from sentence_transformers import SentenceTransformer
+from deployments.config.load import load_workers
+from deployments.engine.batch import TokenBatch
+from deployments.engine.choice import Packed, Scheduled, choose
+from deployments.engine.tokenizer import TextTokenizer
+from deployments.engine.vllm import VllmEngine
+from deployments.plan.plan import Machine, make_plans
+
+def least(a, b):
+    return float(((a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
+
+counts, *files = json.loads(sys.argv[1])
+for file in files:
+    (plan,) = make_plans(load_workers(file), Machine(2, 0, 2))
+    engine, card = VllmEngine(plan)._load()
+    words = [" ".join([str(k), *["word"] * (k % 12)]) for k in range(max(counts))]
+    words[3] = "long " * (card.max_model_len - 2)
+    inputs = [ids[: card.max_model_len] for ids in TextTokenizer(card.tokenizer).encode(words)]
+    scheduled = Scheduled(engine)
+    theirs = {count: scheduled.embed(TokenBatch.of(inputs[:count])) for count in counts}
+    packed = Packed(engine)
+    ours = {count: packed.embed(TokenBatch.of(inputs[:count])) for count in counts}
+    alone = np.concatenate([packed.embed(TokenBatch.of([ids])) for ids in inputs[:7]])
+    reference = SentenceTransformer(plan.worker.generator.model_path, device="cpu").encode(words[:64])
+    print(json.dumps({
+        "longest": max(map(len, inputs)) - card.max_model_len,
+        "shape": ours[64].shape == reference.shape,
+        "scheduler": min(least(ours[count], theirs[count]) for count in counts),
+        "alone": least(ours[7], alone),
+        "sentence-transformers": least(ours[64], reference),
+        "apart": 1 - float(np.abs(np.corrcoef(ours[64]) - np.eye(64)).max()),
+        "serves": choose(engine, card.tokenizer, card.max_model_len, "packed")[1],
+    }), flush=True)
+    engine.engine_core.shutdown()
+"""
+
+
+def test_every_layout_gives_its_authors_vectors(tmp_path: Path) -> None:
+    """In float32; alone and beside others, few and many, and as long as the model takes."""
+    files = []
+    for name in layouts.LAYOUTS:
+        layouts.make(tmp_path / name, name)
+        files.append(str(tmp_path / f"{name}.toml"))
+        Path(files[-1]).write_text(workers.vllm(name, tmp_path / name, 'dtype = "float32"'))
+    argument = json.dumps([COUNTS, *files])
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, argument], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = dict(zip(layouts.LAYOUTS, map(json.loads, result.stdout.splitlines()), strict=True))
+    for name, each in found.items():
+        assert each.pop("serves").startswith("packed steps"), name
+        assert each.pop("longest") == 0, name
+        assert each.pop("shape"), name
+        assert each.pop("apart") > 1e-4, name  # else an order mistake couldn't show
+        assert {key: value for key, value in each.items() if value < 0.999999} == {}, name
