@@ -30,7 +30,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 from vllm.v1.metrics.loggers import PrometheusStatLogger
-from vllm.v1.pool.metadata import PoolingMetadata, PoolingStates
+from vllm.v1.pool.metadata import PoolingCursor, PoolingMetadata, PoolingStates
 
 VERSIONS = ("0.32.", "0.33.")
 # Block 0 is vLLM's null block: what is padded points there.
@@ -149,8 +149,16 @@ class PackedStep:
             prompt_token_ids_cpu=None,
             pooling_params=[self._params] * len(lengths),
             pooling_states=[_NOTHING_KEPT] * len(lengths),
+            pooling_cursor=PoolingCursor(
+                first_token_indices_gpu=starts[:-1],
+                last_token_indices_gpu=starts[1:] - 1,
+                prompt_lens_cpu=lengths,
+                seq_lens_cpu=lengths,
+                num_scheduled_tokens_cpu=lengths,
+                partial_prefill=False,  # an input goes whole into a step
+                finished_mask=[True] * len(lengths),
+            ),
         )
-        pooling.build_pooling_cursor(lengths.numpy(), lengths, self._device, starts)
         rows = self._pooler(hidden_states=hidden, pooling_metadata=pooling)
         pooled = rows if isinstance(rows, torch.Tensor) else torch.stack(list(rows))
         vectors: np.ndarray = pooled.to(device="cpu", dtype=torch.float32).numpy()

@@ -23,7 +23,7 @@ from deployments.errors import EngineCrashError, EngineDeadError, EngineError
 # whose request waits for the step that it meets; and where somebody is in the step, which is theirs.
 ALONE, EXPECTING, SHARING = 0.97, 0.8, 0.5
 # Somebody may come for so long after the last one.
-EXPECTING_SECONDS = 10.0
+EXPECTING_SECONDS = 2.0
 # Times are kept by the size of their step, and the line is drawn anew after so many.
 RECENT_STEPS = 15
 MIN_SECONDS, MOST_EACH = 1e-6, 0.9
@@ -122,6 +122,7 @@ class StepQueue:
         self._bulk: deque[Call] = deque()
         self._doubtful: deque[tuple[Call, int]] = deque()  # inputs whose row wasn't finite
         self._last_person = float("-inf")
+        self._bulk_waited = False  # for the last step, which had people's inputs alone
         self._end: str | None = None
 
     @property
@@ -155,10 +156,14 @@ class StepQueue:
             if not call.future.cancelled():
                 return Step(call.batch[row : row + 1], [(call, row, 1)], again=True)
         pieces: list[tuple[Call, int, int]] = []
-        tokens = self._fill(pieces, self._people, self._budget(ALONE), 0)
+        tokens = self._fill(pieces, self._people, self._budget(ALONE), 0, at_least_one=True)
+        people = len(pieces)
         expecting = self._clock() < self._last_person + EXPECTING_SECONDS
-        share = SHARING if pieces else EXPECTING if expecting else ALONE
-        self._fill(pieces, self._bulk, self._budget(share), tokens)
+        share = SHARING if people else EXPECTING if expecting else ALONE
+        # What is too long to share a step with people has every second one all the same.
+        must = not people or self._bulk_waited
+        self._fill(pieces, self._bulk, self._budget(share), tokens, at_least_one=must)
+        self._bulk_waited = bool(self._bulk) and len(pieces) == people
         for call, _, _ in pieces:
             call.begun = call.begun or self._clock()
         return _joined(pieces) if pieces else None
@@ -230,17 +235,21 @@ class StepQueue:
         return min(self.times.tokens(share), self._max_tokens)
 
     def _fill(
-        self, pieces: list[tuple[Call, int, int]], lane: deque[Call], budget: float, tokens: int
+        self,
+        pieces: list[tuple[Call, int, int]],
+        lane: deque[Call],
+        budget: float,
+        tokens: int,
+        at_least_one: bool,
     ) -> int:
-        """Add a lane's inputs to a step of so many tokens, one input at least; return the tokens then."""
-        added = False
+        """Add a lane's inputs to a step of so many tokens, up to its budget; return the tokens then."""
         while lane and not (pieces and (pieces[0][0].alone or lane[0].alone)):
             call = lane[0]
             before = int(call.ends[call.taken - 1]) if call.taken else 0
             count = int(np.searchsorted(call.ends, before + budget - tokens, side="right")) - call.taken
-            if count <= 0 and added:
+            if count <= 0 and not at_least_one:
                 break
-            count, added = max(count, 1), True
+            count, at_least_one = max(count, 1), False
             pieces.append((call, call.taken, count))
             call.taken += count
             tokens += int(call.ends[call.taken - 1]) - before

@@ -92,14 +92,26 @@ async def test_steps_are_short_for_a_while_after_somebody_came(steps: Steps) -> 
 
 
 async def test_bulk_work_gets_on_however_many_come(steps: Steps) -> None:
-    """One input in each step at least."""
+    """One input in every second step at least."""
     bulk = steps.queue.put(BULK, bulk=True)
-    for _ in range(len(BULK)):
+    for _ in range(2 * len(BULK)):
         for _ in range(20):
             steps.queue.put(TokenBatch.of([[5] * 20]))
         steps.step()
     await asyncio.sleep(0)
     assert bulk.done()
+
+
+async def test_bulk_work_too_long_to_share_a_step_goes_between_people(steps: Steps) -> None:
+    """Who is in a step waits for no text of hundreds of tokens, but in every second one."""
+    steps.queue.put(TokenBatch.of([[7] * 500] * 3), bulk=True)
+    tokens = []
+    for _ in range(4):
+        steps.queue.put(ONE)
+        step = steps.step()
+        assert step is not None
+        tokens.append(step.batch.tokens)
+    assert tokens == [3, 503, 3, 503]
 
 
 async def test_one_that_is_alone_shares_its_step_with_nobody(steps: Steps) -> None:
@@ -235,7 +247,7 @@ PRIVATE = {
         "slot_mapping:",
         "positions:",
     ),
-    "v1/pool/metadata.py": ("class PoolingStates", "def build_pooling_cursor(", "query_start_loc_gpu:"),
+    "v1/pool/metadata.py": ("class PoolingStates", "class PoolingCursor", "finished_mask:"),
     "forward_context.py": ("def set_forward_context(", "cudagraph_runtime_mode:", "slot_mapping:"),
     "config/compilation.py": ("static_forward_context:",),
     "model_executor/layers/pooler/special.py": ("poolers_by_task",),

@@ -1,0 +1,78 @@
+"""What an engine costs beside its model: `make bench-host`.
+
+The bundled model as a replica loads it, its forward replaced by nothing: what is left is the host's work for
+each input, by vLLM's scheduler and by packed steps in turn. Then servers with a model that costs next to
+nothing, ours and vLLM's own, which so show what getting texts in and vectors out costs.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmarks import report
+from benchmarks.subjects import bundled
+from deployments.engine.batch import TokenBatch
+from deployments.engine.choice import Packed, Scheduled, Way
+from deployments.engine.vllm import VllmEngine
+
+COUNTS = (1, 16, 64, 256)
+TOKENS = 20
+ROUNDS, ROUND_SECONDS = 9, 0.2
+
+
+def without_forward(worker: Any) -> None:
+    """Let a rank's model return hidden states that nobody has computed; runs in that rank."""
+    import torch
+
+    runner = worker.model_runner
+    size = runner.vllm_config.model_config.get_hidden_size()
+    hidden = torch.ones(runner.vllm_config.scheduler_config.max_num_batched_tokens, size, dtype=runner.dtype)
+    runner.model.forward = lambda input_ids, **_: hidden[: len(input_ids)]
+
+
+def seconds_of(way: Way, batch: TokenBatch) -> float:
+    """Return the least seconds of a step, of as many as a round has."""
+    least, end = float("inf"), time.perf_counter() + ROUND_SECONDS
+    while (begun := time.perf_counter()) < end:
+        way.embed(batch)
+        least = min(least, time.perf_counter() - begun)
+    return least
+
+
+def host_costs() -> Iterator[str]:
+    """Yield the lines of the table."""
+    engine, _ = VllmEngine(bundled().plan())._load()
+    ways: tuple[Way, Way] = Scheduled(engine), Packed(engine)
+    engine.collective_rpc(without_forward)
+    yield "| inputs of 20 tokens in a step | by vLLM's scheduler, µs an input | packed, µs an input | ratio |"
+    yield "|---|---|---|---|"
+    for count in COUNTS:
+        batch = TokenBatch.of([[101, *range(2000, 2000 + TOKENS - 2), 102]] * count)
+        rounds = [[seconds_of(way, batch) for way in ways] for _ in range(ROUNDS)]
+        theirs, ours = 1e6 * np.median(rounds, axis=0) / count
+        ratio = statistics.median(first / second for first, second in rounds)
+        yield f"| {count} | {theirs:,.1f} | {ours:,.1f} | {ratio:.1f} |"
+    engine.engine_core.shutdown()
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep", action="store_true", help="put the table into benchmarks/README.md")
+    given = parser.parse_args()
+    lines = []
+    for line in host_costs():
+        print(line, flush=True)
+        lines.append(line)
+    if given.keep:
+        report.insert(report.NOTES, "host", "\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
