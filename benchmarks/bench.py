@@ -21,7 +21,7 @@ import psutil
 from benchmarks import report
 from benchmarks.results import FOLDER, MEMORY, START, Results, Value, machine, shown
 from benchmarks.rivals import CONTESTANTS, Contestant, Running
-from benchmarks.subjects import SHAPES, Subject, bundled, gpu_names
+from benchmarks.subjects import SHAPES, Subject, bundled, gpu_names, tiny
 from benchmarks.workloads import WORKLOADS, Workload, write_reference
 
 NAME = "bench"
@@ -123,12 +123,15 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="go on with the file that is there")
     parser.add_argument("--show", action="store_true", help="tables and plot of the file that is there")
     parser.add_argument("--gpu", action="store_true", help="Qwen3-Embedding's shapes on a GPU instead")
+    parser.add_argument("--tiny", action="store_true", help="a model that costs next to nothing instead")
     given = parser.parse_args()
     file: Path = given.folder / f"{given.name}.json"
     # An orderly end, so that no contestant is left behind; a background job ignores SIGINT.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if given.gpu:
         return run_on_gpus(given)
+    if given.tiny:
+        return run_tiny(given)
     if not given.show:
         contestants = chosen(CONTESTANTS, given.contestants)
         workloads = chosen(WORKLOADS, given.workloads)
@@ -175,6 +178,18 @@ def run_on_gpus(given: argparse.Namespace) -> int:
         text = report.gpu_tables(Results.load(file), gpus[0], shape.parameters)
         print(f"{shape.name} on one {gpus[0]}\n\n{text}\n")
         file.with_suffix(".md").write_text(f"{text}\n")
+    return 0
+
+
+def run_tiny(given: argparse.Namespace) -> int:
+    """Measure what servers cost beside their model."""
+    file = given.folder / "tiny.json"
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
+        turn = Round(0, chosen(WORKLOADS, given.workloads), given.seconds, None, tiny(Path(folder)))
+        run(turn, given.rounds, file, chosen(CONTESTANTS, given.contestants), given.resume)
+    text = report.tables(Results.load(file))
+    print(text)
+    file.with_suffix(".md").write_text(f"{text}\n")
     return 0
 
 

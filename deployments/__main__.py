@@ -52,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="serve on this machine, on the fast data plane")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=_port, default=8000, help="port (default: %(default)s)")
-    serve.add_argument("--ingress-replicas", type=_positive, default=1, help="HTTP processes (default: 1)")
+    what = "HTTP processes, or `auto`: one for every four cores that no engine has (default: auto)"
+    serve.add_argument("--ingress-replicas", type=_count_or_auto, default=0, metavar="N", help=what)
     for command in (plan, serve):
         what = f"client keys (default: ${KEYS_VARIABLE})"
         command.add_argument("--keys", default="", metavar="FILE", help=what)
@@ -129,6 +130,11 @@ def _port(text: str) -> int:
     if not 0 < port <= MAX_PORT:
         raise argparse.ArgumentTypeError(f"{port} isn't a port")
     return port
+
+
+def _count_or_auto(text: str) -> int:
+    """Return a number of processes; 0 for `auto`."""
+    return 0 if text == "auto" else _positive(text)
 
 
 def _positive(text: str) -> int:

@@ -27,7 +27,7 @@ from deployments.engine.available import require_vllm
 from deployments.errors import ConfigError, EngineStartError
 from deployments.front.guard import haproxies, stop_guards
 from deployments.front.switches import prepare_environment
-from deployments.plan.plan import make_plans, unplaceable
+from deployments.plan.plan import ingress_replicas, make_plans, unplaceable
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -112,12 +112,13 @@ def _build(arguments: ServeArguments, workers: Iterable[Worker]) -> "Application
     from deployments.app import BuildArguments, build, cluster_machine
 
     machine = cluster_machine(ray.nodes())
-    if problems := unplaceable(make_plans(workers, machine), machine):
+    plans = make_plans(workers, machine)
+    if problems := unplaceable(plans, machine):
         raise ConfigError("\n".join(problems))
     return build(
         BuildArguments(
             config=arguments.config,
-            ingress_replicas=arguments.ingress_replicas,
+            ingress_replicas=arguments.ingress_replicas or ingress_replicas(plans, machine),
             metrics_host=arguments.host,
             keys=arguments.keys,
             insecure=arguments.insecure,

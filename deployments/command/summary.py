@@ -10,7 +10,7 @@ from deployments.keys.file import KEYS_VARIABLE
 
 @dataclass(frozen=True)
 class ServeArguments:
-    """What the command line says."""
+    """What the command line says; zero `ingress_replicas` are as many as there are cores for."""
 
     config: str
     host: str

@@ -212,7 +212,7 @@ def _objections(config: Any, runner: Any) -> Iterator[str]:
         yield "it isn't a pooling model"
     if model.is_encoder_decoder or model.is_multimodal_model:
         yield "it reads more than text"
-    if getattr(runner, "uses_mrope", False) or getattr(runner, "uses_xdrope_dim", 0):
+    if model.uses_mrope or getattr(runner, "uses_xdrope_dim", 0):
         yield "its positions have several dimensions"
     if getattr(runner, "lookback_token_ids", None) is not None:
         yield "it looks back at token ids"
@@ -224,8 +224,6 @@ def _objections(config: Any, runner: Any) -> Iterator[str]:
         yield "data or context parallelism is configured"
     if model.max_model_len > config.scheduler_config.max_num_batched_tokens:
         yield "its inputs may be longer than a step"
-    if not hasattr(runner, "attn_groups"):
-        yield "the model runner keeps its attention elsewhere"
 
 
 def _attention_of(runner: Any) -> Iterator[Attention]:
@@ -245,6 +243,9 @@ def _attention_of(runner: Any) -> Iterator[Attention]:
                 raise UnsupportedError("a packed KV cache")
             size = 0 if encodes else each.get_metadata_builder(0).kv_cache_spec.block_size
             yield Attention(each.build_metadata, tuple(each.layer_names), size)
+    # Model runner V2, which serves GPUs, keeps those of encoders elsewhere.
+    for each in getattr(getattr(runner, "model_state", None), "encoder_attn_groups", ()):
+        yield Attention(each.build_metadata, tuple(each.layer_names), 0)
 
 
 def _room(runner: Any, attention: list[Attention]) -> dict[int, int]:

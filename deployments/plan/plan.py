@@ -30,6 +30,8 @@ from deployments.plan.placement import (
 SCALING_POLICY = "deployments.replica.scaling:TokenPolicy"
 # Requests that wait in a replica wait in its engine's queue, where they are batched.
 MAX_ONGOING_REQUESTS = 1024
+# Beside HAProxy, which has one thread, more of them wait for it.
+CORES_PER_INGRESS, MAX_INGRESS_REPLICAS = 4, 8
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,15 @@ def unplaceable(plans: Iterable[WorkerPlan], machine: Machine) -> list[str]:
                 " lower deployment.num_cpus, num_replicas or the parallel sizes"
             )
     return problems
+
+
+def ingress_replicas(plans: Iterable[WorkerPlan], machine: Machine) -> int:
+    """Return how many HTTP processes a machine has cores for beside its engines.
+
+    Each fills one with requests and more with long texts, which its tokenizer reads on several.
+    """
+    engines = sum(plan.min_replicas * plan.total("CPU") for plan in plans if plan.device == "cpu")
+    return max(1, min(int(machine.cpus - engines) // CORES_PER_INGRESS, MAX_INGRESS_REPLICAS))
 
 
 def _shown(name: str, value: Any) -> Any:

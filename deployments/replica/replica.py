@@ -86,14 +86,11 @@ class Replica:
         if batch.tokens and not 0 <= batch.ids.min() <= batch.ids.max() < self._card.vocab_size:
             # Whoever asks by a handle of their own has no dispatch that checks; and it would end the engine.
             raise EngineError(f"a token id is beyond the vocabulary of {self._card.vocab_size}")
-        tokens = 0
         self._load.begin(call)
         try:
-            embedded = await self._embed(batch, call.bulk, call.suspect)
-            tokens = embedded.tokens
-            return embedded
+            return await self._embed(batch, call.bulk, call.suspect)
         finally:
-            self._load.end(call, tokens)
+            self._load.end(call)
 
     async def _embed(self, batch: TokenBatch, bulk: bool = True, suspect: bool = False) -> Embedded:
         begun = time.perf_counter()
@@ -123,7 +120,7 @@ class Replica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Tell Ray Serve's controller of the load, for `TokenPolicy`."""
-        return self._load.report()
+        return self._load.report(self._engine.tokens_per_second)
 
     async def engine_metrics(self) -> bytes:
         """Return the engine's own metrics in Prometheus's text format."""

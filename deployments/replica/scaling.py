@@ -16,8 +16,6 @@ from deployments.engine.batch import CallContext
 TOKENS, REQUESTS = "outstanding_tokens:", "outstanding_requests:"
 RATE, BUSY = "tokens_per_second", "busy"
 
-# The rate is an average over this much work: long enough to be calm, short enough to follow.
-WINDOW_SECONDS = 5.0
 # What a sender said counts while it has a call here, and is told as zero for a while after.
 FORGET_SECONDS = 60.0
 # A replica that is busy for a larger share of the time isn't one too many.
@@ -25,7 +23,7 @@ FULL_SHARE = 0.8
 
 
 class ReplicaLoad:
-    """What one replica knows of the load: its own speed, and what its senders have waiting."""
+    """What one replica knows of the load: how busy it is, and what its senders have waiting."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Know nothing yet."""
@@ -33,8 +31,7 @@ class ReplicaLoad:
         self._senders: dict[str, _Sender] = {}
         self._running = 0
         self._since = self._told = clock()
-        self._busy = self._busy_since_told = 0.0
-        self._tokens = 0.0
+        self._busy = 0.0  # seconds since it was told
 
     def begin(self, call: CallContext) -> None:
         """A call arrives."""
@@ -47,31 +44,27 @@ class ReplicaLoad:
         sender.at = now
         sender.tokens, sender.requests = call.outstanding_tokens, call.outstanding_requests
 
-    def end(self, call: CallContext, tokens: int) -> None:
-        """A call has been answered with so many tokens; 0 when it failed."""
+    def end(self, call: CallContext) -> None:
+        """A call has been answered."""
         now = self._clock()
         self._count(now)
         self._running -= 1
-        self._tokens += tokens
-        if self._busy > WINDOW_SECONDS:
-            self._tokens *= WINDOW_SECONDS / self._busy
-            self._busy = WINDOW_SECONDS
         sender = self._senders[call.sender]
         sender.running -= 1
         sender.at = now
 
-    def report(self) -> dict[str, float]:
-        """Return what Ray Serve collects from a replica."""
+    def report(self, tokens_per_second: float) -> dict[str, float]:
+        """Return what Ray Serve collects from a replica whose engine is that fast."""
         now = self._clock()
         self._count(now)
-        share = self._busy_since_told / max(now - self._told, 1e-6)
-        self._told, self._busy_since_told = now, 0.0
+        share = self._busy / max(now - self._told, 1e-6)
+        self._told, self._busy = now, 0.0
         self._senders = {
             name: sender
             for name, sender in self._senders.items()
             if sender.running or now - sender.at < FORGET_SECONDS
         }
-        report = {BUSY: min(share, 1.0), RATE: self._tokens / self._busy if self._busy else 0.0}
+        report = {BUSY: min(share, 1.0), RATE: tokens_per_second}
         for name, sender in self._senders.items():
             report[TOKENS + name] = float(sender.tokens if sender.running else 0)
             report[REQUESTS + name] = float(sender.requests if sender.running else 0)
@@ -81,7 +74,6 @@ class ReplicaLoad:
         """Add the time since the last change, if a call was running in it."""
         if self._running:
             self._busy += now - self._since
-            self._busy_since_told += now - self._since
         self._since = now
 
 

@@ -11,7 +11,7 @@ from deployments.config.model_files import ModelFiles
 from deployments.engine.tokenizer import byte_tokenizer, check_vocabulary
 from deployments.errors import EngineStartError
 from deployments.plan.placement import Machine
-from deployments.plan.plan import make_plans, unplaceable
+from deployments.plan.plan import ingress_replicas, make_plans, unplaceable
 from tests.harness import checkpoints, workers
 from tests.unit.test_worker_files import NO_GPU, write, write_config
 
@@ -162,6 +162,18 @@ def test_a_machine_that_is_too_small_is_told_before_anything_waits(tmp_path: Pat
     write(tmp_path, "a.toml", workers.vllm("a", checkpoints.minilm(), more="[deployment]\nnum_gpus = 1"))
     plans = make_plans(load_workers(tmp_path / "a.toml", environ={}), machine)
     assert "1 GPUs" in unplaceable(plans, machine)[0]
+
+
+@pytest.mark.parametrize(("cpus", "gpus", "replicas"), [(2, 0, 1), (16, 0, 1), (16, 1, 4), (192, 8, 8)])
+def test_http_has_as_many_processes_as_there_are_cores_beside_engines(
+    tmp_path: Path, cpus: int, gpus: int, replicas: int
+) -> None:
+    """Engines on CPUs take what there is, unless they are told; those on GPUs leave nearly all."""
+    more = f"[deployment]\nnum_gpus = {min(gpus, 1)}"
+    write(tmp_path, "a.toml", workers.vllm("a", checkpoints.minilm(), more=more))
+    machine = Machine(cpus=cpus, gpus=gpus, cpus_per_node=cpus)
+    plans = make_plans(load_workers(tmp_path, environ={}), machine)
+    assert ingress_replicas(plans, machine) == replicas
 
 
 def test_a_tokenizer_that_knows_more_than_the_model_is_told_at_the_start(

@@ -33,14 +33,14 @@ def test_a_replica_tells_its_speed_and_what_its_senders_have_waiting() -> None:
     clock.now = 1.0
     load.begin(second)
     clock.now = 2.0
-    assert load.report() == {BUSY: 1.0, RATE: 0.0, **said("x", 500, 5), **said("y", 70, 7)}
-    load.end(first, 300)
+    assert load.report(0.0) == {BUSY: 1.0, RATE: 0.0, **said("x", 500, 5), **said("y", 70, 7)}
+    load.end(first)
     clock.now = 3.0
-    load.end(second, 600)
+    load.end(second)
     clock.now = 4.0
-    assert load.report() == {BUSY: 0.5, RATE: 300.0, **said("x", 0, 0), **said("y", 0, 0)}
+    assert load.report(300.0) == {BUSY: 0.5, RATE: 300.0, **said("x", 0, 0), **said("y", 0, 0)}
     clock.now = 4.0 + FORGET_SECONDS
-    assert load.report() == {BUSY: 0.0, RATE: 300.0}
+    assert load.report(300.0) == {BUSY: 0.0, RATE: 300.0}
 
 
 def said(sender: str, tokens: float, requests: float) -> dict[str, float]:

@@ -228,6 +228,9 @@ PRIVATE = {
         "self.kv_cache_config",
         "self.vllm_config",
     ),
+    "v1/worker/gpu/model_runner.py": ("self.attn_groups", "self.kv_caches", "self.model_state"),
+    "v1/worker/gpu/model_states/encoder_only.py": ("self.encoder_attn_groups",),
+    "config/model.py": ("def uses_mrope(",),
     "v1/worker/cpu_model_runner.py": ("class CPUModelRunner(GPUModelRunner)", "self.model ="),
     "v1/worker/worker_base.py": ("worker_extension_cls", "self.model_runner"),
     "v1/kv_cache_interface.py": (
