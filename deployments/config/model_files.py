@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from deployments.config.modules import OFFSET_POSITIONS, modules_of, unfaithful
+
 PACKAGE = "package://"
 
 # Encoders: vLLM has no pipeline-parallel version of these.
@@ -117,6 +119,7 @@ class ModelFiles:
     tokenizer_config: dict[str, Any]
     sentence_bert_config: dict[str, Any]
     sentence_transformers_config: dict[str, Any]
+    folder: Path = Path()
 
     @classmethod
     def read(cls, folder: str | Path) -> "ModelFiles":
@@ -132,6 +135,7 @@ class ModelFiles:
                 tokenizer_config=_read(folder / "tokenizer_config.json"),
                 sentence_bert_config=_read(folder / "sentence_bert_config.json"),
                 sentence_transformers_config=_read(folder / "config_sentence_transformers.json"),
+                folder=folder,
             )
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"a JSON file in {folder} is broken: {error}") from error
@@ -175,6 +179,8 @@ class ModelFiles:
         if length := _number(self.sentence_bert_config, "max_seq_length"):
             return length
         lengths = [length for key in LENGTH_KEYS if (length := _number(self.text_config, key))]
+        if self.offset_positions and lengths:
+            lengths[0] -= self.offset_positions
         if not lengths:
             return None
         rope = _table(self.text_config, "rope_scaling", "rope_parameters")
@@ -183,6 +189,23 @@ class ModelFiles:
         factor = float(rope["factor"]) if scaled else 1.0
         own = min(_number(self.tokenizer_config, "model_max_length") or lengths[0], *lengths)
         return int(own * factor)
+
+    @property
+    def offset_positions(self) -> int:
+        """How many of its positions no token can have."""
+        padding = self.text_config.get("pad_token_id", 1)
+        is_offset = self.text_config.get("model_type") in OFFSET_POSITIONS and isinstance(padding, int)
+        return padding + 1 if is_offset else 0
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it names no modules: then sentence-transformers takes the mean of all tokens as it is."""
+        return not modules_of(self.folder)
+
+    @property
+    def default_prompt(self) -> str:
+        """The text put before each input for which nobody names a prompt."""
+        return self.prompts.get(str(self.sentence_transformers_config.get("default_prompt_name")), "")
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -205,7 +228,8 @@ class ModelFiles:
         self, max_model_len: int | None, tensor_parallel_size: int, pipeline_parallel_size: int
     ) -> list[tuple[str, str]]:
         """Return (key, reason) for each setting that this model makes impossible."""
-        found = []
+        model = unfaithful(self.folder, self.text_config, self.prompts)
+        found = [("generator.model_path", reason) for reason in model]
         longest, heads, layers = self.max_model_len, self.num_attention_heads, self.num_layers
         if max_model_len and longest and max_model_len > longest:
             found.append(("generator.max_model_len", f"{max_model_len} is above the model's own {longest}"))

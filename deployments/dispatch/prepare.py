@@ -101,7 +101,7 @@ def _with_prompt(
 ) -> Sequence[str]:
     """Return the texts with what the request and the model want before each."""
     if request.prompt is None and request.instruction is None:
-        return texts
+        return [card.default_prompt + text for text in texts] if card.default_prompt else texts
     prompts = card.prompts | task.prompts
     if request.instruction is not None:
         prompt = _instruct(request.instruction, prompts)

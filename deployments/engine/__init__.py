@@ -19,7 +19,8 @@ class ModelCard:
 
     `tokenizer` is the model's tokenizer in the JSON of Hugging Face's `tokenizers`; `dimension` the
     length of a vector; `max_model_len` the most tokens of an input; ids go from 0 to `vocab_size` - 1.
-    `prompts` maps a use to the text put before each input; `cl100k` holds the bytes of each of its tokens
+    `prompts` maps a use to the text put before each input, and `default_prompt` is that where no use is
+    named; `cl100k` holds the bytes of each of its tokens
     where clients send those. Replicas of one `version` give the same vectors. `steps` says how the engine
     computes, and why so.
     """
@@ -29,6 +30,7 @@ class ModelCard:
     max_model_len: int
     vocab_size: int
     prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str = ""
     cl100k: tuple[bytes, ...] = ()
     version: str = ""
     steps: str = ""

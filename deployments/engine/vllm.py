@@ -137,6 +137,7 @@ class VllmEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         folder, files = self._model_folder()
+        from vllm.config import PoolerConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -147,6 +148,8 @@ class VllmEngine:
             arguments["dtype"] = cpu_dtype()
         arguments["served_model_name"] = self._plan.name  # the label of its metrics
         arguments["worker_extension_cls"] = "deployments.engine.packed.StepExtension"
+        if isinstance(pooler := arguments.get("pooler_config"), dict):
+            arguments["pooler_config"] = PoolerConfig(**pooler)
         engine = LLMEngine.from_engine_args(EngineArgs(model=folder, **arguments))
         config = engine.vllm_config.model_config
         tokenizer = read_tokenizer(arguments.get("tokenizer") or folder, files)
@@ -157,6 +160,7 @@ class VllmEngine:
             max_model_len=int(config.max_model_len),
             vocab_size=int(config.get_vocab_size()),
             prompts=files.prompts if files else self._plan.prompts,
+            default_prompt=files.default_prompt if files else "",
         )
         return engine, card
 

@@ -12,6 +12,20 @@ BLOCK_SIZE = 32  # tokens; the size that vLLM's CPU attention is fastest with
 SPARE_BLOCKS = 4
 
 
+def _as_published(files: ModelFiles, max_model_len: int | None) -> dict[str, Any]:
+    """Return what makes vLLM read a model's files as sentence-transformers does."""
+    arguments: dict[str, Any] = {}
+    if files.is_causal:
+        arguments["convert"] = "embed"
+    if files.is_bare:
+        arguments["pooler_config"] = {"seq_pooling_type": "MEAN", "use_activation": False}
+    if files.offset_positions:
+        arguments["max_model_len"] = max_model_len or files.max_model_len
+        if "position_embedding_type" not in files.text_config:  # as transformers 5 writes them
+            arguments["hf_overrides"] = {"position_embedding_type": "absolute"}
+    return arguments
+
+
 def vllm_args(worker: Worker, device: Device, files: ModelFiles | None) -> dict[str, Any]:
     """Return the arguments of vLLM's `EngineArgs`, or of the fake engine."""
     generator = worker.generator
@@ -29,8 +43,8 @@ def vllm_args(worker: Worker, device: Device, files: ModelFiles | None) -> dict[
         # Texts to embed seldom share a beginning; hashing each one's blocks costs more than it saves.
         "enable_prefix_caching": False,
     }
-    if files and files.is_causal:
-        arguments["convert"] = "embed"
+    if files:
+        arguments |= _as_published(files, arguments["max_model_len"])
     if generator.world_size > 1:
         arguments["distributed_executor_backend"] = "ray" if device == "gpu" and spans_nodes(worker) else "mp"
     if device == "cpu":

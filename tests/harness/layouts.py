@@ -23,6 +23,7 @@ class Layout:
 
     `dense` has each layer's size and activation; `extra` goes into the model's config as it is. Where
     transformers takes no tokenizer but a model's own, it has that of `bytes`, in that form; else MiniLM's.
+    A `bare` one has nothing of sentence-transformers; `default_prompt` is what that puts before each text.
     """
 
     model: str
@@ -33,6 +34,8 @@ class Layout:
     normalize: bool = True
     extra: tuple[tuple[str, Any], ...] = ()
     bytes: str = ""
+    bare: bool = False
+    default_prompt: str = ""
 
 
 ENCODER = {
@@ -57,10 +60,12 @@ SPECIAL = {
 IDENTITY, TANH = "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.Tanh"
 
 LAYOUTS = {
+    "bert-bare": Layout("BertModel", "BertConfig", ENCODER, bare=True),
+    "bert-default-prompt": Layout("BertModel", "BertConfig", ENCODER, default_prompt="passage: "),
     "bert-cls": Layout("BertModel", "BertConfig", ENCODER, "cls_token"),
     "bert-mean-dense": Layout("BertModel", "BertConfig", ENCODER, dense=((48, TANH),)),
     "roberta": Layout("RobertaModel", "RobertaConfig", ROBERTA, extra=ABSOLUTE),
-    "xlm-roberta": Layout("XLMRobertaModel", "XLMRobertaConfig", ROBERTA, "cls_token", extra=ABSOLUTE),
+    "xlm-roberta": Layout("XLMRobertaModel", "XLMRobertaConfig", ROBERTA, "cls_token"),
     "modernbert": Layout(
         "ModernBertModel",
         "ModernBertConfig",
@@ -125,6 +130,11 @@ def make(folder: Path, name: str) -> Path:
         written = json.loads((folder / "config.json").read_text())
         write_json(folder / "config.json", {**written, **dict(layout.extra)})
     write_tokenizer(folder, layout)
+    if layout.bare:
+        return folder
+    if layout.default_prompt:
+        settings = {"prompts": {"passage": layout.default_prompt}, "default_prompt_name": "passage"}
+        write_json(folder / "config_sentence_transformers.json", settings)
     modes = (
         "cls_token",
         "mean_tokens",

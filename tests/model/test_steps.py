@@ -33,7 +33,8 @@ for file in files:
     engine, card = VllmEngine(plan)._load()
     words = [" ".join([str(k), *["word"] * (k % 12)]) for k in range(max(counts))]
     words[3] = "long " * (card.max_model_len - 2)
-    inputs = [ids[: card.max_model_len] for ids in TextTokenizer(card.tokenizer).encode(words)]
+    texts = [card.default_prompt + text for text in words]
+    inputs = [ids[: card.max_model_len] for ids in TextTokenizer(card.tokenizer).encode(texts)]
     scheduled = Scheduled(engine)
     theirs = {count: scheduled.embed(TokenBatch.of(inputs[:count])) for count in counts}
     packed = Packed(engine)

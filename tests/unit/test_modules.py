@@ -1,0 +1,148 @@
+"""A model that vLLM would compute otherwise than its authors is refused, by file and key."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.config.load import load_workers
+from deployments.config.model_files import ModelFiles
+from deployments.errors import ConfigError
+from tests.harness import checkpoints, workers
+from tests.harness.checkpoints import write_json
+
+TYPES = "sentence_transformers.models."
+MODULES = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
+
+
+def modules(*names: tuple[str, str]) -> list[dict[str, Any]]:
+    """Return what modules.json holds."""
+    return [
+        {"idx": number, "name": str(number), "path": path, "type": name if "." in name else TYPES + name}
+        for number, (name, path) in enumerate(names)
+    ]
+
+
+def make(folder: Path, files: dict[str, Any]) -> Path:
+    """Write a small BERT's folder without weights, with these files in place of its own."""
+    known: dict[str, Any] = {
+        "config.json": {"model_type": "bert", "architectures": ["BertModel"], "max_position_embeddings": 512},
+        "modules.json": modules(*MODULES),
+        "1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
+    }
+    folder.mkdir()
+    for name, content in (known | files).items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        elif content is not None:
+            write_json(folder / name, content)
+    return folder
+
+
+PROMPTS = {"config_sentence_transformers.json": {"prompts": {"query": "q: ", "document": ""}}}
+LOWER = {
+    "tokenizer.json": {"normalizer": {"type": "BertNormalizer", "lowercase": True, "strip_accents": None}}
+}
+DENSE = ("Dense", "2_Dense")
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "mpnet": (
+        {"config.json": {"model_type": "mpnet"}},
+        "config.json: model_type: vLLM can't embed with `mpnet`",
+    ),
+    "nomic": (
+        {"config.json": {"model_type": "nomic_bert"}},
+        "config.json: activation_function: is missing, and vLLM asks for it",
+    ),
+    "max": (
+        {"1_Pooling/config.json": {"pooling_mode_max_tokens": True}},
+        "1_Pooling/config.json: pooling_mode_max_tokens: vLLM can't pool by `max_tokens`",
+    ),
+    "new form": (
+        {"1_Pooling/config.json": {"pooling_mode": "weightedmean"}},
+        "1_Pooling/config.json: pooling_mode: vLLM can't pool by `weightedmean`",
+    ),
+    "two": (
+        {"1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}},
+        "1_Pooling/config.json: pooling_mode_mean_tokens, pooling_mode_cls_token:"
+        " vLLM pools in one way, not in 2",
+    ),
+    "no pooling file": ({"1_Pooling/config.json": None}, "1_Pooling/config.json: is missing or broken"),
+    "prompt left out": (
+        PROMPTS | {"1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "include_prompt": False}},
+        "1_Pooling/config.json: include_prompt: vLLM can't leave a prompt out of its pooling",
+    ),
+    "layer norm": (
+        {"modules.json": modules(*MODULES[:2], ("LayerNorm", "2_LayerNorm"))},
+        "modules.json: 2: vLLM has no module `LayerNorm`",
+    ),
+    "dense before pooling": (
+        {"modules.json": modules(MODULES[0], ("Dense", "1_Dense"), ("Pooling", "1_Pooling"))},
+        "modules.json: 1: vLLM has `Dense` at another place",
+    ),
+    "normalised, then dense": (
+        {"modules.json": modules(*MODULES, ("Dense", "3_Dense"))},
+        "modules.json: 3: vLLM has `Dense` at another place",
+    ),
+    "custom code": (
+        {"modules.json": modules(("custom_st.Transformer", ""), *MODULES[1:])},
+        "modules.json: 0: vLLM has no module `custom_st.Transformer`",
+    ),
+    "case": (
+        LOWER | {"tokenizer_config.json": {"do_lower_case": False}},
+        "tokenizer_config.json: do_lower_case: tokenizer.json says True",
+    ),
+    "accents": (
+        LOWER | {"tokenizer_config.json": {"strip_accents": False}},
+        "tokenizer_config.json: strip_accents: tokenizer.json says None",
+    ),
+    "git lfs": (
+        {"model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
+        "model.safetensors: is a pointer of Git LFS in place of weights; run `git lfs pull`",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_vllm_computes_otherwise_is_refused_by_file_and_key(tmp_path: Path, case: str) -> None:
+    """When the worker file is read."""
+    files, reason = REFUSED[case]
+    folder = make(tmp_path / "model", files)
+    file = tmp_path / "worker.toml"
+    file.write_text(workers.vllm("m", folder))
+    with pytest.raises(ConfigError) as refused:
+        load_workers(file)
+    first = refused.value.message.splitlines()[0]
+    assert first == f"{file}: generator.model_path: {reason}"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        PROMPTS,
+        LOWER | {"tokenizer_config.json": {"do_lower_case": True}},
+        {"modules.json": modules(*MODULES[:2], DENSE, ("Dense", "3_Dense"), ("Normalize", "4_Normalize"))},
+        {"1_Pooling/config.json": {"pooling_mode": "lasttoken", "include_prompt": False}},
+        {"modules.json": None},
+    ],
+)
+def test_what_vllm_computes_alike_is_taken(tmp_path: Path, files: dict[str, Any]) -> None:
+    """Among it a folder that sentence-transformers hasn't written."""
+    found = ModelFiles.read(make(tmp_path / "model", files))
+    assert found.objections(None, 1, 1) == []
+    assert found.is_bare == ("modules.json" in files and files["modules.json"] is None)
+
+
+def test_the_models_of_packages_are_taken() -> None:
+    """As they were published."""
+    for folder in (checkpoints.minilm(), checkpoints.sre()):
+        assert ModelFiles.read(folder).objections(None, 1, 1) == []
+
+
+def test_positions_that_no_token_can_have_dont_count(tmp_path: Path) -> None:
+    """RoBERTa begins behind its padding token; published as 514, it takes 512 tokens."""
+    config = {"model_type": "xlm-roberta", "max_position_embeddings": 514, "pad_token_id": 1}
+    folder = make(tmp_path / "model", {"config.json": config})
+    assert ModelFiles.read(folder).max_model_len == 512
+    assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 514
