@@ -16,7 +16,8 @@ import numpy as np
 from benchmarks import report
 from benchmarks.subjects import bundled
 from deployments.engine.batch import TokenBatch
-from deployments.engine.choice import Packed, Scheduled, Way
+from deployments.engine.choice import Packed, Scheduled
+from deployments.engine.thread import Way
 from deployments.engine.vllm import VllmEngine
 
 COUNTS = (1, 16, 64, 256)
@@ -45,7 +46,7 @@ def seconds_of(way: Way, batch: TokenBatch) -> float:
 
 def host_costs(rounds: int) -> Iterator[str]:
     """Yield the lines of the table: medians over the rounds of the least time in each."""
-    engine, _ = VllmEngine(bundled().plan())._load()
+    engine, _ = VllmEngine(bundled().plan())._load_engine()
     ways: tuple[Way, Way] = Scheduled(engine), Packed(engine)
     engine.collective_rpc(without_forward)
     yield "| inputs of 20 tokens in a step | by vLLM's scheduler, µs an input | packed, µs an input | ratio |"

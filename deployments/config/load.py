@@ -16,6 +16,9 @@ from deployments.config.model_files import PACKAGE, ModelFiles, is_hub_id, resol
 from deployments.config.worker import RESERVED_ENGINE_ARGS, Worker
 from deployments.errors import ConfigError
 
+# What both engines take of `[generator.engine_args]`.
+TRANSFORMERS_ARGS = frozenset({"dtype", "revision", "trust_remote_code"})
+
 # WORKER__GENERATOR__MAX_NUM_SEQS=32 sets the key in every file, WORKER_<STEM>__… in one of them.
 ENV_PREFIX = "WORKER"
 ENV_SEPARATOR = "__"
@@ -193,8 +196,13 @@ def _check_model(file: Path, content: dict[str, Any], check_models: bool) -> Ite
         length if isinstance(length, int) else None,
         number("tensor_parallel_size"),
         number("pipeline_parallel_size"),
+        wanted := generator.get("engine"),
     ):
         yield Problem(str(file), key, reason)
+    if files.engine(wanted)[0] == "sentence-transformers":
+        for key in set(generator.get("engine_args", ())) - TRANSFORMERS_ARGS:
+            reason = "the engine sentence-transformers has no such argument"
+            yield Problem(str(file), f"generator.engine_args.{key}", reason)
 
 
 def _with_absolute_path(worker: Worker, file: Path) -> Worker:

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from deployments.config.modules import OFFSET_POSITIONS, modules_of, unfaithful
+from deployments.config.modules import OFFSET_POSITIONS, broken, modules_of, unfaithful
 
 PACKAGE = "package://"
 
@@ -224,34 +224,40 @@ class ModelFiles:
         prompts = _table(self.sentence_transformers_config, "prompts")
         return {use: text for use, text in prompts.items() if isinstance(text, str)}
 
+    def engine(self, wanted: str | None) -> tuple[str, str]:
+        """Return the engine that serves it, and why: vLLM wherever that gives the model's own vectors."""
+        if wanted is not None:
+            return wanted, "as generator.engine says"
+        reason = next(unfaithful(self.folder, self.text_config), None)
+        if reason is not None:
+            return "sentence-transformers", reason
+        return "vllm", "it gives the model's own vectors"
+
     def objections(
-        self, max_model_len: int | None, tensor_parallel_size: int, pipeline_parallel_size: int
+        self,
+        max_model_len: int | None,
+        tensor_parallel_size: int,
+        pipeline_parallel_size: int,
+        engine: str | None = None,
     ) -> list[tuple[str, str]]:
         """Return (key, reason) for each setting that this model makes impossible."""
-        model = unfaithful(self.folder, self.text_config, self.prompts)
-        found = [("generator.model_path", reason) for reason in model]
+        reasons = list(broken(self.folder, self.prompts))
+        if engine == "vllm":
+            reasons += unfaithful(self.folder, self.text_config)
+        found = [("generator.model_path", reason) for reason in reasons]
+        if self.engine(engine)[0] != "vllm":
+            sizes = {"tensor": tensor_parallel_size, "pipeline": pipeline_parallel_size}
+            what = "the engine sentence-transformers computes on one rank; use 1"
+            found += [(f"generator.{key}_parallel_size", what) for key, size in sizes.items() if size > 1]
         longest, heads, layers = self.max_model_len, self.num_attention_heads, self.num_layers
+        tensor, pipeline = "generator.tensor_parallel_size", "generator.pipeline_parallel_size"
         if max_model_len and longest and max_model_len > longest:
             found.append(("generator.max_model_len", f"{max_model_len} is above the model's own {longest}"))
         if heads and heads % tensor_parallel_size:
-            found.append(
-                (
-                    "generator.tensor_parallel_size",
-                    f"{heads} attention heads can't be divided by {tensor_parallel_size}",
-                )
-            )
+            found.append((tensor, f"{heads} attention heads can't be divided by {tensor_parallel_size}"))
         if pipeline_parallel_size > 1 and not self.supports_pipeline_parallel:
-            found.append(
-                (
-                    "generator.pipeline_parallel_size",
-                    f"{self.architecture} is an encoder, which can't run pipeline-parallel; use 1",
-                )
-            )
+            what = f"{self.architecture} is an encoder, which can't run pipeline-parallel; use 1"
+            found.append((pipeline, what))
         elif layers and pipeline_parallel_size > layers:
-            found.append(
-                (
-                    "generator.pipeline_parallel_size",
-                    f"{pipeline_parallel_size} stages for {layers} layers",
-                )
-            )
+            found.append((pipeline, f"{pipeline_parallel_size} stages for {layers} layers"))
         return found

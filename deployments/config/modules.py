@@ -20,17 +20,27 @@ OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl"})
 POINTER = b"version https://git-lfs"
 
 
-def unfaithful(folder: Path, config: dict[str, Any], prompts: dict[str, str]) -> Iterator[str]:
+def broken(folder: Path, prompts: dict[str, str]) -> Iterator[str]:
+    """Yield why no engine can embed as the model's authors do, as `FILE: KEY: REASON`."""
+    for weights in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with weights.open("rb") as content:
+            if content.read(len(POINTER)) == POINTER:
+                yield f"{weights.name}: is a pointer of Git LFS in place of weights; run `git lfs pull`"
+    for file, pooling in _poolings(folder):
+        if pooling is None:
+            yield f"{file}: is missing or broken"
+        elif pooling.get("include_prompt") is False and any(prompts.values()):
+            # Engines get token ids, and don't see where a prompt ends.
+            yield f"{file}: include_prompt: a prompt can't be left out of the pooling"
+
+
+def unfaithful(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     """Yield where vLLM's vectors would differ from those of sentence-transformers, as `FILE: KEY: REASON`."""
     kind = config.get("model_type")
     if kind in NOT_IN_VLLM:
         yield f"config.json: model_type: vLLM can't embed with `{kind}`"
     if kind == "nomic_bert" and "activation_function" not in config:
         yield "config.json: activation_function: is missing, and vLLM asks for it"
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with file.open("rb") as content:
-            if content.read(len(POINTER)) == POINTER:
-                yield f"{file.name}: is a pointer of Git LFS in place of weights; run `git lfs pull`"
     modules = modules_of(folder)
     types = [str(module.get("type", "")) for module in modules]
     kinds = [name.rpartition(".")[2] if name.startswith(LIBRARY) else name for name in types]
@@ -42,9 +52,8 @@ def unfaithful(folder: Path, config: dict[str, Any], prompts: dict[str, str]) ->
         elif after < 0 or (after == 0 and name != "Dense") or (place < 1 and after > 1):
             yield f"modules.json: {number}: vLLM has `{name}` at another place"
         place = max(place, ORDER.index(name)) if name in ORDER else place
-    for module, name in zip(modules, kinds, strict=True):
-        if name == "Pooling":
-            yield from _pooling(folder, str(module.get("path", "")), prompts)
+    for file, pooling in _poolings(folder):
+        yield from _pooling(file, pooling or {})
     yield from _tokenizer(folder)
 
 
@@ -54,12 +63,16 @@ def modules_of(folder: Path) -> list[dict[str, Any]]:
     return [each for each in modules if isinstance(each, dict)] if isinstance(modules, list) else []
 
 
-def _pooling(folder: Path, path: str, prompts: dict[str, str]) -> Iterator[str]:
-    file = f"{path}/config.json"
-    pooling = _load(folder / file)
-    if not isinstance(pooling, dict):
-        yield f"{file}: is missing or broken"
-        return
+def _poolings(folder: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Yield each pooling's file and what it holds, None where that can't be read."""
+    for module in modules_of(folder):
+        if str(module.get("type", "")).endswith(".Pooling"):
+            file = f"{module.get('path', '')}/config.json"
+            pooling = _load(folder / file)
+            yield file, pooling if isinstance(pooling, dict) else None
+
+
+def _pooling(file: str, pooling: dict[str, Any]) -> Iterator[str]:
     found = {key: key.removeprefix("pooling_mode_") for key, value in pooling.items() if value is True}
     modes = {key: mode for key, mode in found.items() if key.startswith("pooling_mode_")}
     if isinstance(mode := pooling.get("pooling_mode"), str):
@@ -69,8 +82,6 @@ def _pooling(folder: Path, path: str, prompts: dict[str, str]) -> Iterator[str]:
     for key, mode in modes.items():
         if mode not in POOLINGS:
             yield f"{file}: {key}: vLLM can't pool by `{mode}`"
-    if pooling.get("include_prompt") is False and any(prompts.values()):
-        yield f"{file}: include_prompt: vLLM can't leave a prompt out of its pooling"
 
 
 def _tokenizer(folder: Path) -> Iterator[str]:

@@ -77,8 +77,9 @@ class FakeEngineArgs(Table):
 class Generator(Table):
     """`[generator]`: the engine and the model.
 
-    `steps` says how vLLM's model is computed: `packed`, a step at once, or `scheduled`, by vLLM's scheduler,
-    which serves every model; `auto` takes the faster one that gives the right vectors, each time it starts.
+    `engine` is what computes a model of type `vllm`: vLLM wherever that gives the model's own vectors, else
+    sentence-transformers. `steps` says how vLLM's model is computed: `packed`, a step at once; `scheduled`,
+    by vLLM's scheduler, which serves every model; `auto`, the faster one that gives the right vectors.
     """
 
     type: Literal["vllm", "fake"]
@@ -88,6 +89,7 @@ class Generator(Table):
     pipeline_parallel_size: Count = 1
     tensor_parallel_size: Count = 1
     task: Literal["embed"] = "embed"
+    engine: Literal["vllm", "sentence-transformers"] | None = None
     steps: Literal["auto", "packed", "scheduled"] = "auto"
     engine_args: dict[str, Any] = Field(default_factory=dict)
 

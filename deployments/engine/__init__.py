@@ -74,15 +74,19 @@ class Engine(Protocol):
 
 
 def make_engine(plan: WorkerPlan, ray_cpus: float = 0) -> Engine:
-    """Return the engine that `[generator] type` names, not yet started.
+    """Return the engine of a plan, not yet started.
 
     `ray_cpus` are the CPUs that Ray counts on this node, which may be more than it has cores.
     """
-    if plan.worker.generator.type == "fake":
+    if plan.engine == "fake":
         from deployments.engine.fake import FakeEngine
 
         arguments = FakeEngineArgs.model_validate(plan.engine_args)
         return FakeEngine(arguments, plan.worker.generator.max_model_len)
+    if plan.engine == "sentence-transformers":
+        from deployments.engine.sentence_transformers import SentenceTransformersEngine
+
+        return SentenceTransformersEngine(plan, ray_cpus)
     from deployments.engine.vllm import VllmEngine
 
     return VllmEngine(plan, ray_cpus)

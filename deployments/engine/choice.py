@@ -3,11 +3,12 @@
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from deployments.engine.batch import TokenBatch
+from deployments.engine.thread import Way, one_line
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.errors import EngineError, EngineStartError
 
@@ -22,22 +23,7 @@ TIMED_STEPS = 3
 TIMED_TOKENS = 1024
 
 Wanted = Literal["auto", "packed", "scheduled"]
-# What of a step counts in metrics: its inputs, its tokens, what waits, and for each call that ends with it
-# the seconds in line and in the engine.
 Ended = Sequence[tuple[float, float]]
-
-
-class Way(Protocol):
-    """A way to compute steps, in every rank."""
-
-    def embed(self, batch: TokenBatch) -> np.ndarray:
-        """Return float32 vectors of shape (len(batch), dimension)."""
-
-    def clean(self) -> None:
-        """Take what isn't finite out of the caches of every rank."""
-
-    def count(self, batch: TokenBatch, waiting: int, ended: Ended) -> None:
-        """Count a step in vLLM's own metrics."""
 
 
 class Scheduled:
@@ -153,11 +139,3 @@ def _try(way: Way, batches: list[TokenBatch]) -> tuple[np.ndarray, float, float]
             times.append(time.perf_counter() - begun)
         seconds.append(min(times))
     return vectors, seconds[0], seconds[1]
-
-
-def one_line(error: BaseException | None) -> str:
-    """Return the first line of what an error says, or its name."""
-    if error is None:
-        return "it was stopped"
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -26,11 +26,13 @@ def _as_published(files: ModelFiles, max_model_len: int | None) -> dict[str, Any
     return arguments
 
 
-def vllm_args(worker: Worker, device: Device, files: ModelFiles | None) -> dict[str, Any]:
-    """Return the arguments of vLLM's `EngineArgs`, or of the fake engine."""
+def engine_args(worker: Worker, device: Device, files: ModelFiles | None, engine: str) -> dict[str, Any]:
+    """Return what an engine is told: of vLLM the arguments of its `EngineArgs`."""
     generator = worker.generator
-    if generator.type == "fake":
+    if engine == "fake":
         return dict(generator.engine_args)
+    if engine != "vllm":
+        return {"dtype": "auto", "max_num_batched_tokens": MAX_BATCHED_TOKENS, **generator.engine_args}
     longest = generator.max_model_len or (files.max_model_len if files else None)
     arguments: dict[str, Any] = {
         "runner": "pooling",

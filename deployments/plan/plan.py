@@ -16,7 +16,7 @@ from typing import Any
 from deployments.config.model_files import ModelFiles, content_id, resolve_model_path
 from deployments.config.worker import Autoscaling, FakeEngineArgs, Worker, is_secret
 from deployments.errors import ConfigError
-from deployments.plan.engine_args import vllm_args
+from deployments.plan.engine_args import engine_args
 from deployments.plan.placement import (
     Device,
     Machine,
@@ -38,6 +38,7 @@ CORES_PER_INGRESS, MAX_INGRESS_REPLICAS = 4, 8
 class WorkerPlan:
     """One worker's deployment: everything that its replicas and the ingress need to know.
 
+    `engine` computes the model, for `engine_reason`.
     `package` tells model packages apart, and `engine_version` engines: replicas of one version give the
     same vectors, and what leaves it as it is changes in place, without a restart.
     """
@@ -48,6 +49,8 @@ class WorkerPlan:
     engine_args: dict[str, Any]
     bundles: tuple[dict[str, float], ...]
     ray_actor_options: dict[str, Any]
+    engine: str = "vllm"
+    engine_reason: str = ""
     prompts: dict[str, str] = field(default_factory=dict)
     package: str = ""
     engine_version: str = ""
@@ -107,7 +110,8 @@ class WorkerPlan:
             "deployment": self.name,
             "models": list(worker.queue.models),
             "version": worker.queue.version,
-            "engine": worker.generator.type,
+            "engine": self.engine,
+            "engine_reason": self.engine_reason,
             "steps": worker.generator.steps,
             "model_path": worker.generator.model_path,
             "device": self.device,
@@ -204,7 +208,8 @@ def _plan(worker: Worker, device: Device, shared_cores: int) -> WorkerPlan:
     files, package = _model_files(worker)
     cores = worker.deployment.num_cpus or (shared_cores if needs_cores(worker, device) else 1)
     bundles = bundles_of(worker, device, cores)
-    engine_args = vllm_args(worker, device, files)
+    engine, reason = _engine(worker, files)
+    arguments = engine_args(worker, device, files, engine)
     # Replicas read it when they start.
     vocabulary = ("cl100k",) if worker.reads_cl100k else ()
     release = metadata.version("embedding-cluster")
@@ -215,13 +220,25 @@ def _plan(worker: Worker, device: Device, shared_cores: int) -> WorkerPlan:
         ),
         device=device,
         cores_per_rank=cores,
-        engine_args=engine_args,
+        engine=engine,
+        engine_reason=reason,
+        engine_args=arguments,
         bundles=bundles,
         ray_actor_options=actor_options(worker, device, cores, bundles),
         prompts=files.prompts if files else {},
         package=package,
-        engine_version=_hash(package, engine_args, device, cores, release, *vocabulary),
+        engine_version=_hash(package, engine, arguments, device, cores, release, *vocabulary),
     )
+
+
+def _engine(worker: Worker, files: ModelFiles | None) -> tuple[str, str]:
+    """Return what computes a worker's model, and why."""
+    if worker.generator.type == "fake":
+        return "fake", "as generator.type says"
+    if files is not None:
+        return files.engine(worker.generator.engine)
+    wanted = worker.generator.engine
+    return wanted or "vllm", "as generator.engine says" if wanted else "the model's files aren't here"
 
 
 def _model_files(worker: Worker) -> tuple[ModelFiles | None, str]:

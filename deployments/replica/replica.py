@@ -16,7 +16,7 @@ import ray
 
 from deployments.engine import ADDRESS, VERSION, ModelCard, make_engine
 from deployments.engine.batch import NOBODY, CallContext, Embedded, TokenBatch
-from deployments.engine.cl100k import read_cl100k
+from deployments.engine.tokenizer import read_cl100k
 from deployments.errors import (
     EmbeddingError,
     EngineDeadError,

@@ -94,7 +94,10 @@ def test_the_serving_path_is_measured(running: tuple[Running, Workload]) -> None
 
 def test_a_profile_shows_processes_and_stages(running: tuple[Running, Workload], tmp_path: Path) -> None:
     """A small case of `make profile`."""
-    lines = list(budget(*running, 1.0, tmp_path))
+    for seconds in (1.0, 5.0, 25.0):  # until there are samples of more than the loop, on a busy machine too
+        lines = list(budget(*running, seconds, tmp_path))
+        if any("HTTP: Serve and uvicorn" in line for line in lines):
+            break
     assert lines[0].startswith(f"**{SINGLES.name}**")
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
     where = ""

@@ -36,6 +36,7 @@ class Layout:
     bytes: str = ""
     bare: bool = False
     default_prompt: str = ""
+    more_pooling: tuple[str, ...] = ()
 
 
 ENCODER = {
@@ -97,6 +98,36 @@ LAYOUTS = {
 }
 
 
+# Those that vLLM hasn't, or would give other vectors for.
+DISTILBERT = {
+    "vocab_size": VOCABULARY,
+    "dim": HIDDEN,
+    "n_layers": LAYERS,
+    "n_heads": HEADS,
+    "hidden_dim": 2 * HIDDEN,
+}
+T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": HIDDEN,
+    "d_kv": 32,
+    "d_ff": 2 * HIDDEN,
+    "num_layers": LAYERS,
+    "num_heads": HEADS,
+}
+SECOND_ENGINE = {
+    "bert-max": Layout("BertModel", "BertConfig", ENCODER, "max_tokens"),
+    "bert-mean-and-max": Layout("BertModel", "BertConfig", ENCODER, more_pooling=("max_tokens",)),
+    "bert-mean-sqrt": Layout("BertModel", "BertConfig", ENCODER, "mean_sqrt_len_tokens"),
+    "qwen3-weighted-mean": Layout("Qwen3ForCausalLM", "Qwen3Config", DECODER, "weightedmean_tokens"),
+    "mpnet": Layout("MPNetModel", "MPNetConfig", ROBERTA),
+    "distilbert": Layout("DistilBertModel", "DistilBertConfig", DISTILBERT),
+    "albert": Layout("AlbertModel", "AlbertConfig", {**ENCODER, "embedding_size": 32}),
+    "deberta-v2": Layout("DebertaV2Model", "DebertaV2Config", ENCODER, "cls_token"),
+    "camembert": Layout("CamembertModel", "CamembertConfig", ROBERTA),
+    "t5-encoder": Layout("T5EncoderModel", "T5Config", T5, dense=((HIDDEN, IDENTITY),)),
+}
+
+
 def write_tokenizer(folder: Path, layout: Layout) -> None:
     """Write a layout's tokenizer."""
     if layout.bytes:
@@ -117,7 +148,7 @@ def make(folder: Path, name: str) -> Path:
     import transformers
     from safetensors.torch import save_file
 
-    layout = LAYOUTS[name]
+    layout = (LAYOUTS | SECOND_ENGINE)[name]
     torch.manual_seed(0)
     config = getattr(transformers, layout.config)(**layout.options)
     model: Any = getattr(transformers, layout.model)(config)
@@ -143,10 +174,11 @@ def make(folder: Path, name: str) -> Path:
         "weightedmean_tokens",
         "lasttoken",
     )
-    pooling = {f"pooling_mode_{mode}": mode == layout.pooling for mode in modes}
+    pooled = {layout.pooling, *layout.more_pooling}
+    pooling = {f"pooling_mode_{mode}": mode in pooled for mode in modes}
     write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": HIDDEN, **pooling})
     modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-    size = HIDDEN
+    size = HIDDEN * len(pooled)
     for number, (wide, activation) in enumerate(layout.dense, 2):
         path = f"{number}_Dense"
         dense = {"in_features": size, "out_features": wide, "bias": True, "activation_function": activation}

@@ -30,7 +30,7 @@ def least(a, b):
 counts, *files = json.loads(sys.argv[1])
 for file in files:
     (plan,) = make_plans(load_workers(file), Machine(2, 0, 2))
-    engine, card = VllmEngine(plan)._load()
+    engine, card = VllmEngine(plan)._load_engine()
     words = [" ".join([str(k), *["word"] * (k % 12)]) for k in range(max(counts))]
     words[3] = "long " * (card.max_model_len - 2)
     texts = [card.default_prompt + text for text in words]

@@ -1,4 +1,4 @@
-"""A model that vLLM would compute otherwise than its authors is refused, by file and key."""
+"""What vLLM would compute otherwise than a model's authors: another engine's, or refused by file and key."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no pooling file": ({"1_Pooling/config.json": None}, "1_Pooling/config.json: is missing or broken"),
     "prompt left out": (
         PROMPTS | {"1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "include_prompt": False}},
-        "1_Pooling/config.json: include_prompt: vLLM can't leave a prompt out of its pooling",
+        "1_Pooling/config.json: include_prompt: a prompt can't be left out of the pooling",
     ),
     "layer norm": (
         {"modules.json": modules(*MODULES[:2], ("LayerNorm", "2_LayerNorm"))},
@@ -103,17 +103,42 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+# No engine can serve these.
+BROKEN = {"no pooling file", "prompt left out", "git lfs"}
+
+
+def problems(folder: Path, model: Path, more: str = "", arguments: str = "") -> list[str]:
+    """Return what is wrong with a model's worker file, with `more` in its generator."""
+    file = folder / "worker.toml"
+    file.write_text(workers.vllm("m", model, arguments).replace("[generator]", f"[generator]\n{more}"))
+    try:
+        load_workers(file)
+    except ConfigError as error:
+        return [line.removeprefix(f"{file}: ") for line in error.message.splitlines()]
+    return []
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_vllm_computes_otherwise_is_refused_by_file_and_key(tmp_path: Path, case: str) -> None:
-    """When the worker file is read."""
+    """When the worker file is read and says `vllm`; else the other engine serves it, where that can."""
     files, reason = REFUSED[case]
     folder = make(tmp_path / "model", files)
-    file = tmp_path / "worker.toml"
-    file.write_text(workers.vllm("m", folder))
-    with pytest.raises(ConfigError) as refused:
-        load_workers(file)
-    first = refused.value.message.splitlines()[0]
-    assert first == f"{file}: generator.model_path: {reason}"
+    refused = problems(tmp_path, folder, 'engine = "vllm"')
+    assert refused[0] == f"generator.model_path: {reason}"
+    if case in BROKEN:
+        assert problems(tmp_path, folder) == refused[:1]
+    else:
+        assert problems(tmp_path, folder) == []
+        assert ModelFiles.read(folder).engine(None) == ("sentence-transformers", reason)
+
+
+def test_the_second_engine_says_what_it_cant_do(tmp_path: Path) -> None:
+    """Ranks, and arguments of vLLM alone."""
+    folder = make(tmp_path / "model", REFUSED["max"][0])
+    assert problems(tmp_path, folder, "tensor_parallel_size = 2", 'dtype = "float32", seed = 1') == [
+        "generator.engine_args.seed: the engine sentence-transformers has no such argument",
+        "generator.tensor_parallel_size: the engine sentence-transformers computes on one rank; use 1",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,186 @@
+"""What engines that compute share: a thread of their own, on cores of their own, one step after the other."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from deployments.config.model_files import ModelFiles, is_hub_id, resolve_model_path
+from deployments.engine import ModelCard
+from deployments.engine.batch import TokenBatch
+from deployments.engine.cores import CoreClaim, sharers
+from deployments.engine.steps import Step, StepQueue
+from deployments.errors import EngineError, EngineStartError
+from deployments.plan.plan import WorkerPlan
+from deployments.priority import behind_requests
+
+logger = logging.getLogger("ray.serve")
+
+
+class Way(Protocol):
+    """A way to compute steps, in every rank."""
+
+    def embed(self, batch: TokenBatch) -> np.ndarray:
+        """Return float32 vectors of shape (len(batch), dimension)."""
+
+    def clean(self) -> None:
+        """Take what isn't finite out of the caches of every rank."""
+
+    def count(self, batch: TokenBatch, waiting: int, ended: Sequence[tuple[float, float]]) -> None:
+        """Count a step, how many inputs wait, and the seconds in line and in the engine of calls that end."""
+
+
+class ThreadEngine:
+    """An engine whose model is loaded and computed on one thread, which owns all of torch's."""
+
+    name = ""
+
+    def __init__(self, plan: WorkerPlan, ray_cpus: float = 0) -> None:
+        """Remember the plan; nothing is loaded yet."""
+        self._plan = plan
+        self._ray_cpus = ray_cpus
+        self._queue = StepQueue(plan.engine_args["max_num_batched_tokens"])
+        self._started = threading.Event()
+        self._card: ModelCard | None = None
+        self._failure: BaseException | None = None
+        self._step: Step | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def _load(self) -> tuple[Way, ModelCard]:
+        """Load the model. Whatever it raises is told as the reason why the engine can't start."""
+        raise NotImplementedError
+
+    def _unload(self) -> None:
+        """End what was loaded, if anything was."""
+
+    # --- the contract, called from the replica's threads -------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """How many steps were computed."""
+        return self._queue.steps
+
+    @property
+    def tokens_per_second(self) -> float:
+        """How fast the engine is where it has enough to do; 0 until measured."""
+        return self._queue.tokens_per_second
+
+    def start(self) -> ModelCard:
+        """Load the model on the engine's thread."""
+        self._thread.start()
+        self._started.wait()
+        if self._card is None:
+            assert self._failure is not None
+            if isinstance(self._failure, EngineStartError):
+                raise self._failure
+            raise EngineStartError(f"{self.name} can't start: {one_line(self._failure)}") from self._failure
+        return self._card
+
+    async def embed(self, batch: TokenBatch, bulk: bool = False, alone: bool = False) -> np.ndarray:
+        """Queue the batch for the engine's next steps."""
+        return await self._queue.put(batch, bulk, alone)
+
+    def check(self) -> None:
+        """Raise if the engine's thread has ended."""
+        self._queue.check()
+
+    def metrics(self) -> bytes:
+        """Return what the engine counts by itself, labelled with the worker's name."""
+        return b""
+
+    def stop(self) -> None:
+        """Let the thread finish its step and end the ranks."""
+        self._queue.close("the engine was stopped")
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # --- the engine's thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        claim = None
+        try:
+            if self._plan.device == "cpu":
+                ranks = self._plan.worker.generator.world_size
+                claim = CoreClaim(self._plan.cores_per_rank * ranks, shared_by=sharers(self._ray_cpus))
+                self._bind(claim.claim())
+            way, self._card = self._load()
+            logger.info("%s: %s", self._plan.name, self._card.steps)
+            self._started.set()
+            self._serve(way)
+        except BaseException as failure:
+            self._failure = failure
+            self._queue.close(f"the engine has ended: {one_line(failure)}")
+        finally:
+            self._queue.fail_all(self._step)
+            self._unload()
+            if claim is not None:
+                claim.release()
+            self._started.set()
+
+    def _bind(self, cores: Sequence[int]) -> None:
+        """Keep this thread, and so all that torch starts from it, on its own cores.
+
+        There it lets others go first: a step takes milliseconds, and what brings the next one a fraction.
+        """
+        os.sched_setaffinity(0, cores)
+        behind_requests()
+        each = self._plan.cores_per_rank
+        os.environ["OMP_NUM_THREADS"] = str(each)
+        ranks = [cores[start : start + each] for start in range(0, len(cores), each)]
+        # vLLM's own choice would put every replica of a host on the same cores.
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, rank)) for rank in ranks)
+        if len(ranks) == 1:
+            # vLLM binds the threads of the processes that it starts, and here it starts none. Unbound, the
+            # kernel may wake two threads on one core and leave them there. Read when torch is imported.
+            os.environ["KMP_AFFINITY"] = f"granularity=fine,explicit,proclist=[{','.join(map(str, cores))}]"
+
+    def _serve(self, way: Way) -> None:
+        """Compute one step after the other; sleep while there is nothing to do."""
+        while (step := self._queue.wait()) is not None:
+            self._step = step
+            begun = time.perf_counter()
+            try:
+                rows = way.embed(step.batch)
+            except EngineError as error:
+                self._queue.fail(step, error)
+                self._step = None
+                continue
+            seconds = time.perf_counter() - begun
+            finite, ended = self._queue.done(step, rows, seconds)
+            self._step = None
+            if not finite:
+                way.clean()
+            now = time.monotonic()
+            spent = [(call.begun - call.arrived, now - call.begun) for call in ended]
+            way.count(step.batch, self._queue.waiting, spent)
+
+    def _model_folder(self) -> tuple[str, ModelFiles | None]:
+        """Return the model's folder on this node and its files; of a hub id, the id and None."""
+        worker = self._plan.worker
+        try:
+            folder = resolve_model_path(worker.generator.model_path)
+            if is_hub_id(folder) and not Path(folder).is_dir():
+                return folder, None
+            files = ModelFiles.read(folder)
+        except (FileNotFoundError, ValueError) as error:
+            raise EngineStartError(f"generator.model_path: {error}") from error
+        objections = files.objections(
+            worker.generator.max_model_len,
+            worker.generator.tensor_parallel_size,
+            worker.generator.pipeline_parallel_size,
+            worker.generator.engine,
+        )
+        if objections:
+            raise EngineStartError("; ".join(f"{key}: {reason}" for key, reason in objections))
+        return folder, files
+
+
+def one_line(error: BaseException | None) -> str:
+    """Return the first line of what an error says, or its name."""
+    text = str(error or "it was stopped").strip()
+    return text.splitlines()[0] if text else type(error).__name__
