@@ -14,7 +14,7 @@ from deployments.engine import ModelCard
 from deployments.engine.available import cpu_dtype
 from deployments.engine.batch import TokenBatch
 from deployments.engine.thread import ThreadEngine, Way
-from deployments.engine.tokenizer import check_vocabulary
+from deployments.engine.tokenizer import check_vocabulary, serialized
 from deployments.errors import EngineStartError
 
 # A forward pads its inputs to the longest of them, and holds no more tokens than this when it has.
@@ -27,37 +27,15 @@ class SentenceTransformersEngine(ThreadEngine):
     name = "sentence-transformers"
 
     def _load(self) -> tuple[Way, ModelCard]:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        try:
-            import torch
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise EngineStartError(
-                "this model needs sentence-transformers, which isn't installed: install the extra"
-                " `sentence-transformers` of embedding-cluster"
-            ) from error
         folder, files = self._model_folder()
-        plan = self._plan
-        dtype = plan.engine_args["dtype"]
-        if dtype == "auto":
-            dtype = cpu_dtype() if plan.device == "cpu" else "bfloat16"
-        if plan.device == "cpu":
-            torch.set_num_threads(plan.cores_per_rank)
-        names = {"revision", "trust_remote_code"} & set(plan.engine_args)
-        model: Any = SentenceTransformer(
-            folder,
-            device="cuda" if plan.device == "gpu" else "cpu",
-            model_kwargs={"dtype": getattr(torch, dtype)},
-            **{name: plan.engine_args[name] for name in names},
-        )
-        model.eval()
-        tokenizer = model.tokenizer.backend_tokenizer.to_str()
+        plan, model = self._plan, self._load_model(folder)
+        tokenizer = serialized(model.tokenizer.backend_tokenizer, files)
         table = model[0].auto_model.get_input_embeddings().num_embeddings
         check_vocabulary(tokenizer, table)
         longest = model.max_seq_length or (files.max_model_len if files else None)
         if not longest:
             raise EngineStartError(
-                "generator.max_model_len: the model's files don't say how long an input may be"
+                "generator.max_model_len: the model's files don't say how long inputs may be"
             )
         card = ModelCard(
             tokenizer=tokenizer,
@@ -69,6 +47,31 @@ class SentenceTransformersEngine(ThreadEngine):
             steps=f"sentence-transformers: {plan.engine_reason}",
         )
         return Padded(model), card
+
+    def _load_model(self, folder: str) -> Any:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            import torch
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise EngineStartError(
+                "this model needs sentence-transformers, which isn't installed: install the extra"
+                " `sentence-transformers` of embedding-cluster"
+            ) from error
+        plan = self._plan
+        dtype = plan.engine_args["dtype"]
+        if dtype == "auto":
+            dtype = cpu_dtype() if plan.device == "cpu" else "bfloat16"
+        if plan.device == "cpu":
+            torch.set_num_threads(plan.cores_per_rank)
+        names = {"revision", "trust_remote_code"} & set(plan.engine_args)
+        model = SentenceTransformer(
+            folder,
+            device="cuda" if plan.device == "gpu" else "cpu",
+            model_kwargs={"dtype": getattr(torch, dtype)},
+            **{name: plan.engine_args[name] for name in names},
+        )
+        return model.eval()
 
 
 class Padded:

@@ -80,6 +80,11 @@ def read_tokenizer(folder: str, files: ModelFiles | None) -> str:
         except (OSError, ValueError, AttributeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise EngineStartError(f"no fast tokenizer in {folder}: {reason}") from error
+    return serialized(tokenizer, files)
+
+
+def serialized(tokenizer: Tokenizer, files: ModelFiles | None) -> str:
+    """Return a tokenizer as JSON, with what sentence-transformers does to a text before."""
     if files and files.sentence_bert_config.get("do_lower_case"):
         lowercase = [normalizers.Lowercase()]
         if tokenizer.normalizer is not None:
