@@ -92,6 +92,36 @@ class Packed:
         self._counters.count(len(batch), batch.tokens, waiting, ended)
 
 
+class StepExtension:
+    """What vLLM's `worker_extension_cls` adds to a worker: the same calls in every rank."""
+
+    def prepare_packed_steps(self) -> str:
+        """Return why there can't be any; empty where there can."""
+        try:
+            from deployments.engine.packed import PackedStep
+
+            self._packed_step = PackedStep(self)
+        except Exception as error:  # as where a name of vLLM's has moved
+            return one_line(error)
+        return ""
+
+    def packed_step(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+        """Return `PackedStep.embed`'s vectors from the first rank, None from the others."""
+        from vllm.distributed import get_tp_group
+
+        vectors: np.ndarray = self._packed_step.embed(ids, lengths)
+        return vectors if get_tp_group().is_first_rank else None
+
+    def zero_caches(self) -> None:
+        """Take what isn't finite out of the KV caches: 0 times NaN would reach whoever gets a block next."""
+        import torch
+
+        with torch.inference_mode():  # as they were made
+            for cache in self.model_runner.kv_caches:  # type: ignore[attr-defined]
+                for tensor in cache if isinstance(cache, list | tuple) else (cache,):
+                    tensor.zero_()
+
+
 def choose(engine: Any, tokenizer: str, max_model_len: int, wanted: Wanted) -> tuple[Way, str]:
     """Return the way that serves and, for people, why.
 
@@ -117,6 +147,7 @@ def choose(engine: Any, tokenizer: str, max_model_len: int, wanted: Wanted) -> t
             raise EngineStartError(
                 f"generator.steps: no packed steps for this model: {one_line(error)}"
             ) from error
+        scheduled.clean()
         return scheduled, f"vLLM's scheduler; no packed steps for this model: {one_line(error)}"
     times = (
         f"a lone input {lone * 1e3:.1f} ms (by vLLM's scheduler {their_lone * 1e3:.1f}),"

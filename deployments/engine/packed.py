@@ -17,7 +17,6 @@ import torch
 import vllm
 from vllm import PoolingParams
 from vllm.config import CUDAGraphMode
-from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -258,30 +257,6 @@ def _room(runner: Any, attention: list[Attention]) -> dict[int, int]:
     ]
     sizes = {each.block_size for each in attention if each.block_size}
     return {size: min(tokens) // size - NULL_BLOCKS for size in sizes}
-
-
-class StepExtension:
-    """What vLLM's `worker_extension_cls` adds to a worker: the same calls in every rank."""
-
-    def prepare_packed_steps(self) -> str:
-        """Return why they can't be; empty where they can."""
-        try:
-            self._packed_step = PackedStep(self)
-        except UnsupportedError as reason:
-            return str(reason)
-        return ""
-
-    def packed_step(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
-        """Return `PackedStep.embed`'s vectors from the first rank of its group, None from the others."""
-        vectors = self._packed_step.embed(ids, lengths)
-        return vectors if get_tp_group().is_first_rank else None
-
-    def zero_caches(self) -> None:
-        """Take what isn't finite out of the KV caches: 0 times NaN would reach whoever gets a block next."""
-        with torch.inference_mode():  # as they were made
-            for cache in self.model_runner.kv_caches:  # type: ignore[attr-defined]
-                for tensor in cache if isinstance(cache, list | tuple) else (cache,):
-                    tensor.zero_()
 
 
 class Counters:

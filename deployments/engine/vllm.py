@@ -53,7 +53,7 @@ class VllmEngine(ThreadEngine):
         if arguments.get("dtype") == "auto" and self._plan.device == "cpu":
             arguments["dtype"] = cpu_dtype()
         arguments["served_model_name"] = self._plan.name  # the label of its metrics
-        arguments["worker_extension_cls"] = "deployments.engine.packed.StepExtension"
+        arguments["worker_extension_cls"] = "deployments.engine.choice.StepExtension"
         if isinstance(pooler := arguments.get("pooler_config"), dict):
             arguments["pooler_config"] = PoolerConfig(**pooler)
         engine = self._engine = LLMEngine.from_engine_args(EngineArgs(model=folder, **arguments))
