@@ -1,4 +1,4 @@
-"""The command line: `embedding-cluster check|plan|serve|embed|keys`."""
+"""The command line: `embedding-cluster check|plan|init|verify|serve|embed|keys`."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 from deployments.command.embed import add_embed_command
 from deployments.command.keys import add_keys_command
+from deployments.command.models import add_model_commands
 from deployments.config.load import load_files
 from deployments.config.worker import MAX_PORT, NO_BATCHES
 from deployments.errors import ConfigError, EngineStartError
@@ -62,11 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--batches", default="", metavar="URL", help=place.format("a folder of your data"))
     plan.add_argument("--batches", default=NO_BATCHES, metavar="URL", help=place.format("off"))
     serve.set_defaults(command=_serve)
+    add_model_commands(commands)
     add_embed_command(commands)
     add_keys_command(commands)
     for command in (check, plan, serve):
         command.add_argument(
-            "path", nargs="?", default=str(BUNDLED), help="worker file or folder (default: the bundled one)"
+            "path",
+            nargs="?",
+            default=str(BUNDLED),
+            help="worker file, folder of them, or a model (default: the bundled file)",
         )
     return parser
 
@@ -87,6 +92,8 @@ def _plan(parsed: argparse.Namespace) -> int:
         print(_yaml(serve_config(plans, str(Path(parsed.path).resolve()), front)), end="")
         return 0
     if parsed.format == "rayservice":
+        if any(not file.is_file() for file in workers):
+            raise ConfigError(f"{parsed.path}: has no worker file; write it: embedding-cluster init")
         files = {
             file.name: without_secrets(file.read_text(encoding="utf-8-sig"), worker)
             for file, worker in workers.items()

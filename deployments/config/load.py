@@ -12,6 +12,7 @@ import tomli
 from pydantic import SecretStr, ValidationError
 
 from deployments.config.explain import Location, Problem, did_you_mean, dotted, explain, table_at
+from deployments.config.init import is_model, worker_text
 from deployments.config.model_files import PACKAGE, ModelFiles, is_hub_id, resolve_model_path
 from deployments.config.worker import RESERVED_ENGINE_ARGS, Worker
 from deployments.errors import ConfigError
@@ -27,7 +28,7 @@ ENV_SEPARATOR = "__"
 def load_workers(
     path: str | Path, check_models: bool = True, environ: Mapping[str, str] = os.environ
 ) -> tuple[Worker, ...]:
-    """Read a worker file or a folder of them.
+    """Read a worker file or a folder of them, or the files of a model that has none.
 
     With `check_models`, a model folder that is named must exist on this machine. Raises ConfigError
     that lists every mistake in every file.
@@ -51,7 +52,7 @@ def read_workers(
     """Read what can be read; return the sound workers by file, and all the problems."""
     path = Path(path)
     workers: dict[Path, Worker] = {}
-    if path.is_dir():
+    if path.is_dir() and not is_model(path):
         files = sorted(path.glob("*.toml"))
         problems = [] if files else [Problem(str(path), "", "no *.toml file in this folder")]
     else:
@@ -69,12 +70,16 @@ def _read_file(
     file: Path, check_models: bool, environ: Mapping[str, str]
 ) -> tuple[Worker | None, list[Problem]]:
     try:
-        content = tomli.loads(file.read_text(encoding="utf-8-sig"))  # some editors put a mark first
+        # Some editors put a mark first.
+        text = worker_text(file) if is_model(file) else file.read_text(encoding="utf-8-sig")
+        content = tomli.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
         return None, [Problem(str(file), "", f"can't be read: {reason}")]
     except tomli.TOMLDecodeError as error:
         return None, [Problem(str(file), "", f"isn't valid TOML: {error}")]
+    except ValueError as error:  # of a model's own files
+        return None, [Problem(str(file), "generator.model_path", str(error))]
     overrides, problems = _override(content, file, environ)
     worker = None
     try:

@@ -22,7 +22,7 @@ class ModelCard:
     `prompts` maps a use to the text put before each input, and `default_prompt` is that where no use is
     named; `cl100k` holds the bytes of each of its tokens
     where clients send those. Replicas of one `version` give the same vectors. `steps` says how the engine
-    computes, and why so.
+    computes, and why so; `dtype` in which numbers.
     """
 
     tokenizer: str
@@ -34,6 +34,7 @@ class ModelCard:
     cl100k: tuple[bytes, ...] = ()
     version: str = ""
     steps: str = ""
+    dtype: str = ""
 
 
 class Engine(Protocol):

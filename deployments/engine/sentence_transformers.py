@@ -5,7 +5,7 @@ that. torch and sentence-transformers are imported at use.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class SentenceTransformersEngine(ThreadEngine):
             vocab_size=int(table),
             prompts=files.prompts if files else plan.prompts,
             default_prompt=files.default_prompt if files else "",
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             steps=f"sentence-transformers: {plan.engine_reason}",
         )
         return Padded(model), card
@@ -111,6 +112,23 @@ class Padded:
 
     def count(self, batch: TokenBatch, waiting: int, ended: Sequence[tuple[float, float]]) -> None:
         """Do nothing: it has no metrics of its own."""
+
+
+def reference(
+    folder: str, texts: Sequence[str], max_model_len: int, arguments: Mapping[str, Any]
+) -> tuple[np.ndarray, list[int]]:
+    """Return the vectors that sentence-transformers gives in float32, and how many tokens each text has."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    names = {"revision", "trust_remote_code"} & set(arguments)
+    options = {name: arguments[name] for name in names}
+    model: Any = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": torch.float32}, **options)
+    model.max_seq_length = max_model_len
+    # The prompts are in the texts already.
+    vectors: np.ndarray = model.encode(list(texts), prompt="", convert_to_numpy=True)
+    cut = {"truncation": True, "max_length": max_model_len}
+    return vectors, [len(model.tokenizer(text, **cut)["input_ids"]) for text in texts]
 
 
 def groups(lengths: np.ndarray) -> Iterator[list[int]]:

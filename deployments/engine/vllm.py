@@ -67,5 +67,6 @@ class VllmEngine(ThreadEngine):
             vocab_size=int(config.get_vocab_size()),
             prompts=files.prompts if files else self._plan.prompts,
             default_prompt=files.default_prompt if files else "",
+            dtype=str(config.dtype).removeprefix("torch."),
         )
         return engine, card

@@ -10,6 +10,7 @@ import pytest
 from deployments.config.load import load_workers
 from deployments.config.model_files import ModelFiles
 from tests.harness import checkpoints, layouts, workers
+from tests.harness.server import program
 
 pytestmark = pytest.mark.model
 
@@ -82,3 +83,27 @@ def test_the_engine_is_chosen_when_the_file_is_read(tmp_path: Path) -> None:
         assert reason.split(": ")[0] in {"1_Pooling/config.json", "config.json"}
         load_workers(worker_file(tmp_path, name, folder))
     assert ModelFiles.read(checkpoints.minilm()).engine(None)[0] == "vllm"
+
+
+def test_verify_shows_the_models_vectors_beside_their_authors(tmp_path: Path) -> None:
+    """A row for each text and prompt, of both engines; what differs is shown, and the exit status says so."""
+    folder = layouts.make(tmp_path / "model", "bert-default-prompt")
+    worker_file(tmp_path, "same", folder)
+    worker_file(tmp_path, "second", layouts.make(tmp_path / "max", "bert-max"))
+    verified = verify(tmp_path)
+    assert verified.returncode == 0, verified.stderr[-3000:]
+    assert verified.stdout.count("  same  1.000000  ") == 2 * 13 + 1
+    assert "second: sentence-transformers, float32" in verified.stdout
+    assert "prompt `passage`: 15 tokens" in verified.stdout
+    (tmp_path / "second.toml").unlink()
+    file = tmp_path / "same.toml"
+    file.write_text(file.read_text().replace('"float32"', '"float32", hf_overrides = {hidden_act = "relu"}'))
+    verified = verify(tmp_path)
+    assert verified.returncode == 1, verified.stderr[-3000:]
+    assert "DIFFERENT" in verified.stdout
+
+
+def verify(path: Path) -> "subprocess.CompletedProcess[str]":
+    """Run the command."""
+    command = [program("embedding-cluster"), "verify", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)

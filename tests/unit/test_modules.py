@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from deployments.__main__ import main
 from deployments.config.load import load_workers
 from deployments.config.model_files import ModelFiles
 from deployments.errors import ConfigError
@@ -171,3 +172,37 @@ def test_positions_that_no_token_can_have_dont_count(tmp_path: Path) -> None:
     folder = make(tmp_path / "model", {"config.json": config})
     assert ModelFiles.read(folder).max_model_len == 512
     assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 514
+
+
+def test_a_model_needs_no_worker_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its folder does in place of one; `init` prints the file that says the same."""
+    folder = make(tmp_path / "My Model_v1.5", PROMPTS)
+    (worker,) = load_workers(folder)
+    assert worker.name == "my-model_v1.5"
+    assert worker.generator.model_path == str(folder)
+    assert worker.queue.models[worker.name].embedding_task.supported
+    assert main(["init", str(folder)]) == 0
+    text = capsys.readouterr().out
+    file = tmp_path / "worker.toml"
+    file.write_text(text)
+    assert load_workers(file) == (worker,)
+    assert '#   query = "q: "' in text
+    assert main(["check", str(folder)]) == 0
+    assert "serves my-model_v1.5" in capsys.readouterr().out
+
+
+def test_a_hubs_id_is_a_model_and_a_missing_file_isnt(tmp_path: Path) -> None:
+    """Nor is a folder that is neither a model's nor of worker files."""
+    (worker,) = load_workers("BAAI/bge-m3")
+    assert (worker.name, worker.generator.model_path) == ("bge-m3", "BAAI/bge-m3")
+    for path in ("workers/m.toml", str(tmp_path)):
+        with pytest.raises(ConfigError):
+            load_workers(path)
+        assert main(["init", path]) == 2
+
+
+def test_a_broken_model_in_place_of_a_worker_file_is_told(tmp_path: Path) -> None:
+    """By the folder and the reason."""
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"generator.model_path: a JSON file in .* is broken"):
+        load_workers(tmp_path)
