@@ -66,13 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     add_model_commands(commands)
     add_embed_command(commands)
     add_keys_command(commands)
+    what = "worker file, folder of them, or a model (default: the bundled file)"
     for command in (check, plan, serve):
-        command.add_argument(
-            "path",
-            nargs="?",
-            default=str(BUNDLED),
-            help="worker file, folder of them, or a model (default: the bundled file)",
-        )
+        command.add_argument("path", nargs="?", default=str(BUNDLED), help=what)
     return parser
 
 

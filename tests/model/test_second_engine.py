@@ -94,7 +94,7 @@ def test_verify_shows_the_models_vectors_beside_their_authors(tmp_path: Path) ->
     assert verified.returncode == 0, verified.stderr[-3000:]
     assert verified.stdout.count("  same  1.000000  ") == 2 * 13 + 1
     assert "second: sentence-transformers, float32" in verified.stdout
-    assert "prompt `passage`: 15 tokens" in verified.stdout
+    assert "prompt `passage`: 14 tokens" in verified.stdout
     (tmp_path / "second.toml").unlink()
     file = tmp_path / "same.toml"
     file.write_text(file.read_text().replace('"float32"', '"float32", hf_overrides = {hidden_act = "relu"}'))
