@@ -1,6 +1,5 @@
 """The two ways to compute a step of the model that vLLM has loaded, and which of them serves."""
 
-import logging
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,8 +10,6 @@ from deployments.engine.batch import TokenBatch
 from deployments.engine.thread import Way, one_line
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.errors import EngineError, EngineStartError
-
-logger = logging.getLogger("ray.serve")
 
 # Both ways embed one batch of as many words as these.
 WORD_COUNTS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144)
