@@ -34,7 +34,11 @@ for file in files:
     words = [" ".join([str(k), *["word"] * (k % 12)]) for k in range(max(counts))]
     words[3] = "long " * (card.max_model_len - 2)
     texts = [card.default_prompt + text for text in words]
-    inputs = [ids[: card.max_model_len] for ids in TextTokenizer(card.tokenizer).encode(texts)]
+    tokenizer = TextTokenizer(card.tokenizer)
+    inputs = [
+        tokenizer.truncate(ids, card.max_model_len, False, True) if len(ids) > card.max_model_len else ids
+        for ids in tokenizer.encode(texts)
+    ]
     scheduled = Scheduled(engine)
     theirs = {count: scheduled.embed(TokenBatch.of(inputs[:count])) for count in counts}
     packed = Packed(engine)
