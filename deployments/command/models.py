@@ -92,8 +92,6 @@ def compare(plan: WorkerPlan) -> tuple[str, list[Row]]:
         tokenizer = TextTokenizer(card.tokenizer)
         inputs = [
             tokenizer.truncate(ids, card.max_model_len, drop_start=False, framed=True)
-            if len(ids) > card.max_model_len
-            else ids
             for ids in tokenizer.encode(list(texts.values()))
         ]
         ours = asyncio.run(engine.embed(TokenBatch.of(inputs)))

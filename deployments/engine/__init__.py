@@ -20,9 +20,8 @@ class ModelCard:
     `tokenizer` is the model's tokenizer in the JSON of Hugging Face's `tokenizers`; `dimension` the
     length of a vector; `max_model_len` the most tokens of an input; ids go from 0 to `vocab_size` - 1.
     `prompts` maps a use to the text put before each input, and `default_prompt` is that where no use is
-    named; `cl100k` holds the bytes of each of its tokens
-    where clients send those. Replicas of one `version` give the same vectors. `steps` says how the engine
-    computes, and why so; `dtype` in which numbers.
+    named; `cl100k` holds the bytes of each of its tokens where clients send those. Replicas of one `version`
+    give the same vectors. `steps` says how the engine computes, and why so; `dtype` in which numbers.
     """
 
     tokenizer: str

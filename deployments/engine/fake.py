@@ -15,7 +15,7 @@ import numpy as np
 from deployments.config.worker import FakeEngineArgs
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
-from deployments.engine.steps import StepQueue
+from deployments.engine.steps import StepEngine
 from deployments.engine.tokenizer import byte_tokenizer
 from deployments.errors import EngineError, EngineStartError
 
@@ -34,25 +34,15 @@ def fake_vectors(batch: TokenBatch, dimension: int, seed: int = 0) -> np.ndarray
     return vectors.astype(np.float32)
 
 
-class FakeEngine:
+class FakeEngine(StepEngine):
     """Computes steps as a device does: each takes `call_seconds`, and `token_seconds` for each token."""
 
     def __init__(self, arguments: FakeEngineArgs | None = None, max_model_len: int | None = None) -> None:
         """Set the size of the vectors and the times."""
+        super().__init__(STEP_TOKENS)
         self._arguments = arguments or FakeEngineArgs()
         self._max_model_len = max_model_len or MAX_MODEL_LEN
-        self._queue = StepQueue(STEP_TOKENS)
         self._running: asyncio.Task[None] | None = None
-
-    @property
-    def steps(self) -> int:
-        """How many steps were computed."""
-        return self._queue.steps
-
-    @property
-    def tokens_per_second(self) -> float:
-        """How fast it is where it has enough to do; 0 until measured."""
-        return self._queue.tokens_per_second
 
     def start(self) -> ModelCard:
         """Wait for the set time, as if weights were loaded; fail if told to."""
@@ -93,14 +83,6 @@ class FakeEngine:
         if self._arguments.nan_token in batch.ids:
             vectors[[self._arguments.nan_token in ids for ids in batch]] = np.nan
         return vectors
-
-    def check(self) -> None:
-        """Raise once stopped, or at its end."""
-        self._queue.check()
-
-    def metrics(self) -> bytes:
-        """Return nothing: it counts nothing."""
-        return b""
 
     def stop(self) -> None:
         """Refuse from now on."""

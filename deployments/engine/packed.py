@@ -69,7 +69,6 @@ class PackedStep:
         self._params = params
         # A DispatchPooler would take a step apart into rows.
         self._pooler = getattr(pooler, "poolers_by_task", {}).get("embed", pooler)
-        self._caches = runner.kv_caches
         self._attention = list(_attention_of(runner))
         covered = {layer for each in self._attention for layer in each.layers}
         known = self._config.compilation_config.static_forward_context.items()

@@ -50,29 +50,34 @@ class SentenceTransformersEngine(ThreadEngine):
         return Padded(model), card
 
     def _load_model(self, folder: str) -> Any:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        try:
-            import torch
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise EngineStartError(
-                "this model needs sentence-transformers, which isn't installed: install the extra"
-                " `sentence-transformers` of embedding-cluster"
-            ) from error
         plan = self._plan
         dtype = plan.engine_args["dtype"]
         if dtype == "auto":
             dtype = cpu_dtype() if plan.device == "cpu" else "bfloat16"
+        model = load(folder, "cuda" if plan.device == "gpu" else "cpu", dtype, plan.engine_args)
         if plan.device == "cpu":
+            import torch
+
             torch.set_num_threads(plan.cores_per_rank)
-        names = {"revision", "trust_remote_code"} & set(plan.engine_args)
-        model = SentenceTransformer(
-            folder,
-            device="cuda" if plan.device == "gpu" else "cpu",
-            model_kwargs={"dtype": getattr(torch, dtype)},
-            **{name: plan.engine_args[name] for name in names},
-        )
-        return model.eval()
+        return model
+
+
+def load(folder: str, device: str, dtype: str, arguments: Mapping[str, Any]) -> Any:
+    """Return a `SentenceTransformer`. Raises EngineStartError where sentence-transformers isn't installed."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import torch
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise EngineStartError(
+            "this model needs sentence-transformers, which isn't installed: install the extra"
+            " `sentence-transformers` of embedding-cluster"
+        ) from error
+    options = {name: arguments[name] for name in {"revision", "trust_remote_code"} & set(arguments)}
+    model = SentenceTransformer(
+        folder, device=device, model_kwargs={"dtype": getattr(torch, dtype)}, **options
+    )
+    return model.eval()
 
 
 class Padded:
@@ -118,12 +123,7 @@ def reference(
     folder: str, texts: Sequence[str], max_model_len: int, arguments: Mapping[str, Any]
 ) -> tuple[np.ndarray, list[int]]:
     """Return the vectors that sentence-transformers gives in float32, and how many tokens each text has."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-
-    names = {"revision", "trust_remote_code"} & set(arguments)
-    options = {name: arguments[name] for name in names}
-    model: Any = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": torch.float32}, **options)
+    model = load(folder, "cpu", "float32", arguments)
     model.max_seq_length = max_model_len
     # The prompts are in the texts already.
     vectors: np.ndarray = model.encode(list(texts), prompt="", convert_to_numpy=True)

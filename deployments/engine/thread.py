@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +15,7 @@ from deployments.config.model_files import ModelFiles, is_hub_id, resolve_model_
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
 from deployments.engine.cores import CoreClaim, sharers
-from deployments.engine.steps import Step, StepQueue
+from deployments.engine.steps import Step, StepEngine
 from deployments.errors import EngineError, EngineStartError
 from deployments.plan.plan import WorkerPlan
 from deployments.priority import behind_requests
@@ -35,40 +36,30 @@ class Way(Protocol):
         """Count a step, how many inputs wait, and the seconds in line and in the engine of calls that end."""
 
 
-class ThreadEngine:
+class ThreadEngine(StepEngine, ABC):
     """An engine whose model is loaded and computed on one thread, which owns all of torch's."""
 
     name = ""
 
     def __init__(self, plan: WorkerPlan, ray_cpus: float = 0) -> None:
         """Remember the plan; nothing is loaded yet."""
+        super().__init__(plan.engine_args["max_num_batched_tokens"])
         self._plan = plan
         self._ray_cpus = ray_cpus
-        self._queue = StepQueue(plan.engine_args["max_num_batched_tokens"])
         self._started = threading.Event()
         self._card: ModelCard | None = None
         self._failure: BaseException | None = None
         self._step: Step | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
+    @abstractmethod
     def _load(self) -> tuple[Way, ModelCard]:
         """Load the model. Whatever it raises is told as the reason why the engine can't start."""
-        raise NotImplementedError
 
     def _unload(self) -> None:
         """End what was loaded, if anything was."""
 
     # --- the contract, called from the replica's threads -------------------------------------------
-
-    @property
-    def steps(self) -> int:
-        """How many steps were computed."""
-        return self._queue.steps
-
-    @property
-    def tokens_per_second(self) -> float:
-        """How fast the engine is where it has enough to do; 0 until measured."""
-        return self._queue.tokens_per_second
 
     def start(self) -> ModelCard:
         """Load the model on the engine's thread."""
@@ -84,14 +75,6 @@ class ThreadEngine:
     async def embed(self, batch: TokenBatch, bulk: bool = False, alone: bool = False) -> np.ndarray:
         """Queue the batch for the engine's next steps."""
         return await self._queue.put(batch, bulk, alone)
-
-    def check(self) -> None:
-        """Raise if the engine's thread has ended."""
-        self._queue.check()
-
-    def metrics(self) -> bytes:
-        """Return what the engine counts by itself, labelled with the worker's name."""
-        return b""
 
     def stop(self) -> None:
         """Let the thread finish its step and end the ranks."""
@@ -173,14 +156,14 @@ class ThreadEngine:
             worker.generator.max_model_len,
             worker.generator.tensor_parallel_size,
             worker.generator.pipeline_parallel_size,
-            worker.generator.engine,
+            self._plan.engine,  # chosen without the files, where they lie on this node alone
         )
         if objections:
             raise EngineStartError("; ".join(f"{key}: {reason}" for key, reason in objections))
         return folder, files
 
 
-def one_line(error: BaseException | None) -> str:
+def one_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its name."""
-    text = str(error or "it was stopped").strip()
+    text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

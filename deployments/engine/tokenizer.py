@@ -50,8 +50,10 @@ class TextTokenizer:
     def truncate(self, ids: list[int], longest: int, drop_start: bool, framed: bool) -> list[int]:
         """Return `longest` of the ids, the others dropped at the end, or with `drop_start` there.
 
-        Ids that were made here are `framed`: their special tokens stay.
+        Ids that were made here are `framed`: their special tokens stay. No more than that stay as they are.
         """
+        if len(ids) <= longest:
+            return ids
         lead, trail = self._frame if framed else (0, 0)
         keep = longest - lead - trail
         if keep < 1:

@@ -15,6 +15,7 @@ from deployments.engine.choice import choose
 from deployments.engine.thread import ThreadEngine, Way
 from deployments.engine.tokenizer import check_vocabulary, read_tokenizer
 from deployments.metrics import vllm_text
+from deployments.plan.engine_args import as_published
 
 
 class VllmEngine(ThreadEngine):
@@ -48,8 +49,8 @@ class VllmEngine(ThreadEngine):
         from vllm.v1.engine.llm_engine import LLMEngine
 
         arguments = dict(self._plan.engine_args)
-        if files and files.is_causal:
-            arguments.setdefault("convert", "embed")
+        if files:  # which the plan may have been made without
+            arguments = as_published(files, arguments.get("max_model_len")) | arguments
         if arguments.get("dtype") == "auto" and self._plan.device == "cpu":
             arguments["dtype"] = cpu_dtype()
         arguments["served_model_name"] = self._plan.name  # the label of its metrics

@@ -12,7 +12,7 @@ BLOCK_SIZE = 32  # tokens; the size that vLLM's CPU attention is fastest with
 SPARE_BLOCKS = 4
 
 
-def _as_published(files: ModelFiles, max_model_len: int | None) -> dict[str, Any]:
+def as_published(files: ModelFiles, max_model_len: int | None) -> dict[str, Any]:
     """Return what makes vLLM read a model's files as sentence-transformers does."""
     arguments: dict[str, Any] = {}
     if files.is_causal:
@@ -46,7 +46,7 @@ def engine_args(worker: Worker, device: Device, files: ModelFiles | None, engine
         "enable_prefix_caching": False,
     }
     if files:
-        arguments |= _as_published(files, arguments["max_model_len"])
+        arguments |= as_published(files, arguments["max_model_len"])
     if generator.world_size > 1:
         arguments["distributed_executor_backend"] = "ray" if device == "gpu" and spans_nodes(worker) else "mp"
     if device == "cpu":

@@ -32,7 +32,7 @@ for file in json.loads(sys.argv[1]):
     words[3] = "long " * 600
     tokenizer = TextTokenizer(card.tokenizer)
     inputs = [
-        tokenizer.truncate(ids, card.max_model_len, False, True) if len(ids) > card.max_model_len else ids
+        tokenizer.truncate(ids, card.max_model_len, False, True)
         for ids in tokenizer.encode(words)
     ]
     ours = asyncio.run(engine.embed(TokenBatch.of(inputs)))

@@ -36,7 +36,7 @@ for file in files:
     texts = [card.default_prompt + text for text in words]
     tokenizer = TextTokenizer(card.tokenizer)
     inputs = [
-        tokenizer.truncate(ids, card.max_model_len, False, True) if len(ids) > card.max_model_len else ids
+        tokenizer.truncate(ids, card.max_model_len, False, True)
         for ids in tokenizer.encode(texts)
     ]
     scheduled = Scheduled(engine)

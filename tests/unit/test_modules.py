@@ -9,7 +9,10 @@ import pytest
 from deployments.__main__ import main
 from deployments.config.load import load_workers
 from deployments.config.model_files import ModelFiles
-from deployments.errors import ConfigError
+from deployments.engine.vllm import VllmEngine
+from deployments.errors import ConfigError, EngineStartError
+from deployments.plan.placement import Machine
+from deployments.plan.plan import make_plans
 from tests.harness import checkpoints, workers
 from tests.harness.checkpoints import write_json
 
@@ -206,3 +209,15 @@ def test_a_broken_model_in_place_of_a_worker_file_is_told(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"generator.model_path: a JSON file in .* is broken"):
         load_workers(tmp_path)
+
+
+def test_a_model_that_the_plan_hasnt_seen_is_held_to_it_where_it_lies(tmp_path: Path) -> None:
+    """Chosen unseen, vLLM refuses on its node what it would compute otherwise."""
+    file = tmp_path / "worker.toml"
+    file.write_text(workers.vllm("m", tmp_path / "model"))
+    (plan,) = make_plans(load_workers(file, check_models=False), Machine(2, 0, 2))
+    assert (plan.engine, plan.engine_reason) == ("vllm", "the model's files aren't here")
+    make(tmp_path / "model", REFUSED["max"][0])
+    with pytest.raises(EngineStartError) as refused:
+        VllmEngine(plan)._model_folder()
+    assert refused.value.message == f"generator.model_path: {REFUSED['max'][1]}"
