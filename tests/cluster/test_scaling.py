@@ -38,7 +38,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("scaling")
     config = folder / "workers"
     config.mkdir()
-    # Slow enough that twelve clients' load stands before three engines, and not before a busy machine's front.
+    # So slow that the load of twelve stands before three engines, not before a busy machine's front.
     engine = "token_seconds = 0.006"
     (config / "m.toml").write_text(workers.fake("m", engine, autoscaling(1, 3)))
     (config / "rare.toml").write_text(workers.fake("rare", engine, autoscaling(0, 1)))
