@@ -15,7 +15,7 @@ from deployments.config.load import load_workers
 from deployments.engine.available import cpu_dtype
 from deployments.plan.placement import Machine, cores_here, openmp_environment
 from deployments.plan.plan import WorkerPlan, make_plans
-from tests.harness import layouts, workers
+from tests.harness import gallery, layouts, workers
 
 BUNDLED = Path(deployments.__file__).parent / "workers" / f"{MODEL}.toml"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
@@ -65,12 +65,11 @@ def bundled() -> Subject:
 def tiny(folder: Path) -> Subject:
     """Write a random BERT of two layers, which costs next to nothing: what it takes is the server's."""
     name = "tiny-bert"
-    model = layouts.make(folder / name, "bert-mean-dense")
+    layout = gallery.VLLM["bert-mean-dense"]
+    model = layouts.make(folder / name, layout)
     worker = folder / f"{name}.toml"
     worker.write_text(workers.vllm(name, model))
-    return Subject(
-        name, str(model), worker, layouts.POSITIONS, layouts.LAYOUTS["bert-mean-dense"].dense[0][0]
-    )
+    return Subject(name, str(model), worker, layouts.POSITIONS, layout.dense[0][0])
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,17 @@ def states_text(states: Mapping[str, Mapping[str, int]]) -> bytes:
     return generate_latest(registry)
 
 
+def engine_text(worker: str, engine: str, dtype: str) -> bytes:
+    """Return, as text, that a replica of a worker has this engine; the sum of all are how many have it."""
+    registry = CollectorRegistry()
+    labels = "worker", "engine", "dtype"
+    gauge = Gauge(
+        "embedding_engine_replicas", "Replicas by engine and its numbers", labels, registry=registry
+    )
+    gauge.labels(worker, engine, dtype).set(1)
+    return generate_latest(registry)
+
+
 def vllm_text() -> bytes:
     """Return what vLLM counts in this process, as text; its names begin with `vllm:`."""
 

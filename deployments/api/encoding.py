@@ -23,11 +23,11 @@ UNIT_TOLERANCE = 1e-6
 BITS = 8
 
 
-def truncate(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
-    """Return the first `dimensions` columns, rows at unit length again (Matryoshka embeddings)."""
+def truncate(vectors: np.ndarray, dimensions: int | None, unit: bool = True) -> np.ndarray:
+    """Return the first `dimensions` columns (Matryoshka embeddings), `unit` rows at that length again."""
     if dimensions is None or dimensions == vectors.shape[1]:
         return vectors
-    return normalize(vectors[:, :dimensions])
+    return normalize(vectors[:, :dimensions]) if unit else vectors[:, :dimensions]
 
 
 def normalize(vectors: np.ndarray) -> np.ndarray:

@@ -199,19 +199,19 @@ class Connection:
         self, texts: Sequence[str], served: Served, how: How, caller: str, deadline: float
     ) -> Attempt:
         cut: tuple[int, ...] = ()
-        version, longest = "", 0
+        version, longest, unit = "", 0, True
 
         async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
-            nonlocal cut, version, longest
+            nonlocal cut, version, longest, unit
             batch, cut = await self._prepare(texts, served, how, card, tokenizer)
-            version, longest = card.version, card.max_model_len
+            version, longest, unit = card.version, card.max_model_len, card.normalizes
             return batch
 
         lane = Lane.BULK if how.bulk else Lane.INTERACTIVE
         batch, vectors = await self.dispatch.embed_by(tokens_for, deadline, lane, caller)
         self._learn(texts, batch, cut)
         errors: dict[int, EmbeddingError] = {row: _too_long(longest) for row in cut}
-        return Attempt(truncate(vectors, how.dimensions), errors, batch.tokens, frozenset({version}))
+        return Attempt(truncate(vectors, how.dimensions, unit), errors, batch.tokens, frozenset({version}))
 
     async def _prepare(
         self, texts: Sequence[str], served: Served, how: How, card: ModelCard, tokenizer: TextTokenizer

@@ -4,7 +4,9 @@ import argparse
 import asyncio
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deployments.config.init import is_model, worker_text
 from deployments.config.load import load_files
@@ -12,6 +14,9 @@ from deployments.config.model_files import resolve_model_path
 from deployments.errors import ConfigError
 from deployments.plan.placement import Machine, cores_here
 from deployments.plan.plan import WorkerPlan, make_plans
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TEXTS = {
     "a word": "embedding",
@@ -31,8 +36,33 @@ TEXTS = {
 # bfloat16 against float32; in float32 both differ in their last digits.
 MIN_COSINES = {"float32": 0.99999}
 MIN_COSINE = 0.998
-# One row of the table: what was embedded, tokens here and there, cosine.
-Row = tuple[str, int, int, float]
+# What is embedded: the text, and the name of its prompt; None is the model's default.
+Text = tuple[str, str | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: what was embedded, its tokens here and there, the least cosine."""
+
+    what: str
+    ours: int
+    theirs: int
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What our engine made of the texts, all at once and each alone: arrays of shape (len(texts), dimension).
+
+    `counts` are the tokens of each.
+    """
+
+    dtype: str
+    max_model_len: int
+    texts: dict[str, Text]
+    together: "np.ndarray"
+    alone: "np.ndarray"
+    counts: list[int]
 
 
 def add_model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -61,45 +91,63 @@ def _verify(parsed: argparse.Namespace) -> int:
     plans = make_plans(load_files(parsed.path).values(), Machine(cores, 0, cores))
     plans = tuple(plan for plan in plans if plan.engine != "fake")
     differ = 0
-    # An engine binds its process and sets variables for vLLM: each has one of its own.
+    # Each in a process of its own: an engine binds it, and vLLM changes classes of transformers in it.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as processes:
-        for plan, (dtype, rows) in zip(plans, processes.map(compare, plans), strict=True):
-            least = MIN_COSINES.get(dtype, MIN_COSINE)
-            print(f"{plan.name}: {plan.engine}, {dtype}, cosine of at least {least}")
-            for what, ours, theirs, cosine in rows:
-                same = ours == theirs and cosine >= least
+        for plan in plans:
+            ours = processes.submit(embed, plan).result()
+            rows = processes.submit(compare, plan, ours).result()
+            least = MIN_COSINES.get(ours.dtype, MIN_COSINE)
+            print(f"{plan.name}: {plan.engine}, {ours.dtype}, cosine of at least {least}")
+            for row in rows:
+                same = row.ours == row.theirs and row.cosine >= least
                 differ += not same
-                tokens = f"{ours} tokens" if ours == theirs else f"{ours} tokens, not {theirs}"
-                print(f"  {'same' if same else 'DIFFERENT'}  {cosine:.6f}  {what}: {tokens}")
+                tokens = f"{row.ours} tokens" + ("" if row.ours == row.theirs else f", not {row.theirs}")
+                print(f"  {'same' if same else 'DIFFERENT'}  {row.cosine:.6f}  {row.what}: {tokens}")
     return 1 if differ else 0
 
 
-def compare(plan: WorkerPlan) -> tuple[str, list[Row]]:
-    """Embed the texts, one of them with each prompt too, by both; return our dtype and the rows."""
+def embed(plan: WorkerPlan) -> Embedded:
+    """Embed the texts, one of them with each prompt too, by the engine of a plan."""
     import numpy as np  # the command line starts without all of these
 
     from deployments.engine import make_engine
     from deployments.engine.batch import TokenBatch
-    from deployments.engine.sentence_transformers import reference
     from deployments.engine.tokenizer import TextTokenizer
 
     engine = make_engine(plan)
     card = engine.start()
     try:
-        texts = {what: card.default_prompt + text for what, text in TEXTS.items()}
-        texts |= {f"prompt `{use}`": prompt + TEXTS["a sentence"] for use, prompt in card.prompts.items()}
+        texts: dict[str, Text] = {what: (text, None) for what, text in TEXTS.items()}
+        texts.update({f"prompt `{use}`": (TEXTS["a sentence"], use) for use in card.prompts})
         tokenizer = TextTokenizer(card.tokenizer)
         inputs = [
-            tokenizer.truncate(ids, card.max_model_len, drop_start=False, framed=True)
-            for ids in tokenizer.encode(list(texts.values()))
+            tokenizer.truncate(ids, card.max_model_len, card.truncates_start, framed=True)
+            for ids in tokenizer.encode(
+                [
+                    (card.default_prompt if use is None else card.prompts[use]) + text
+                    for text, use in texts.values()
+                ]
+            )
         ]
-        ours = asyncio.run(engine.embed(TokenBatch.of(inputs)))
+        together = asyncio.run(engine.embed(TokenBatch.of(inputs)))
+        alone = [asyncio.run(engine.embed(TokenBatch.of([ids]))) for ids in inputs]
     finally:
         engine.stop()
-    folder = str(Path(resolve_model_path(plan.worker.generator.model_path)))
-    theirs, counts = reference(folder, list(texts.values()), card.max_model_len, plan.engine_args)
-    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-    cosines = (ours * theirs).sum(axis=1) / norms
-    lengths = map(len, inputs)
-    return card.dtype, list(zip(texts, lengths, counts, map(float, cosines), strict=True))
+    counts = list(map(len, inputs))
+    return Embedded(card.dtype, card.max_model_len, texts, together, np.concatenate(alone), counts)
+
+
+def compare(plan: WorkerPlan, ours: Embedded) -> list[Row]:
+    """Embed the same texts by sentence-transformers in float32; return both beside each other."""
+    import numpy as np
+
+    from deployments.engine.batch import cosines
+    from deployments.engine.sentence_transformers import reference
+
+    folder = resolve_model_path(plan.worker.generator.model_path)
+    texts = list(ours.texts.values())
+    theirs, counts = reference(folder, texts, ours.max_model_len, plan.engine_args)
+    least = np.minimum(cosines(ours.together, theirs), cosines(ours.alone, theirs))
+    rows = zip(ours.texts, ours.counts, counts, map(float, least), strict=True)
+    return [Row(*row) for row in rows]

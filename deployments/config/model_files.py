@@ -9,12 +9,21 @@ import importlib.util
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from deployments.config.modules import OFFSET_POSITIONS, broken, modules_of, unfaithful
+from deployments.config.modules import (
+    OFFSET_POSITIONS,
+    broken,
+    modules_of,
+    transformer_folder,
+    unfaithful,
+    unproven,
+)
 
 PACKAGE = "package://"
 
@@ -47,6 +56,8 @@ NO_PIPELINE_PARALLEL = frozenset(
 UNSCALED_ROPE = frozenset({"su", "longrope", "llama3", "yarn", "deepseek_yarn", "default"})
 BYTES_PER_ELEMENT = 4  # float32: a node's CPU may not compute in less
 SAMPLE_BYTES = 2**20
+# What sentence-transformers' own settings of a transformer are called, the first first.
+SENTENCE_CONFIGS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
 
 
@@ -127,13 +138,15 @@ class ModelFiles:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"no such folder: {folder}")
-        if not (folder / "config.json").is_file():
+        inner = transformer_folder(folder)
+        if not (inner / "config.json").is_file():
             raise FileNotFoundError(f"no config.json in {folder}")
+        settings = (inner / f"sentence_{kind}_config.json" for kind in SENTENCE_CONFIGS)
         try:
             return cls(
-                config=_read(folder / "config.json"),
-                tokenizer_config=_read(folder / "tokenizer_config.json"),
-                sentence_bert_config=_read(folder / "sentence_bert_config.json"),
+                config=_read(inner / "config.json"),
+                tokenizer_config=_read(inner / "tokenizer_config.json"),
+                sentence_bert_config=next(filter(None, map(_read, settings)), {}),
                 sentence_transformers_config=_read(folder / "config_sentence_transformers.json"),
                 folder=folder,
             )
@@ -208,15 +221,34 @@ class ModelFiles:
         return self.prompts.get(str(self.sentence_transformers_config.get("default_prompt_name")), "")
 
     @property
+    def truncates_start(self) -> bool:
+        """Whether its tokenizer drops the start of what is too long."""
+        return self.tokenizer_config.get("truncation_side") == "left"
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether its vectors have unit length."""
+        kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules_of(self.folder)]
+        return "Normalize" in kinds[-1:]
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """The sizes of shorter vectors that it was trained for; every one where it says no more than that."""
+        sizes = self.config.get("matryoshka_dimensions")
+        if isinstance(sizes, list):
+            return tuple(size for size in sizes if isinstance(size, int))
+        size = _number(self.text_config, "hidden_size", "n_embd", "dim", "d_model")
+        return tuple(range(1, size or 1)) if self.config.get("is_matryoshka") is True else ()
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of a float32 key-value cache for one token, over all layers; 0 where unknown."""
         config = self.text_config
-        heads, layers, hidden = self.num_attention_heads, self.num_layers, _number(config, "hidden_size")
-        if not (heads and layers and hidden):
+        heads, layers, size = self.num_attention_heads, self.num_layers, self.head_size
+        if not (heads and layers and size):
             return 0
         kv_heads = _number(config, "num_key_value_heads") or heads
-        head_dim = _number(config, "head_dim") or hidden // heads
-        return 2 * layers * kv_heads * head_dim * BYTES_PER_ELEMENT
+        return 2 * layers * kv_heads * size * BYTES_PER_ELEMENT
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -224,11 +256,21 @@ class ModelFiles:
         prompts = _table(self.sentence_transformers_config, "prompts")
         return {use: text for use, text in prompts.items() if isinstance(text, str)}
 
-    def engine(self, wanted: str | None) -> tuple[str, str]:
+    @property
+    def head_size(self) -> int | None:
+        """The numbers of an attention head; None where the files don't say."""
+        heads, hidden = self.num_attention_heads, _number(self.text_config, "hidden_size", "n_embd")
+        return _number(self.text_config, "head_dim") or (hidden // heads if heads and hidden else None)
+
+    def unfaithful(self, device: str | None) -> Iterator[str]:
+        """Yield where vLLM's vectors would differ from the model's own; more on a `device` that is known."""
+        return unfaithful(self.folder, self.text_config, self.head_size if device == "cpu" else None)
+
+    def engine(self, wanted: str | None, device: str | None = None) -> tuple[str, str]:
         """Return the engine that serves it, and why: vLLM wherever that gives the model's own vectors."""
         if wanted is not None:
             return wanted, "as generator.engine says"
-        reason = next(unfaithful(self.folder, self.text_config), None)
+        reason = next(chain(self.unfaithful(device), unproven(self.text_config)), None)
         if reason is not None:
             return "sentence-transformers", reason
         return "vllm", "it gives the model's own vectors"
@@ -239,13 +281,14 @@ class ModelFiles:
         tensor_parallel_size: int,
         pipeline_parallel_size: int,
         engine: str | None = None,
+        device: str | None = None,
     ) -> list[tuple[str, str]]:
         """Return (key, reason) for each setting that this model makes impossible."""
         reasons = list(broken(self.folder, self.prompts))
         if engine == "vllm":
-            reasons += unfaithful(self.folder, self.text_config)
+            reasons += self.unfaithful(device)
         found = [("generator.model_path", reason) for reason in reasons]
-        if self.engine(engine)[0] != "vllm":
+        if self.engine(engine, device)[0] != "vllm":
             sizes = {"tensor": tensor_parallel_size, "pipeline": pipeline_parallel_size}
             what = "the engine sentence-transformers computes on one rank; use 1"
             found += [(f"generator.{key}_parallel_size", what) for key, size in sizes.items() if size > 1]

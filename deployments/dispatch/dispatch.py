@@ -195,7 +195,8 @@ class Dispatch:
             return {"ready": False, "reason": type(error).__name__, **shown}
         if self._model is not None:
             card, _ = self._model
-            shown |= {"dimension": card.dimension, "max_model_len": card.max_model_len, "steps": card.steps}
+            shown |= {"dimension": card.dimension, "max_model_len": card.max_model_len}
+            shown |= {"engine": card.engine, "steps": card.steps}
         return {"ready": True, **shown, "replicas": self._calls.replicas}
 
     async def engine_metrics(self, seconds: float) -> list[bytes]:

@@ -183,9 +183,10 @@ def _truncate(
     if request.truncate_prompt_tokens is None and side == "none":
         return inputs, longest, ()
     longest = min(longest, request.truncate_prompt_tokens or longest)
+    drop_start = card.truncates_start if side == "none" else side == "start"
     truncated = tuple(index for index, ids in enumerate(inputs) if len(ids) > longest)
     for index in truncated:
-        inputs[index] = cut(inputs[index], longest, side == "start")
+        inputs[index] = cut(inputs[index], longest, drop_start)
     return inputs, longest, truncated
 
 
@@ -217,10 +218,10 @@ def _check_vocabulary(batch: TokenBatch, size: int, field: str) -> None:
 
 
 def _check_dimensions(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> None:
-    sizes = sorted({*(size for size in task.dimensions if size < card.dimension), card.dimension})
+    known = (*task.dimensions, *card.dimensions)
+    sizes = sorted({*(size for size in known if size < card.dimension), card.dimension})
     if request.dimensions is None or request.dimensions in sizes:
         return
     field = request.dimensions_field
-    raise InvalidRequestError(
-        f"`{field}` can't be {request.dimensions}; this model gives {', '.join(map(str, sizes))}", field
-    )
+    some = f"1 to {card.dimension}" if len(sizes) == card.dimension else ", ".join(map(str, sizes))
+    raise InvalidRequestError(f"`{field}` can't be {request.dimensions}; this model gives {some}", field)

@@ -20,8 +20,10 @@ class ModelCard:
     `tokenizer` is the model's tokenizer in the JSON of Hugging Face's `tokenizers`; `dimension` the
     length of a vector; `max_model_len` the most tokens of an input; ids go from 0 to `vocab_size` - 1.
     `prompts` maps a use to the text put before each input, and `default_prompt` is that where no use is
-    named; `cl100k` holds the bytes of each of its tokens where clients send those. Replicas of one `version`
-    give the same vectors. `steps` says how the engine computes, and why so; `dtype` in which numbers.
+    named; one that `truncates_start` drops what is too long there. It `normalizes` its vectors to unit
+    length, and has shorter ones of other `dimensions`. `cl100k` holds the bytes of each of its tokens where
+    clients send those. Replicas of one `version` give the same vectors. `engine` computes them, `steps` says
+    how, and why so; `dtype` in which numbers.
     """
 
     tokenizer: str
@@ -30,6 +32,10 @@ class ModelCard:
     vocab_size: int
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str = ""
+    truncates_start: bool = False
+    normalizes: bool = True
+    dimensions: tuple[int, ...] = ()
+    engine: str = ""
     cl100k: tuple[bytes, ...] = ()
     version: str = ""
     steps: str = ""

@@ -90,3 +90,11 @@ class TokenBatch:
     def tokens(self) -> int:
         """Number of tokens of all inputs."""
         return len(self.ids)
+
+
+def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the cosine of each row of two arrays of shape (rows, dimension); NaN where a row is zero."""
+    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: np.ndarray = (one * other).sum(axis=1) / norms
+    return found

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deployments.engine.batch import TokenBatch
+from deployments.engine.batch import TokenBatch, cosines
 from deployments.engine.thread import Way, one_line
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.errors import EngineError, EngineStartError
@@ -136,8 +136,7 @@ def choose(engine: Any, tokenizer: str, max_model_len: int, wanted: Wanted) -> t
     try:
         packed = Packed(engine)
         vectors, lone, step = _try(packed, batches)
-        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(references, axis=1)
-        if not ((vectors * references).sum(axis=1) >= MIN_COSINE * norms).all():
+        if not (cosines(vectors, references) >= MIN_COSINE).all():
             raise EngineError("its vectors would be others than those of vLLM's scheduler")
     except Exception as error:  # as where a private name has moved: the scheduler serves all the same
         if wanted == "packed":

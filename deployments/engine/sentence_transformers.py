@@ -42,10 +42,9 @@ class SentenceTransformersEngine(ThreadEngine):
             dimension=int(model.get_sentence_embedding_dimension()),
             max_model_len=min(int(longest), plan.worker.generator.max_model_len or int(longest)),
             vocab_size=int(table),
-            prompts=files.prompts if files else plan.prompts,
-            default_prompt=files.default_prompt if files else "",
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             steps=f"sentence-transformers: {plan.engine_reason}",
+            **self._published(files),
         )
         return Padded(model), card
 
@@ -120,15 +119,19 @@ class Padded:
 
 
 def reference(
-    folder: str, texts: Sequence[str], max_model_len: int, arguments: Mapping[str, Any]
+    folder: str, texts: Sequence[tuple[str, str | None]], max_model_len: int, arguments: Mapping[str, Any]
 ) -> tuple[np.ndarray, list[int]]:
-    """Return the vectors that sentence-transformers gives in float32, and how many tokens each text has."""
+    """Return the vectors that sentence-transformers gives in float32, and how many tokens each text has.
+
+    A text comes with the name of its prompt, or None for the model's default.
+    """
     model = load(folder, "cpu", "float32", arguments)
     model.max_seq_length = max_model_len
-    # The prompts are in the texts already.
-    vectors: np.ndarray = model.encode(list(texts), prompt="", convert_to_numpy=True)
+    vectors = [model.encode(text, prompt_name=use, convert_to_numpy=True) for text, use in texts]
     cut = {"truncation": True, "max_length": max_model_len}
-    return vectors, [len(model.tokenizer(text, **cut)["input_ids"]) for text in texts]
+    prompts = {None: model.prompts.get(model.default_prompt_name, ""), **model.prompts}
+    ids = (model.tokenizer(prompts[use] + text, **cut)["input_ids"] for text, use in texts)
+    return np.stack(vectors), list(map(len, ids))
 
 
 def groups(lengths: np.ndarray) -> Iterator[list[int]]:

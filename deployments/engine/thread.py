@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from deployments.engine.batch import TokenBatch
 from deployments.engine.cores import CoreClaim, sharers
 from deployments.engine.steps import Step, StepEngine
 from deployments.errors import EngineError, EngineStartError
-from deployments.plan.plan import WorkerPlan
+from deployments.plan.plan import WorkerPlan, objections
 from deployments.priority import behind_requests
 
 logger = logging.getLogger("ray.serve")
@@ -142,6 +142,19 @@ class ThreadEngine(StepEngine, ABC):
             spent = [(call.begun - call.arrived, now - call.begun) for call in ended]
             way.count(step.batch, self._queue.waiting, spent)
 
+    def _published(self, files: ModelFiles | None) -> dict[str, Any]:
+        """Return what a model's own files say on its card; of a hub's id the plan knows the prompts."""
+        if files is None:
+            return {"prompts": self._plan.prompts, "engine": self._plan.engine}
+        return {
+            "prompts": files.prompts,
+            "default_prompt": files.default_prompt,
+            "truncates_start": files.truncates_start,
+            "normalizes": files.normalizes,
+            "dimensions": files.dimensions,
+            "engine": self._plan.engine,
+        }
+
     def _model_folder(self) -> tuple[str, ModelFiles | None]:
         """Return the model's folder on this node and its files; of a hub id, the id and None."""
         worker = self._plan.worker
@@ -152,14 +165,10 @@ class ThreadEngine(StepEngine, ABC):
             files = ModelFiles.read(folder)
         except (FileNotFoundError, ValueError) as error:
             raise EngineStartError(f"generator.model_path: {error}") from error
-        objections = files.objections(
-            worker.generator.max_model_len,
-            worker.generator.tensor_parallel_size,
-            worker.generator.pipeline_parallel_size,
-            self._plan.engine,  # chosen without the files, where they lie on this node alone
-        )
-        if objections:
-            raise EngineStartError("; ".join(f"{key}: {reason}" for key, reason in objections))
+        # Its engine was chosen without the files, where they lie on this node alone.
+        found = objections(worker, files, self._plan.device, self._plan.engine)
+        if found:
+            raise EngineStartError("; ".join(f"{key}: {reason}" for key, reason in found))
         return folder, files
 
 

@@ -2,8 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -66,22 +66,19 @@ class TextTokenizer:
         return [*ids[:lead], *body, *ids[len(ids) - trail :]]
 
 
-def read_tokenizer(folder: str, files: ModelFiles | None) -> str:
+def read_tokenizer(folder: str, files: ModelFiles | None, arguments: Mapping[str, Any]) -> str:
     """Return the tokenizer of a model folder or hub id as JSON. Raises EngineStartError.
 
-    Transformers reads it where it has no `tokenizer.json`, or where the hub has to be asked.
+    transformers reads it, as for the model's authors: what `tokenizer_config.json` says may change the other.
     """
-    path = Path(folder, "tokenizer.json")
-    if path.is_file():
-        tokenizer = Tokenizer.from_file(str(path))
-    else:
-        from transformers import AutoTokenizer
+    from transformers import AutoTokenizer
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
-        except (OSError, ValueError, AttributeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise EngineStartError(f"no fast tokenizer in {folder}: {reason}") from error
+    options = {name: arguments[name] for name in {"revision", "trust_remote_code"} & set(arguments)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options).backend_tokenizer
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EngineStartError(f"no fast tokenizer in {folder}: {reason}") from error
     return serialized(tokenizer, files)
 
 

@@ -15,7 +15,7 @@ from deployments.engine.choice import choose
 from deployments.engine.thread import ThreadEngine, Way
 from deployments.engine.tokenizer import check_vocabulary, read_tokenizer
 from deployments.metrics import vllm_text
-from deployments.plan.engine_args import as_published
+from deployments.plan.engine_args import as_published, joined
 
 
 class VllmEngine(ThreadEngine):
@@ -50,7 +50,7 @@ class VllmEngine(ThreadEngine):
 
         arguments = dict(self._plan.engine_args)
         if files:  # which the plan may have been made without
-            arguments = as_published(files, arguments.get("max_model_len")) | arguments
+            arguments = joined(as_published(files, arguments.get("max_model_len")), arguments)
         if arguments.get("dtype") == "auto" and self._plan.device == "cpu":
             arguments["dtype"] = cpu_dtype()
         arguments["served_model_name"] = self._plan.name  # the label of its metrics
@@ -59,15 +59,14 @@ class VllmEngine(ThreadEngine):
             arguments["pooler_config"] = PoolerConfig(**pooler)
         engine = self._engine = LLMEngine.from_engine_args(EngineArgs(model=folder, **arguments))
         config = engine.vllm_config.model_config
-        tokenizer = read_tokenizer(arguments.get("tokenizer") or folder, files)
+        tokenizer = read_tokenizer(arguments.get("tokenizer") or folder, files, arguments)
         check_vocabulary(tokenizer, int(config.get_vocab_size()))
         card = ModelCard(
             tokenizer=tokenizer,
             dimension=int(config.embedding_size),
             max_model_len=int(config.max_model_len),
             vocab_size=int(config.get_vocab_size()),
-            prompts=files.prompts if files else self._plan.prompts,
-            default_prompt=files.default_prompt if files else "",
             dtype=str(config.dtype).removeprefix("torch."),
+            **self._published(files),
         )
         return engine, card

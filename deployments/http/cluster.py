@@ -28,6 +28,7 @@ MODEL = {
     "object": "model",
     "created": 0,
     "owned_by": "all-minilm-l6-v2",
+    "engine": "vllm",
     "version": 1,
     "description": "English sentences and short paragraphs",
     "maximum_completion_tokens": None,

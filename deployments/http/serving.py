@@ -151,13 +151,14 @@ class Serving:
         """Return the JSON answer and its tokens, or raise an EmbeddingError."""
         worker = served.dispatch.worker
         truncated: tuple[int, ...] = ()
+        unit = True
 
         async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
-            nonlocal truncated
+            nonlocal truncated, unit
             with self._timed(worker.name, "tokenise"):
                 task = served.model.embedding_task
                 prepared = await prepare(wanted, task, worker.limits, card, tokenizer)
-            truncated = prepared.truncated
+            truncated, unit = prepared.truncated, card.normalizes
             return prepared.batch
 
         async def charge(tokens: int) -> None:
@@ -170,7 +171,7 @@ class Serving:
         )
 
         def encode() -> bytes:
-            shown = truncate(vectors, wanted.dimensions)
+            shown = truncate(vectors, wanted.dimensions, unit)
             if wanted.normalize:
                 shown = normalize(shown)
             version = str(worker.queue.version)

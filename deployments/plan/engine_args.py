@@ -26,6 +26,16 @@ def as_published(files: ModelFiles, max_model_len: int | None) -> dict[str, Any]
     return arguments
 
 
+def joined(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Return our arguments with an operator's over them, table by table."""
+    tables = {
+        key: ours[key] | value
+        for key, value in theirs.items()
+        if isinstance(value, dict) and isinstance(ours.get(key), dict)
+    }
+    return ours | theirs | tables
+
+
 def engine_args(worker: Worker, device: Device, files: ModelFiles | None, engine: str) -> dict[str, Any]:
     """Return what an engine is told: of vLLM the arguments of its `EngineArgs`."""
     generator = worker.generator
@@ -61,4 +71,4 @@ def engine_args(worker: Worker, device: Device, files: ModelFiles | None, engine
             # stages can't do without: vLLM skips the warm-up that sets up their buffers.
             "enforce_eager": generator.pipeline_parallel_size == 1,
         }
-    return {k: v for k, v in (arguments | generator.engine_args).items() if v is not None}
+    return {k: v for k, v in joined(arguments, generator.engine_args).items() if v is not None}

@@ -138,16 +138,17 @@ def make_plans(workers: Iterable[Worker], machine: Machine) -> tuple[WorkerPlan,
     """
     workers = tuple(workers)
     devices = {worker.name: device_of(worker, machine) for worker in workers}
+    models = {worker.name: _model_files(worker) for worker in workers}
     problems = [
         f"worker `{worker.name}`: {key}: {reason}"
         for worker in workers
         if devices[worker.name] == "cpu"
-        for key, reason in worker.cpu_objections()
+        for key, reason in (*worker.cpu_objections(), *objections(worker, models[worker.name][0], "cpu"))
     ]
     if problems:
         raise ConfigError("\n".join(problems))
     shared = cores_of_ranks(workers, devices, machine)
-    return tuple(_plan(worker, devices[worker.name], shared) for worker in workers)
+    return tuple(_plan(worker, devices[worker.name], shared, *models[worker.name]) for worker in workers)
 
 
 def ingress_config(plans: Iterable[WorkerPlan]) -> dict[str, Any]:
@@ -204,19 +205,35 @@ def _shown(name: str, value: Any) -> Any:
     return "**********" if is_secret(name) else value
 
 
-def _plan(worker: Worker, device: Device, shared_cores: int) -> WorkerPlan:
-    files, package = _model_files(worker)
+def objections(
+    worker: Worker, files: ModelFiles | None, device: Device, engine: str | None = None
+) -> list[tuple[str, str]]:
+    """Return (key, reason) for each setting that a worker's model makes impossible; see `ModelFiles`."""
+    wanted = worker.generator
+    sizes = wanted.tensor_parallel_size, wanted.pipeline_parallel_size
+    return files.objections(wanted.max_model_len, *sizes, engine or wanted.engine, device) if files else []
+
+
+def _plan(
+    worker: Worker, device: Device, shared_cores: int, files: ModelFiles | None, package: str
+) -> WorkerPlan:
     cores = worker.deployment.num_cpus or (shared_cores if needs_cores(worker, device) else 1)
     bundles = bundles_of(worker, device, cores)
-    engine, reason = _engine(worker, files)
+    engine, reason = _engine(worker, files, device)
     arguments = engine_args(worker, device, files, engine)
     # Replicas read it when they start.
     vocabulary = ("cl100k",) if worker.reads_cl100k else ()
     release = metadata.version("embedding-cluster")
     return WorkerPlan(
         worker=worker.model_copy(
-            # The token is for the world outside: neither replica nor ingress has a use for it.
-            update={"queue": worker.queue.model_copy(update={"token": None})}
+            update={
+                # The token is for the world outside: neither replica nor ingress has a use for it.
+                "queue": worker.queue.model_copy(update={"token": None}),
+                # Listings show it.
+                "generator": worker.generator.model_copy(
+                    update={"engine": engine if files else worker.generator.engine}
+                ),
+            }
         ),
         device=device,
         cores_per_rank=cores,
@@ -231,12 +248,12 @@ def _plan(worker: Worker, device: Device, shared_cores: int) -> WorkerPlan:
     )
 
 
-def _engine(worker: Worker, files: ModelFiles | None) -> tuple[str, str]:
+def _engine(worker: Worker, files: ModelFiles | None, device: Device) -> tuple[str, str]:
     """Return what computes a worker's model, and why."""
     if worker.generator.type == "fake":
         return "fake", "as generator.type says"
     if files is not None:
-        return files.engine(worker.generator.engine)
+        return files.engine(worker.generator.engine, device)
     wanted = worker.generator.engine
     return wanted or "vllm", "as generator.engine says" if wanted else "the model's files aren't here"
 

@@ -15,7 +15,7 @@ import numpy as np
 import ray
 
 from deployments.engine import ADDRESS, VERSION, ModelCard, make_engine
-from deployments.engine.batch import NOBODY, CallContext, Embedded, TokenBatch
+from deployments.engine.batch import NOBODY, CallContext, Embedded, TokenBatch, cosines
 from deployments.engine.tokenizer import read_cl100k
 from deployments.errors import (
     EmbeddingError,
@@ -24,6 +24,7 @@ from deployments.errors import (
     EngineStartError,
     ModelChangedError,
 )
+from deployments.metrics import engine_text
 from deployments.plan.plan import WorkerPlan
 from deployments.replica.scaling import ReplicaLoad
 from deployments.transport.local import LocalServer
@@ -68,7 +69,7 @@ class Replica:
             # A full step takes no longer for each token than this small one did.
             full = plan.engine_args.get("max_num_batched_tokens", 0) / warm_up.tokens
             self._longest_step = max(CANARY_SECONDS, warm_up.engine_seconds * full)
-            self._canary_vector = (await self._embed(self._canary)).vectors[0]
+            self._canary_vectors = (await self._embed(self._canary)).vectors
             await self._server.start()
             self._has_started = True
         except EmbeddingError as error:
@@ -123,8 +124,8 @@ class Replica:
         return self._load.report(self._engine.tokens_per_second)
 
     async def engine_metrics(self) -> bytes:
-        """Return the engine's own metrics in Prometheus's text format."""
-        return self._engine.metrics()
+        """Return the engine's own metrics in Prometheus's text format, and which engine it is."""
+        return self._engine.metrics() + engine_text(self._plan.name, self._plan.engine, self._card.dtype)
 
     async def ping(self) -> None:
         """Raise EngineDeadError if this replica couldn't embed; for `/ready`, so it takes no time."""
@@ -139,15 +140,14 @@ class Replica:
             self._silence = self._engine.steps, time.monotonic()
         try:
             async with asyncio.timeout(CANARY_SECONDS):
-                vector = (await self._embed(self._canary)).vectors[0]
+                vectors = (await self._embed(self._canary)).vectors
         except TimeoutError:
             steps, since = self._silence
             seconds = time.monotonic() - since
             if self._engine.steps != steps or seconds < self._longest_step:
                 return
             raise EngineError(f"the engine has made no step for {seconds:.0f} s") from None
-        norms = np.linalg.norm(vector) * np.linalg.norm(self._canary_vector)
-        if not float(vector @ self._canary_vector) >= CANARY_MIN_COSINE * norms:  # NaN is less than nothing
+        if not cosines(vectors, self._canary_vectors)[0] >= CANARY_MIN_COSINE:  # NaN is less than nothing
             raise EngineError("the canary embeds to another vector than at the start")
 
     def __del__(self) -> Coroutine[Any, Any, None] | None:

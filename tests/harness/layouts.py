@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from tests.harness.checkpoints import minilm, write_json
 VOCABULARY, HIDDEN, HEADS, LAYERS = 30522, 64, 2, 2  # heads of 32 numbers, the least that vLLM's CPU takes
 POSITIONS = 512
 END = "<|endoftext|>"
-TYPES = "sentence_transformers.models"
+MODES = (
+    "cls_token",
+    "mean_tokens",
+    "max_tokens",
+    "mean_sqrt_len_tokens",
+    "weightedmean_tokens",
+    "lasttoken",
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,8 @@ class Layout:
 
     `dense` has each layer's size and activation; `extra` goes into the model's config as it is. Where
     transformers takes no tokenizer but a model's own, it has that of `bytes`, in that form; else MiniLM's.
-    A `bare` one has nothing of sentence-transformers; `default_prompt` is what that puts before each text.
+    A `bare` one has nothing of sentence-transformers; `default_prompt` is the prompt put before each text for
+    which none is named. `edit` changes the folder at last.
     """
 
     model: str
@@ -35,8 +44,10 @@ class Layout:
     extra: tuple[tuple[str, Any], ...] = ()
     bytes: str = ""
     bare: bool = False
+    prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str = ""
     more_pooling: tuple[str, ...] = ()
+    edit: Callable[[Path], None] | None = None
 
 
 ENCODER = {
@@ -60,45 +71,6 @@ SPECIAL = {
 }
 IDENTITY, TANH = "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.Tanh"
 
-LAYOUTS = {
-    "bert-bare": Layout("BertModel", "BertConfig", ENCODER, bare=True),
-    "bert-default-prompt": Layout("BertModel", "BertConfig", ENCODER, default_prompt="passage: "),
-    "bert-cls": Layout("BertModel", "BertConfig", ENCODER, "cls_token"),
-    "bert-mean-dense": Layout("BertModel", "BertConfig", ENCODER, dense=((48, TANH),)),
-    "roberta": Layout("RobertaModel", "RobertaConfig", ROBERTA, extra=ABSOLUTE),
-    "xlm-roberta": Layout("XLMRobertaModel", "XLMRobertaConfig", ROBERTA, "cls_token"),
-    "modernbert": Layout(
-        "ModernBertModel",
-        "ModernBertConfig",
-        {
-            **ENCODER,
-            **SPECIAL,
-            "num_hidden_layers": 4,
-            "local_attention": 32,
-            "global_attn_every_n_layers": 2,
-        },
-        "cls_token",
-    ),
-    "embeddinggemma": Layout(
-        "Gemma3TextModel",
-        "Gemma3TextConfig",
-        {
-            **DECODER,
-            "num_hidden_layers": 4,
-            "use_bidirectional_attention": True,
-            "sliding_window": 32,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-        },
-        dense=((96, IDENTITY), (HIDDEN, IDENTITY)),
-    ),
-    "qwen3": Layout("Qwen3ForCausalLM", "Qwen3Config", DECODER, "lasttoken"),
-    "qwen2": Layout("Qwen2ForCausalLM", "Qwen2Config", DECODER, "lasttoken", bytes="Qwen2Tokenizer"),
-    "mistral": Layout("MistralModel", "MistralConfig", {**DECODER, "sliding_window": 64}, "lasttoken"),
-    "llama": Layout("LlamaModel", "LlamaConfig", DECODER, normalize=False),
-}
-
-
-# Those that vLLM hasn't, or would give other vectors for.
 DISTILBERT = {
     "vocab_size": VOCABULARY,
     "dim": HIDDEN,
@@ -113,18 +85,6 @@ T5 = {
     "d_ff": 2 * HIDDEN,
     "num_layers": LAYERS,
     "num_heads": HEADS,
-}
-SECOND_ENGINE = {
-    "bert-max": Layout("BertModel", "BertConfig", ENCODER, "max_tokens"),
-    "bert-mean-and-max": Layout("BertModel", "BertConfig", ENCODER, more_pooling=("max_tokens",)),
-    "bert-mean-sqrt": Layout("BertModel", "BertConfig", ENCODER, "mean_sqrt_len_tokens"),
-    "qwen3-weighted-mean": Layout("Qwen3ForCausalLM", "Qwen3Config", DECODER, "weightedmean_tokens"),
-    "mpnet": Layout("MPNetModel", "MPNetConfig", ROBERTA),
-    "distilbert": Layout("DistilBertModel", "DistilBertConfig", DISTILBERT),
-    "albert": Layout("AlbertModel", "AlbertConfig", {**ENCODER, "embedding_size": 32}),
-    "deberta-v2": Layout("DebertaV2Model", "DebertaV2Config", ENCODER, "cls_token"),
-    "camembert": Layout("CamembertModel", "CamembertConfig", ROBERTA),
-    "t5-encoder": Layout("T5EncoderModel", "T5Config", T5, dense=((HIDDEN, IDENTITY),)),
 }
 
 
@@ -142,13 +102,11 @@ def write_tokenizer(folder: Path, layout: Layout) -> None:
     write_json(folder / "tokenizer_config.json", {**config, "model_max_length": POSITIONS})
 
 
-def make(folder: Path, name: str) -> Path:
+def make(folder: Path, layout: Layout) -> Path:
     """Write a layout's folder."""
     import torch
     import transformers
-    from safetensors.torch import save_file
 
-    layout = (LAYOUTS | SECOND_ENGINE)[name]
     torch.manual_seed(0)
     config = getattr(transformers, layout.config)(**layout.options)
     model: Any = getattr(transformers, layout.model)(config)
@@ -158,42 +116,61 @@ def make(folder: Path, name: str) -> Path:
                 weights.mul_(4)
     model.save_pretrained(folder)
     if layout.extra:
-        written = json.loads((folder / "config.json").read_text())
-        write_json(folder / "config.json", {**written, **dict(layout.extra)})
+        update(folder / "config.json", **dict(layout.extra))
     write_tokenizer(folder, layout)
-    if layout.bare:
-        return folder
-    if layout.default_prompt:
-        settings = {"prompts": {"passage": layout.default_prompt}, "default_prompt_name": "passage"}
-        write_json(folder / "config_sentence_transformers.json", settings)
-    modes = (
-        "cls_token",
-        "mean_tokens",
-        "max_tokens",
-        "mean_sqrt_len_tokens",
-        "weightedmean_tokens",
-        "lasttoken",
-    )
-    pooled = {layout.pooling, *layout.more_pooling}
-    pooling = {f"pooling_mode_{mode}": mode in pooled for mode in modes}
-    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": HIDDEN, **pooling})
-    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-    size = HIDDEN * len(pooled)
-    for number, (wide, activation) in enumerate(layout.dense, 2):
-        path = f"{number}_Dense"
-        dense = {"in_features": size, "out_features": wide, "bias": True, "activation_function": activation}
-        write_json(folder / path / "config.json", dense)
-        linear = torch.nn.Linear(size, wide)
-        weights = {f"linear.{key}": value for key, value in linear.state_dict().items()}
-        save_file(weights, folder / path / "model.safetensors")
-        modules.append(("Dense", path))
-        size = wide
-    modules += [("Normalize", f"{len(modules)}_Normalize")] if layout.normalize else []
-    write_json(
-        folder / "modules.json",
-        [
-            {"idx": number, "name": str(number), "path": path, "type": f"{TYPES}.{kind}"}
-            for number, (kind, path) in enumerate(modules)
-        ],
-    )
+    if not layout.bare:
+        write_modules(folder, layout)
+    if layout.edit:
+        layout.edit(folder)
     return folder
+
+
+def write_modules(folder: Path, layout: Layout) -> None:
+    """Write what sentence-transformers puts beside a model."""
+    if layout.prompts:
+        settings = {"prompts": dict(layout.prompts), "default_prompt_name": layout.default_prompt or None}
+        write_json(folder / "config_sentence_transformers.json", settings)
+    write_json(folder / "modules.json", [module(0, "Transformer", "")])
+    pooled = {layout.pooling, *layout.more_pooling}
+    pooling = {f"pooling_mode_{mode}": mode in pooled for mode in MODES}
+    add_module(folder, "Pooling", {"word_embedding_dimension": HIDDEN, **pooling})
+    size = HIDDEN * len(pooled)
+    for wide, activation in layout.dense:
+        add_dense(folder, size, wide, activation)
+        size = wide
+    if layout.normalize:
+        add_module(folder, "Normalize", {})
+
+
+def add_dense(folder: Path, size: int, wide: int, activation: str = IDENTITY) -> None:
+    """Put a layer with random weights behind the modules that are there."""
+    import torch
+
+    dense = {"in_features": size, "out_features": wide, "bias": True, "activation_function": activation}
+    linear = torch.nn.Linear(size, wide).state_dict()
+    add_module(folder, "Dense", dense, {f"linear.{key}": value for key, value in linear.items()})
+
+
+def add_module(
+    folder: Path, kind: str, settings: dict[str, Any], weights: dict[str, Any] | None = None
+) -> None:
+    """Put a module behind those that are there."""
+    from safetensors.torch import save_file
+
+    modules = json.loads((folder / "modules.json").read_text())
+    modules.append(module(len(modules), kind, f"{len(modules)}_{kind}"))
+    path = folder / modules[-1]["path"]
+    write_json(path / "config.json", settings)
+    if weights:
+        save_file(weights, path / "model.safetensors")
+    write_json(folder / "modules.json", modules)
+
+
+def module(number: int, kind: str, path: str) -> dict[str, Any]:
+    """Return what modules.json says of one of them."""
+    return {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+
+
+def update(file: Path, **values: Any) -> None:
+    """Change some values of a file in JSON."""
+    write_json(file, {**json.loads(file.read_text()), **values})

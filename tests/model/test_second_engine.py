@@ -7,43 +7,39 @@ from pathlib import Path
 
 import pytest
 
+from deployments.command.models import TEXTS
 from deployments.config.load import load_workers
 from deployments.config.model_files import ModelFiles
-from tests.harness import checkpoints, layouts, workers
+from tests.harness import checkpoints, gallery, layouts, workers
 from tests.harness.server import program
 
 pytestmark = pytest.mark.model
 
-PROGRAM = """
-import asyncio, json, sys
-import numpy as np
-from sentence_transformers import SentenceTransformer
+# One process for all of them, and one for sentence-transformers, since vLLM changes classes of transformers.
+OURS = """
+import json, pickle, sys
+from pathlib import Path
+from deployments.command.models import embed
+from deployments.command.models import TEXTS
 from deployments.config.load import load_workers
-from deployments.engine import make_engine
-from deployments.engine.batch import TokenBatch
-from deployments.engine.tokenizer import TextTokenizer
 from deployments.plan.plan import Machine, make_plans
 
 for file in json.loads(sys.argv[1]):
     (plan,) = make_plans(load_workers(file), Machine(2, 0, 2))
-    engine = make_engine(plan)
-    card = engine.start()
-    words = [" ".join([str(k), *["word"] * (k % 12)]) for k in range(64)]
-    words[3] = "long " * 600
-    tokenizer = TextTokenizer(card.tokenizer)
-    inputs = [
-        tokenizer.truncate(ids, card.max_model_len, False, True)
-        for ids in tokenizer.encode(words)
-    ]
-    ours = asyncio.run(engine.embed(TokenBatch.of(inputs)))
-    alone = np.concatenate([asyncio.run(engine.embed(TokenBatch.of([ids]))) for ids in inputs[:5]])
-    theirs = SentenceTransformer(plan.worker.generator.model_path, device="cpu")
-    theirs = theirs.encode(words)
-    least = lambda a, b: float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
-    apart = 1 - float(np.abs(np.corrcoef(ours) - np.eye(64)).max())
-    found = [ours.shape == theirs.shape == (64, card.dimension), least(ours, theirs), least(ours[:5], alone)]
-    print(json.dumps([plan.engine, *found, apart, card.steps]), flush=True)
-    engine.stop()
+    Path(file).with_suffix(".pickle").write_bytes(pickle.dumps((plan, embed(plan))))
+"""
+THEIRS = """
+import json, pickle, sys
+from pathlib import Path
+import numpy as np
+from deployments.command.models import compare
+
+for file in json.loads(sys.argv[1]):
+    plan, ours = pickle.loads(Path(file).with_suffix(".pickle").read_bytes())
+    rows = compare(plan, ours)
+    same = [row.what for row in rows if row.ours == row.theirs and row.cosine >= 0.99999]
+    apart = np.corrcoef(ours.together) - np.eye(len(rows))
+    print(json.dumps([plan.engine, ours.dtype, [row.what for row in rows], same, float(apart.max())]))
 """
 
 
@@ -56,28 +52,32 @@ def worker_file(folder: Path, name: str, model: Path, more: str = "") -> str:
     return str(file)
 
 
-def test_what_vllm_hasnt_is_served_all_the_same(tmp_path: Path) -> None:
-    """Each of them alone and beside others, and cut where the model's own length is; the plan says why."""
-    names = list(layouts.SECOND_ENGINE)
-    files = [worker_file(tmp_path, name, layouts.make(tmp_path / name, name)) for name in names]
+def test_every_layout_gives_its_authors_vectors(tmp_path: Path) -> None:
+    """Alone and beside others, with each prompt, and cut where the model's own length is; the same tokens.
+
+    A model of a third witness's alone is served by it; which one serves is seen in the files.
+    """
+    made = [layouts.make(tmp_path / name, layout) for name, layout in gallery.GALLERY.items()]
+    files = [worker_file(tmp_path, folder.name, folder) for folder in made]
     files.append(worker_file(tmp_path, "forced", checkpoints.minilm(), '\nengine = "sentence-transformers"'))
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(files)], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = dict(zip([*names, "forced"], map(json.loads, result.stdout.splitlines()), strict=True))
-    for name, (engine, shape, cosine, alone, apart, why) in found.items():
-        assert engine == "sentence-transformers", name
-        assert shape, name
-        assert min(cosine, alone) >= 0.99999, (name, cosine, alone)
-        assert apart > 1e-5, name
-        assert why.startswith("sentence-transformers: "), name
+    for side in (OURS, THEIRS):
+        command = [sys.executable, "-c", side, json.dumps(files)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-3000:]
+    found = dict(zip([*gallery.GALLERY, "forced"], map(json.loads, result.stdout.splitlines()), strict=True))
+    for name, (engine, dtype, texts, same, apart) in found.items():
+        assert engine == ("vllm" if name in gallery.VLLM else "sentence-transformers"), name
+        assert dtype == "float32", name
+        prompts = gallery.GALLERY[name].prompts if name in gallery.GALLERY else ()
+        assert len(texts) == len(TEXTS) + len(prompts), name
+        assert [text for text in texts if text not in same] == [], name
+        assert apart < 1 - 1e-5, name  # else an order mistake couldn't show
 
 
 def test_the_engine_is_chosen_when_the_file_is_read(tmp_path: Path) -> None:
     """By what vLLM would compute otherwise."""
     for name in ("bert-max", "mpnet"):
-        folder = layouts.make(tmp_path / name, name)
+        folder = layouts.make(tmp_path / name, gallery.GALLERY[name])
         engine, reason = ModelFiles.read(folder).engine(None)
         assert engine == "sentence-transformers"
         assert reason.split(": ")[0] in {"1_Pooling/config.json", "config.json"}
@@ -87,9 +87,9 @@ def test_the_engine_is_chosen_when_the_file_is_read(tmp_path: Path) -> None:
 
 def test_verify_shows_the_models_vectors_beside_their_authors(tmp_path: Path) -> None:
     """A row for each text and prompt, of both engines; what differs is shown, and the exit status says so."""
-    folder = layouts.make(tmp_path / "model", "bert-default-prompt")
+    folder = layouts.make(tmp_path / "model", gallery.VLLM["bert-default-prompt"])
     worker_file(tmp_path, "same", folder)
-    worker_file(tmp_path, "second", layouts.make(tmp_path / "max", "bert-max"))
+    worker_file(tmp_path, "second", layouts.make(tmp_path / "max", gallery.SECOND_ENGINE["bert-max"]))
     verified = verify(tmp_path)
     assert verified.returncode == 0, verified.stderr[-3000:]
     assert verified.stdout.count("  same  1.000000  ") == 2 * 13 + 1

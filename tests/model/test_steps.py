@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import layouts, workers
+from tests.harness import gallery, layouts, workers
 
 pytestmark = pytest.mark.model
 COUNTS = (1, 7, 64, 1000)
@@ -61,8 +61,8 @@ for file in files:
 def test_every_layout_gives_its_authors_vectors(tmp_path: Path) -> None:
     """In float32; alone and beside others, few and many, and as long as the model takes."""
     files = []
-    for name in layouts.LAYOUTS:
-        layouts.make(tmp_path / name, name)
+    for name, layout in gallery.SCHEDULED.items():
+        layouts.make(tmp_path / name, layout)
         files.append(str(tmp_path / f"{name}.toml"))
         Path(files[-1]).write_text(workers.vllm(name, tmp_path / name, 'dtype = "float32"'))
     argument = json.dumps([COUNTS, *files])
@@ -70,7 +70,7 @@ def test_every_layout_gives_its_authors_vectors(tmp_path: Path) -> None:
         [sys.executable, "-c", PROGRAM, argument], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    found = dict(zip(layouts.LAYOUTS, map(json.loads, result.stdout.splitlines()), strict=True))
+    found = dict(zip(gallery.SCHEDULED, map(json.loads, result.stdout.splitlines()), strict=True))
     for name, each in found.items():
         assert each.pop("serves").startswith("packed steps"), name
         assert each.pop("longest") == 0, name

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from deployments.__main__ import main
 from deployments.config.load import load_workers
@@ -34,10 +36,12 @@ def make(folder: Path, files: dict[str, Any]) -> Path:
         "config.json": {"model_type": "bert", "architectures": ["BertModel"], "max_position_embeddings": 512},
         "modules.json": modules(*MODULES),
         "1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
+        "tokenizer.json": {},
     }
     folder.mkdir()
     for name, content in (known | files).items():
         if isinstance(content, bytes):
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
         elif content is not None:
             write_json(folder / name, content)
@@ -45,9 +49,7 @@ def make(folder: Path, files: dict[str, Any]) -> Path:
 
 
 PROMPTS = {"config_sentence_transformers.json": {"prompts": {"query": "q: ", "document": ""}}}
-LOWER = {
-    "tokenizer.json": {"normalizer": {"type": "BertNormalizer", "lowercase": True, "strip_accents": None}}
-}
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
 DENSE = ("Dense", "2_Dense")
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mpnet": (
@@ -92,23 +94,63 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"modules.json": modules(("custom_st.Transformer", ""), *MODULES[1:])},
         "modules.json: 0: vLLM has no module `custom_st.Transformer`",
     ),
-    "case": (
-        LOWER | {"tokenizer_config.json": {"do_lower_case": False}},
-        "tokenizer_config.json: do_lower_case: tokenizer.json says True",
+    "unknown to vLLM": (
+        {"config.json": {"model_type": "distilbert", "dim": 64, "n_heads": 2}},
+        "config.json: model_type: vLLM can't embed with `distilbert`",
     ),
-    "accents": (
-        LOWER | {"tokenizer_config.json": {"strip_accents": False}},
-        "tokenizer_config.json: strip_accents: tokenizer.json says None",
+    "transformer in a folder": (
+        {
+            "config.json": None,
+            "0_Transformer/config.json": {"model_type": "bert", "architectures": ["BertModel"]},
+            "0_Transformer/tokenizer.json": {},
+            "modules.json": modules(("Transformer", "0_Transformer"), *MODULES[1:]),
+        },
+        "modules.json: 0: vLLM reads no transformer out of a folder of its own",
     ),
     "git lfs": (
-        {"model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
-        "model.safetensors: is a pointer of Git LFS in place of weights; run `git lfs pull`",
+        {"model.safetensors": LFS},
+        "model.safetensors: is a pointer of Git LFS in place of its content; run `git lfs pull`",
+    ),
+    "git lfs, a module's": (
+        {"2_Dense/model.safetensors": LFS, "modules.json": modules(*MODULES[:2], DENSE)},
+        "2_Dense/model.safetensors: is a pointer of Git LFS in place of its content; run `git lfs pull`",
+    ),
+    "git lfs, the tokenizer": (
+        {"tokenizer.json": LFS},
+        "tokenizer.json: is a pointer of Git LFS in place of its content; run `git lfs pull`",
+    ),
+    "cut short": (
+        {"model.safetensors": save({"a": np.zeros(100)})[:-8]},
+        "model.safetensors: is broken or cut short: Error while deserializing header:"
+        " incomplete metadata, file not fully covered",
+    ),
+    "a shard that is missing": (
+        {
+            "model.safetensors.index.json": {
+                "weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+            },
+            "model-1-of-2.safetensors": save({"a": np.zeros(100)}),
+        },
+        "model.safetensors.index.json: weight_map: model-2-of-2.safetensors is missing",
+    ),
+    "no tokenizer": (
+        {"tokenizer.json": None, "tokenizer_config.json": {"do_lower_case": True}},
+        "tokenizer.json: is missing, and so is every other form of a tokenizer",
     ),
 }
 
 
 # No engine can serve these.
-BROKEN = {"no pooling file", "prompt left out", "git lfs"}
+BROKEN = {
+    "no pooling file",
+    "prompt left out",
+    "git lfs",
+    "git lfs, a module's",
+    "git lfs, the tokenizer",
+    "cut short",
+    "a shard that is missing",
+    "no tokenizer",
+}
 
 
 def problems(folder: Path, model: Path, more: str = "", arguments: str = "") -> list[str]:
@@ -150,7 +192,6 @@ def test_the_second_engine_says_what_it_cant_do(tmp_path: Path) -> None:
     [
         {},
         PROMPTS,
-        LOWER | {"tokenizer_config.json": {"do_lower_case": True}},
         {"modules.json": modules(*MODULES[:2], DENSE, ("Dense", "3_Dense"), ("Normalize", "4_Normalize"))},
         {"1_Pooling/config.json": {"pooling_mode": "lasttoken", "include_prompt": False}},
         {"modules.json": None},

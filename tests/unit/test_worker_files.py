@@ -18,10 +18,13 @@ NO_GPU = Machine(cpus=8, gpus=0, cpus_per_node=8)
 
 
 def write_config(folder: Path, architecture: str = "Qwen3ForCausalLM", **config: object) -> Path:
-    """Write a model folder that holds a config.json alone."""
+    """Write a model folder without weights."""
     folder.mkdir(parents=True)
     known = {"max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 36}
-    (folder / "config.json").write_text(json.dumps({"architectures": [architecture], **known, **config}))
+    kind = "qwen3" if architecture.startswith("Qwen3") else "bert"
+    content = {"architectures": [architecture], "model_type": kind, **known, **config}
+    (folder / "config.json").write_text(json.dumps(content))
+    (folder / "tokenizer.json").write_text("{}")
     return folder
 
 
