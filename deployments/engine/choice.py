@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from deployments.engine.batch import TokenBatch, cosines
-from deployments.engine.thread import Way, one_line
+from deployments.engine.thread import Way, odd_weights, one_line
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.errors import EngineError, EngineStartError
 
@@ -108,6 +108,10 @@ class StepExtension:
 
         vectors: np.ndarray = self._packed_step.embed(ids, lengths)
         return vectors if get_tp_group().is_first_rank else None
+
+    def odd_weights(self, vocab_size: int) -> list[str]:
+        """See `thread.odd_weights`."""
+        return odd_weights(self.model_runner.model.named_parameters(), vocab_size)  # type: ignore[attr-defined]
 
     def zero_caches(self) -> None:
         """Take what isn't finite out of the KV caches: 0 times NaN would reach whoever gets a block next."""

@@ -5,7 +5,7 @@ that. torch and sentence-transformers are imported at use.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from deployments.engine import ModelCard
 from deployments.engine.available import cpu_dtype
 from deployments.engine.batch import TokenBatch
-from deployments.engine.thread import ThreadEngine, Way
+from deployments.engine.thread import ThreadEngine, Way, odd_weights
 from deployments.engine.tokenizer import check_vocabulary, serialized
 from deployments.errors import EngineStartError
 
@@ -25,10 +25,12 @@ class SentenceTransformersEngine(ThreadEngine):
     """Runs one `SentenceTransformer`."""
 
     name = "sentence-transformers"
+    _model: Any = None
 
     def _load(self) -> tuple[Way, ModelCard]:
         folder, files = self._model_folder()
         plan, model = self._plan, self._load_model(folder)
+        self._model = model
         tokenizer = serialized(model.tokenizer.backend_tokenizer, files)
         table = model[0].auto_model.get_input_embeddings().num_embeddings
         check_vocabulary(tokenizer, table)
@@ -47,6 +49,9 @@ class SentenceTransformersEngine(ThreadEngine):
             **self._published(files),
         )
         return Padded(model), card
+
+    def _odd_weights(self, vocab_size: int) -> Iterable[str]:
+        return odd_weights(self._model.named_parameters(), vocab_size)
 
     def _load_model(self, folder: str) -> Any:
         plan = self._plan

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +56,10 @@ class ThreadEngine(StepEngine, ABC):
     def _load(self) -> tuple[Way, ModelCard]:
         """Load the model. Whatever it raises is told as the reason why the engine can't start."""
 
+    @abstractmethod
+    def _odd_weights(self, vocab_size: int) -> Iterable[str]:
+        """Return what `odd_weights` finds of the loaded model, in every rank."""
+
     def _unload(self) -> None:
         """End what was loaded, if anything was."""
 
@@ -93,6 +97,8 @@ class ThreadEngine(StepEngine, ABC):
                 self._bind(claim.claim())
             way, self._card = self._load()
             logger.info("%s: %s", self._plan.name, self._card.steps)
+            for reason in self._odd_weights(self._card.vocab_size):
+                logger.warning("%s: %s", self._plan.name, reason)
             self._started.set()
             self._serve(way)
         except BaseException as failure:
@@ -170,6 +176,22 @@ class ThreadEngine(StepEngine, ABC):
         if found:
             raise EngineStartError("; ".join(f"{key}: {reason}" for key, reason in found))
         return folder, files
+
+
+def odd_weights(weights: Iterable[tuple[str, Any]], vocab_size: int) -> list[str]:
+    """Name the weights with NaN or infinity in them, and how many tokens of the table have none but zeros.
+
+    One such row is usual: the padding token's.
+    """
+    found = []
+    for name, tensor in weights:
+        if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
+            found.append(f"the weights `{name}` hold NaN or infinity: some texts may have no vector")
+        if tensor.dim() == 2 and tensor.shape[0] >= vocab_size:
+            zeros = int((tensor[:vocab_size] == 0).all(dim=1).sum())
+            if zeros > 1:
+                found.append(f"{zeros} tokens of `{name}` hold nothing but zeros")
+    return found
 
 
 def one_line(error: BaseException) -> str:

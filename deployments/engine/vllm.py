@@ -6,6 +6,7 @@ are imported at use.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,10 @@ class VllmEngine(ThreadEngine):
         engine, card = self._load_engine()
         way, why = choose(engine, card.tokenizer, card.max_model_len, self._plan.worker.generator.steps)
         return way, replace(card, steps=why)
+
+    def _odd_weights(self, vocab_size: int) -> Iterable[str]:
+        found = self._engine.collective_rpc("odd_weights", args=(vocab_size,))
+        return sorted({reason for rank in found for reason in rank})
 
     def _unload(self) -> None:
         if self._engine is not None:

@@ -65,7 +65,6 @@ VLLM = {
     "labse": Layout("BertModel", "BertConfig", ENCODER, "cls_token", dense=((HIDDEN, TANH),)),
     "bert-unnormalised": Layout("BertModel", "BertConfig", ENCODER, normalize=False),
     "e5": Layout("XLMRobertaModel", "XLMRobertaConfig", ROBERTA, extra=ABSOLUTE, prompts=QUERIES),
-    "electra": Layout("ElectraModel", "ElectraConfig", {**ENCODER, "embedding_size": 32}),
     "qwen3-model": Layout("Qwen3Model", "Qwen3Config", DECODER, "lasttoken", prompts=QUERIES),
     "qwen3-mean": Layout("Qwen3Model", "Qwen3Config", DECODER),
     "mistral-causal": Layout("MistralForCausalLM", "MistralConfig", DECODER, "lasttoken"),
@@ -103,6 +102,7 @@ SECOND_ENGINE = {
         "weightedmean_tokens",
         bytes="GPT2Tokenizer",
     ),
+    "electra": Layout("ElectraModel", "ElectraConfig", {**ENCODER, "embedding_size": 32}),
     "mpnet": Layout("MPNetModel", "MPNetConfig", ROBERTA),
     "distilbert": Layout("DistilBertModel", "DistilBertConfig", DISTILBERT),
     "distiluse": Layout(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deployments.command.models import TEXTS
 from deployments.config.load import load_workers
 from deployments.config.model_files import ModelFiles
+from deployments.replica.texts import TEXTS
 from tests.harness import checkpoints, gallery, layouts, workers
 from tests.harness.server import program
 
@@ -20,7 +20,7 @@ OURS = """
 import json, pickle, sys
 from pathlib import Path
 from deployments.command.models import embed
-from deployments.command.models import TEXTS
+from deployments.replica.texts import TEXTS
 from deployments.config.load import load_workers
 from deployments.plan.plan import Machine, make_plans
 
@@ -38,7 +38,8 @@ for file in json.loads(sys.argv[1]):
     plan, ours = pickle.loads(Path(file).with_suffix(".pickle").read_bytes())
     rows = compare(plan, ours)
     same = [row.what for row in rows if row.ours == row.theirs and row.cosine >= 0.99999]
-    apart = np.corrcoef(ours.together) - np.eye(len(rows))
+    plain = ours.together[[use is None for _, use in ours.texts.values()]]
+    apart = np.corrcoef(plain) - np.eye(len(plain))
     print(json.dumps([plan.engine, ours.dtype, [row.what for row in rows], same, float(apart.max())]))
 """
 
