@@ -28,8 +28,8 @@ PROVEN = frozenset(
 )
 # Held equal by vLLM's own tests: transformers runs them by code of the hub's.
 OF_THE_HUB = frozenset({"gte", "new", "nomic_bert"})
-# vLLM doesn't have these, or loses what makes their vectors, as CamemBERT's position offset. ELECTRA's come out
-# as NaN in one process and right in the next.
+# vLLM doesn't have these, or loses what makes their vectors, as CamemBERT's position offset. ELECTRA's come
+# out as NaN in one process and right in the next.
 NOT_IN_VLLM = frozenset(
     {"albert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "mpnet", "mt5", "t5"}
 )

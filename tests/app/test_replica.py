@@ -134,9 +134,10 @@ async def test_an_engine_that_ends_in_its_warm_up_says_why(
     for _ in range(5):
         await asyncio.sleep(0)
     assert not ended
-    replica = await start(tmp_path, "fatal_token = 254")
+    # A byte that no text has.
+    replica = await start(tmp_path, "fatal_token = 187")
     with pytest.raises(EngineCrashError):
-        await replica.embed(TokenBatch.of([[254]]))
+        await replica.embed(TokenBatch.of([[187]]))
     async with asyncio.timeout(60):
         while not ended:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0)
