@@ -39,14 +39,14 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="check worker files; every mistake with file and key")
     check.set_defaults(command=_check)
-    plan = commands.add_parser("plan", help="print what would be deployed, as JSON")
+    plan = commands.add_parser("plan", help="print what would be deployed")
     plan.add_argument("--cpus", type=int, default=0, help="cores of the node (default: this one's)")
     plan.add_argument("--gpus", type=int, default=1, help="GPUs of the cluster (default: %(default)s)")
     plan.add_argument(
         "--format",
-        choices=("json", "serve", "rayservice"),
-        default="json",
-        help="for people; for `serve deploy`; for KubeRay (default: %(default)s)",
+        choices=("table", "json", "serve", "rayservice"),
+        default="table",
+        help="for people; in full; for `serve deploy`; for KubeRay (default: %(default)s)",
     )
     plan.add_argument("--image", default="embedding-cluster:latest", help="container image, for rayservice")
     plan.set_defaults(command=_plan)
@@ -99,7 +99,12 @@ def _plan(parsed: argparse.Namespace) -> int:
         inside = _yaml(serve_config(plans, WORKERS_FOLDER, front))
         print(_yaml(*ray_service(plans, files, parsed.image, inside)), end="")
         return 0
-    print(json.dumps([plan.describe() for plan in plans], indent=2, default=str))
+    if parsed.format == "json":
+        print(json.dumps([plan.describe() for plan in plans], indent=2, default=str))
+        return 0
+    from deployments.command.summary import plan_table
+
+    print(plan_table(plans))
     return 0
 
 

@@ -1,11 +1,19 @@
 """What an operator is told once the cluster serves: models, addresses, keys."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from deployments.config.worker import Worker
 from deployments.keys.file import KEYS_VARIABLE
+from deployments.plan.plan import WorkerPlan
+
+# No line is broken: whoever wants that has a terminal that does it.
+WIDTH = 10_000
 
 
 @dataclass(frozen=True)
@@ -27,16 +35,11 @@ def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str
     for worker in workers:
         state = f"failed: {failed[worker.name]}" if worker.name in failed else "ready"
         rows += [(name, worker.name, str(worker.queue.version), state) for name in worker.queue.models]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
-        for row in rows
-    ]
     base = f"http://{arguments.host}:{arguments.port}"
     return "\n".join(
         [
             "",
-            *lines,
+            grid(rows),
             "",
             f"OpenAI API  {base}/v1",
             f"Docs        {base}/docs",
@@ -47,6 +50,33 @@ def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str
             "Stop        Ctrl-C",
         ]
     )
+
+
+def plan_table(plans: Iterable[WorkerPlan]) -> str:
+    """Return what would be deployed, a line for each worker, and below what there is to say of it."""
+    heads = ("WORKER", "MODELS", "ENGINE", "DEVICE", "RANKS", "REPLICAS", "EACH TAKES", "MAX LENGTH")
+    rows, notes = [heads], []
+    for plan in plans:
+        wanted, scaling = plan.worker.generator, plan.worker.deployment.autoscaling
+        most = f"{plan.min_replicas} to {scaling.max_replicas}" if scaling else str(plan.min_replicas)
+        takes = [f"{plan.total(kind):g} {kind}" for kind in ("CPU", "GPU") if plan.total(kind)]
+        ranks = f"{wanted.tensor_parallel_size} x {wanted.pipeline_parallel_size}"
+        length = str(wanted.max_model_len or "the model's")
+        models = ", ".join(plan.worker.queue.models)
+        rows.append((plan.name, models, plan.engine, plan.device, ranks, most, ", ".join(takes), length))
+        notes.append(f"{plan.name}: {plan.engine}: {plan.engine_reason}; {wanted.model_path}")
+    return "\n".join([grid(rows), "", *notes])
+
+
+def grid(rows: Iterable[Sequence[str]]) -> str:
+    """Return rows as text, in columns."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console = Console(width=WIDTH, color_system=None)
+    with console.capture() as captured:
+        console.print(table, soft_wrap=True)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def _ray_variables() -> str:

@@ -19,6 +19,7 @@ from deployments.errors import EngineStartError
 
 # A forward pads its inputs to the longest of them, and holds no more tokens than this when it has.
 PADDED_TOKENS = 4096
+READ_MARK = "_is_hf_initialized"
 
 
 class SentenceTransformersEngine(ThreadEngine):
@@ -81,7 +82,20 @@ def load(folder: str, device: str, dtype: str, arguments: Mapping[str, Any]) -> 
     model = SentenceTransformer(
         folder, device=device, model_kwargs={"dtype": getattr(torch, dtype)}, **options
     )
+    _check_complete(model[0].auto_model)
     return model.eval()
+
+
+def _check_complete(model: Any) -> None:
+    """Raise EngineStartError where a model of transformers has weights that no file gave: they are random.
+
+    transformers, from 5 on, marks what it has read. Nobody here reads a pooler's.
+    """
+    marks = {name: getattr(tensor, READ_MARK, False) for name, tensor in model.named_parameters()}
+    missing = [name for name, read in marks.items() if not read and "pooler." not in name]
+    if missing and any(marks.values()):
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise EngineStartError(f"generator.model_path: the files of weights lack `{missing[0]}`{others}")
 
 
 class Padded:

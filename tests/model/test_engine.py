@@ -1,4 +1,4 @@
-"""The vLLM engine fulfils the same contract as the fake one."""
+"""The engines that compute fulfil the same contract as the fake one."""
 
 import subprocess
 import sys
@@ -23,10 +23,12 @@ asyncio.run(check_engine(engine, engine.start(), 0.99999))
 """
 
 
-def test_vllm_fulfils_the_contract(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["vllm", "sentence-transformers"])
+def test_an_engine_fulfils_the_contract(tmp_path: Path, engine: str) -> None:
     """In float32, where batching may change no more than the last digits."""
     file = tmp_path / "minilm.toml"
-    file.write_text(workers.vllm("minilm", checkpoints.minilm(), 'dtype = "float32"'))
+    text = workers.vllm("minilm", checkpoints.minilm(), 'dtype = "float32"')
+    file.write_text(text.replace("[generator]", f'[generator]\nengine = "{engine}"'))
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(file)], capture_output=True, text=True, check=False
     )

@@ -19,16 +19,26 @@ pytestmark = pytest.mark.model
 QWEN = "qwen3-embedding-8b"
 
 
+@pytest.fixture(scope="module", params=["vllm", "sentence-transformers"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine, which have to do the same."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, qwen3: Path) -> Iterator[Server]:
-    """MiniLM in float32, and the published example with only model_path changed, under `serve run`."""
+def server(tmp_path_factory: pytest.TempPathFactory, qwen3: Path, engine: str) -> Iterator[Server]:
+    """MiniLM in float32, and the published example with only model_path and engine changed."""
     folder = tmp_path_factory.mktemp("float32")
     config = folder / "workers"
     config.mkdir()
-    (config / "minilm.toml").write_text(workers.vllm("minilm", checkpoints.minilm(), 'dtype = "float32"'))
+    named = f'[generator]\nengine = "{engine}"'
+    # A client may wait until a killed replica's successor is there.
+    more = "[deployment]\nnum_gpus = 0\n[limits]\nrequest_timeout_s = 150"
+    minilm = workers.vllm("minilm", checkpoints.minilm(), 'dtype = "float32"', more)
     published = workers.PUBLISHED.replace("/path/to/weights/Qwen/Qwen3-Embedding-8B", str(qwen3))
-    (config / "config.toml").write_text(published)
-    with serve(config, folder, tuned=False) as server:
+    (config / "minilm.toml").write_text(minilm.replace("[generator]", named))
+    (config / "config.toml").write_text(published.replace("[generator]", named))
+    with serve(config, folder, tuned=engine != "vllm") as server:
         yield server
 
 
@@ -136,3 +146,32 @@ def test_a_text_with_a_token_beyond_the_table_is_refused_by_field(server: Server
     served = httpx.post(f"{server.url}/v1/embeddings", json={"model": QWEN, "input": ["a"]}, timeout=60)
     assert served.status_code == 200
     assert server.titled(f"ServeReplica:default:{QWEN}") == replicas
+
+
+def test_listings_and_metrics_name_the_engine(server: Server, engine: str) -> None:
+    """And `/ready` says how it computes."""
+    listed = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"]
+    assert {each["engine"] for each in listed} == {engine}
+    metrics = httpx.get(f"{server.url}/metrics", timeout=60).text
+    assert f'embedding_engine_replicas{{dtype="float32",engine="{engine}",worker="minilm"}} 1.0' in metrics
+    ready = httpx.get(f"{server.url}/ready", timeout=60).json()
+    assert {each["engine"] for each in ready["models"]} == {engine}
+
+
+def test_a_killed_replica_is_replaced_and_embeds_right(
+    server: Server, reference: dict[str, np.ndarray]
+) -> None:
+    """Whoever asks meanwhile waits for the new one, inside of their own deadline."""
+    (killed,) = server.titled("ServeReplica:default:minilm")
+    killed.kill()
+    text, expected = next(iter(reference.items()))
+    answer = httpx.post(
+        f"{server.url}/v1/embeddings",
+        json={"model": "minilm", "input": text},
+        headers={"x-request-timeout-seconds": "150"},
+        timeout=180,
+    )
+    assert answer.status_code == 200, answer.text
+    vector = np.array(answer.json()["data"][0]["embedding"])
+    assert cosines(vector[None], expected[None])[0] >= 0.9999
+    assert killed not in server.titled("ServeReplica:default:minilm")

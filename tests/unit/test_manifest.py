@@ -1,5 +1,6 @@
 """The files for other tools: valid by those tools' own schemas, and all about the same cluster."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,21 @@ def test_ranks_that_may_span_nodes_get_pods_of_their_own(
     _, service = documents(capsys, str(file), "--format", "rayservice", "--gpus", "8")
     (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     assert (group["minReplicas"], group["maxReplicas"]) == (8, 8)
+
+
+def test_the_plan_is_a_table_for_people_and_json_for_programs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line for each worker, and below which engine serves it, and why."""
+    assert main(["plan", str(folder)]) == 0
+    heads, *lines = capsys.readouterr().out.splitlines()
+    assert heads.split("  ")[0] == "WORKER"
+    assert [line.split()[:7] for line in lines[:3]] == [
+        ["minilm", "minilm", "vllm", "cpu", "1", "x", "1"],
+        ["qwen", "qwen", "vllm", "gpu", "2", "x", "1"],
+        ["sre", "sre", "vllm", "cpu", "1", "x", "1"],
+    ]
+    assert "1 to 6" in lines[0]
+    assert lines[4] == f"minilm: vllm: it gives the model's own vectors; {checkpoints.minilm()}"
+    assert main(["plan", str(folder), "--format", "json"]) == 0
+    assert [each["engine"] for each in json.loads(capsys.readouterr().out)] == ["vllm"] * 3
