@@ -31,7 +31,6 @@ from deployments.plan.plan import ingress_replicas, make_plans, unplaceable
 
 if TYPE_CHECKING:
     from ray.serve import Application
-    from ray.serve.schema import ApplicationStatusOverview
 
 APPLICATION = "default"
 POLL_SECONDS = 0.2
@@ -86,10 +85,9 @@ def _serve(arguments: ServeArguments, stop: threading.Event, reload: threading.E
     application = _build(arguments, workers)
     serve.start(http_options={"host": arguments.host, "port": arguments.port})
     _deploy(application)
-    status = _watch(started, stop)
+    failed = _watch(started, stop)
     if stop.is_set():
         return 0
-    failed = _failed(status)
     if INGRESS_NAME in failed or all(worker.name in failed for worker in workers):
         for name, reason in failed.items():
             print(f"{name}: {reason}", file=sys.stderr)
@@ -149,12 +147,11 @@ def _reload(arguments: ServeArguments, stop: threading.Event) -> None:
         traceback.print_exc()
         print("nothing has changed", file=sys.stderr, flush=True)
         return
-    status = _watch(started, stop)
-    _say_ready(started, arguments, workers, _failed(status))
+    _say_ready(started, arguments, workers, _watch(started, stop))
 
 
-def _watch(started: float, stop: threading.Event) -> "ApplicationStatusOverview":
-    """Tell each change of a worker's state until all are up or have failed.
+def _watch(started: float, stop: threading.Event) -> dict[str, str]:
+    """Tell each change of a worker's state until all are up or have failed; return why those that have.
 
     An engine that can't start has failed at the first time: Ray Serve tries twice more, which takes minutes.
     """
@@ -162,6 +159,7 @@ def _watch(started: float, stop: threading.Event) -> "ApplicationStatusOverview"
     from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
     told: dict[str, str] = {}
+    failed: dict[str, str] = {}  # Serve's message forgets the reason while it tries again
     status = ApplicationStatusOverview(ApplicationStatus.NOT_STARTED, "", 0.0, {})
     while not stop.wait(POLL_SECONDS):
         status = serve.status().applications.get(APPLICATION, status)
@@ -169,22 +167,21 @@ def _watch(started: float, stop: threading.Event) -> "ApplicationStatusOverview"
             counts = ", ".join(f"{n} {state.lower()}" for state, n in deployment.replica_states.items())
             state = "ready" if _is_up(deployment) else counts or "waiting"
             if _cant_start(deployment):
-                state = f"can't start: {_reason(deployment.message)}"
+                failed[name] = _reason(deployment.message)
+            if name in failed and not _is_up(deployment):
+                state = f"can't start: {failed[name]}"
             line = f"{name}: {state}"
             if told.get(name) != line:
                 told[name] = line
                 _say(started, line)
         updating = any(
-            d.status.value == "UPDATING" and not _cant_start(d) for d in status.deployments.values()
+            each.status.value == "UPDATING" and name not in failed
+            for name, each in status.deployments.items()
         )
         if status.deployments and not updating:
             break
-    return status
-
-
-def _failed(status: "ApplicationStatusOverview") -> dict[str, str]:
-    """Return why each deployment that isn't up isn't."""
-    return {name: _reason(each.message) for name, each in status.deployments.items() if not _is_up(each)}
+    down = {name: each.message for name, each in status.deployments.items() if not _is_up(each)}
+    return {name: failed.get(name) or _reason(message) for name, message in down.items()}
 
 
 def _is_up(deployment: Any) -> bool:

@@ -73,10 +73,9 @@ class ThreadEngine(StepEngine, ABC):
             assert self._failure is not None
             if isinstance(self._failure, EngineStartError):
                 raise self._failure
-            raise EngineStartError(
-                f"{self.name} can't start: {one_line(self._failure)}; `generator.engine` names another engine,"
-                " LOG_LEVEL=DEBUG shows more"
-            ) from self._failure
+            advice = "`generator.engine` names another engine, LOG_LEVEL=DEBUG shows more"
+            reason = f"{self.name} can't start: {one_line(self._failure)}; {advice}"
+            raise EngineStartError(reason) from self._failure
         return self._card
 
     async def embed(self, batch: TokenBatch, bulk: bool = False, alone: bool = False) -> np.ndarray:

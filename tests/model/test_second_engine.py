@@ -5,13 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from deployments.config.load import load_workers
 from deployments.config.model_files import ModelFiles
 from deployments.replica.texts import TEXTS
+from tests.cluster.test_server import start
 from tests.harness import checkpoints, gallery, layouts, workers
-from tests.harness.server import program
+from tests.harness.server import program, wait_for
 
 pytestmark = pytest.mark.model
 
@@ -84,6 +87,33 @@ def test_the_engine_is_chosen_when_the_file_is_read(tmp_path: Path) -> None:
         assert reason.split(": ")[0] in {"1_Pooling/config.json", "config.json"}
         load_workers(worker_file(tmp_path, name, folder))
     assert ModelFiles.read(checkpoints.minilm()).engine(None)[0] == "vllm"
+
+
+def test_a_folder_that_cant_be_loaded_is_told_in_a_line(tmp_path: Path) -> None:
+    """By each engine, at its first try, with what to do; the other model is served."""
+    config = tmp_path / "workers"
+    config.mkdir()
+    folder = layouts.make(tmp_path / "model", gallery.VLLM["bert-cls"])
+    weights = load_file(folder / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    said = {
+        "vllm": "vLLM can't start: Following weights were not initialized from checkpoint:"
+        " {'encoder.layer.1.output.dense.weight'}; `generator.engine` names another engine,"
+        " LOG_LEVEL=DEBUG shows more",
+        "sentence-transformers": "generator.model_path: the files of weights lack"
+        " `encoder.layer.1.output.dense.weight`",
+    }
+    for engine in said:
+        worker_file(config, engine, folder, f'\nengine = "{engine}"')
+    (config / "good.toml").write_text(workers.fake("good"))
+    with start(config, tmp_path) as (process, url, log):
+        wait_for(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None, 300, "the table")
+        told = [line.partition("s  ")[2] for line in log.read_text().splitlines()]
+        for engine, reason in said.items():
+            assert f"{engine}: can't start: worker {engine}: {reason}" in told
+        body = {"model": "good", "input": "x"}
+        assert httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).status_code == 200
 
 
 def test_verify_shows_the_models_vectors_beside_their_authors(tmp_path: Path) -> None:
