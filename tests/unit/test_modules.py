@@ -1,6 +1,7 @@
 """What vLLM would compute otherwise than a model's authors: another engine's, or refused by file and key."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from deployments.engine.vllm import VllmEngine
 from deployments.errors import ConfigError, EngineStartError
 from deployments.plan.placement import Machine
 from deployments.plan.plan import make_plans
-from tests.harness import checkpoints, workers
+from tests.harness import checkpoints, gallery, workers
 from tests.harness.checkpoints import write_json
 
 TYPES = "sentence_transformers.models."
@@ -262,3 +263,19 @@ def test_a_model_that_the_plan_hasnt_seen_is_held_to_it_where_it_lies(tmp_path: 
     with pytest.raises(EngineStartError) as refused:
         VllmEngine(plan)._model_folder()
     assert refused.value.message == f"generator.model_path: {REFUSED['max'][1]}"
+
+
+def test_the_page_lists_the_gallery_and_its_worker_files_load(tmp_path: Path) -> None:
+    """Each layout under the engine that serves it."""
+    page = (Path(__file__).parents[2] / "deployments" / "config" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| (vLLM|sentence-transformers) \| (.*) \|$", page, re.MULTILINE))
+    for engine, layouts in (("vLLM", gallery.VLLM), ("sentence-transformers", gallery.SECOND_ENGINE)):
+        assert sorted(re.findall(r"`([\w-]+)`", rows[engine])) == sorted(layouts)
+    assert len(gallery.GALLERY) >= 40
+    whole = [block for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL) if "[generator]" in block]
+    for number, block in enumerate(whole[-2:]):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(block)
+        (worker,) = load_workers(file)
+        assert worker.queue.models[worker.name].embedding_task.supported
+    assert worker.generator.engine == "sentence-transformers"
