@@ -76,7 +76,7 @@ def test_the_worker_file_loads_and_shows_every_key(tmp_path: Path) -> None:
     file = tmp_path / "all-minilm-l6-v2.toml"
     file.write_text(short)
     assert load_workers(file, environ={})[0].name == MINILM
-    text, scaling = blocks("toml", "config")
+    text, scaling, *_ = blocks("toml", "config")
     file.write_text(text)
     (worker,) = load_workers(file, environ={})
     shown = tomli.loads(text)
