@@ -4,7 +4,9 @@ import importlib.util
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import pyarrow.parquet
 
 from deployments.durable import settle, settle_folder
 from deployments.errors import JobError
+from deployments.jobs.inputs import first_line
 from deployments.jobs.ledger import Ledger, write_whole
+from deployments.jobs.rows import WITHOUT
 
 # The number of a row in the input, counted from 0; rows with errors are left out.
 ROW = "input_row"
@@ -77,6 +81,31 @@ def check_format(output: Path) -> None:
         raise JobError(f"{output}: Lance needs `pip install 'embedding-cluster[lance]'`")
 
 
+def check_holds(output: Path, source: Path, schema: pa.Schema) -> None:
+    """Raise JobError for a column that the output's format has no place for."""
+    if output.suffix == ".npy":
+        return  # it holds the vectors alone
+    for field in schema:
+        try:
+            _try(output.suffix, pa.schema([field]))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise JobError(
+                f"{source}: column `{field.name}` holds {field.type}, which a {output.suffix} can't:"
+                f" {first_line(error)}; {WITHOUT}"
+            ) from None
+
+
+def _try(suffix: str, schema: pa.Schema) -> None:
+    """Write a table without rows."""
+    if suffix == ".parquet":
+        pa.parquet.write_table(schema.empty_table(), pa.BufferOutputStream())
+        return
+    import lance
+
+    with tempfile.TemporaryDirectory() as folder:
+        lance.write_dataset(schema.empty_table(), str(Path(folder, "empty.lance")))
+
+
 def _move(whole: Path, ledger: Ledger) -> None:
     """Put what is whole in the output's place; what is there already goes only if it was said so."""
     output = ledger.output
@@ -112,8 +141,7 @@ def _write_errors(ledger: Ledger) -> dict[str, int]:
             counts["errors"] += len(each.errors)
             counts["tokens"] += each.tokens
             for error in each.errors:
-                line = {"row": error.row, "code": error.code, "reason": error.reason}
-                target.write(json.dumps(line) + "\n")
+                target.write(json.dumps(asdict(error)) + "\n")
         settle(target)
     if counts["errors"]:
         draft.replace(errors_of(ledger.output))
