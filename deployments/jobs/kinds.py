@@ -3,6 +3,7 @@
 What is wrong with a value is that row's error: a column never fails for one of its values.
 """
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -68,10 +69,10 @@ def inferred(values: Sequence[Any]) -> pa.Array:
     try:
         return pa.array(values)
     except OverflowError:
-        try:
-            return pa.array(values, pa.uint64())
-        except UNFIT:
-            return pa.array(values, WIDEST_INTEGER)
+        for kind in (pa.uint64(), WIDEST_INTEGER):
+            with contextlib.suppress(*UNFIT):
+                return pa.array(values, kind)
+        raise
     except UNFIT:
         return pa.array(values, from_pandas=True)  # a NaN among them, which pandas writes for what is missing
 

@@ -97,12 +97,12 @@ class Source(ABC):
         """Yield texts and all kept columns, up to the limit."""
         left = self.rows
         for some in self._rows():
-            table = some.kept.slice(0, left)
+            table = some.kept if len(some.texts) <= left else some.kept.slice(0, left)
             for field in self.schema:
-                if field.name in self._partitions.names:
+                if field.name not in table.column_names:  # it is a folder's name
                     value = pa.scalar(some.file.partition.get(field.name), field.type)
                     table = table.append_column(field, pa.repeat(value, table.num_rows))
-            yield some.texts[:left], table
+            yield some.texts[:left], table.select(self.schema.names) if self.schema.names else table
             left -= table.num_rows
             if left <= 0:
                 return
