@@ -27,7 +27,8 @@ from deployments.errors import ConfigError
 from deployments.http.ingress import AccessSettings, Ingress
 from deployments.keys.rates import RateServer
 from deployments.keys.ring import key_source
-from deployments.plan.placement import Machine, cores_here
+from deployments.machine import cores_here
+from deployments.plan.placement import Machine
 from deployments.plan.plan import WorkerPlan, ingress_config, make_plans
 from deployments.replica.replica import Replica
 from deployments.transport.applications import applications
