@@ -120,6 +120,14 @@ class ModelNotAllowedError(InvalidRequestError):
     type = "permission_error"
 
 
+class QuotaError(InvalidRequestError):
+    """The key has as many files, bytes or batches as it may have."""
+
+    status = HTTPStatus.FORBIDDEN
+    code = "quota_exceeded"
+    type = "permission_error"
+
+
 class OperatorOnlyError(InvalidRequestError):
     """The key isn't an operator's."""
 

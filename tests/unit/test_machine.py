@@ -71,7 +71,7 @@ def test_containers_of_one_machine_dont_all_take_its_first_cores(monkeypatch: py
     monkeypatch.setattr(machine, "cpu_quota", lambda: 4.0)
     found = set()
     for name in ("pod-a", "pod-b", "pod-c"):
-        monkeypatch.setattr(machine.socket, "gethostname", lambda name=name: name)
+        monkeypatch.setattr("socket.gethostname", lambda name=name: name)
         assert len(own_cores()) == 4
         found.add(tuple(own_cores()))
     assert len(found) == 3
