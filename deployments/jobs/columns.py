@@ -1,6 +1,8 @@
 """Files whose rows come as columns: Parquet, Arrow, CSV."""
 
 import contextlib
+import re
+import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -21,6 +23,8 @@ CANT_READ = (*UNFIT, OSError)
 ARROW_FILE = b"ARROW1"
 # Spark's old timestamps, which it writes in microseconds: as nanoseconds a year beyond 2262 comes out wrong.
 INT96_UNIT = "us"
+# What pyarrow says where it can't tell us of a bad row.
+UNTOLD = re.compile(r"CSV parse error: Row #(\d+): Expected (\d+) columns, got (\d+)")
 
 
 class Columns(Source):
@@ -34,11 +38,11 @@ class Columns(Source):
         for file in self.files:
             try:
                 schema, rows = self._look(file)
+                if schema is not None and schema.names is not None:  # they may not be UTF-8
+                    self._schemas[file.name] = schema
             except CANT_READ as error:
                 raise unreadable(file, error) from None
             self.counts.append(rows)
-            if schema is not None:
-                self._schemas[file.name] = schema
         self.schema = pa.schema(self._fields(keep))
 
     def _fields(self, keep: Sequence[str] | None) -> Iterator[pa.Field]:
@@ -188,16 +192,20 @@ class Csv(Columns):
             yield reader
 
     def _look(self, file: InputFile) -> tuple[pa.Schema | None, int]:
+        rows = bad = 0
         try:
-            with self._open(file, {}) as reader:
-                self._schemas[file.name] = reader.schema
+            with _silence():
+                with self._open(file, {}) as reader:
+                    self._schemas[file.name] = reader.schema
+                for batch, faults in self._batches(file, None):
+                    rows, bad = rows + batch.num_rows, bad + len(faults)
         except pa.ArrowInvalid as error:
             if "Empty CSV file" in str(error):  # as Spark leaves them for partitions without rows
                 return None, 0
-            raise
-        rows = bad = 0
-        for batch, faults in self._batches(file, None):
-            rows, bad = rows + batch.num_rows, bad + len(faults)
+            if (found := UNTOLD.match(str(error))) is None:
+                raise
+            what = f"isn't UTF-8 and has {found[3]} columns, not {found[2]}"
+            raise JobError(f"{file}: row {int(found[1]) - 2} {what}") from None
         if rows and rows == bad:
             raise JobError(f"{file}: no row has as many columns as the header")
         return self._schemas[file.name], rows
@@ -220,6 +228,17 @@ class Csv(Columns):
         if bad:
             nothing = [pa.nulls(len(bad), field.type) for field in schema]
             yield pa.record_batch(nothing, schema=schema), {n - row: error for n, error in bad.items()}
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Print no traceback of pyarrow's own: it can't tell of a bad row that isn't UTF-8, and ends there."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _with_gaps(batch: pa.RecordBatch, bad: Faults, first: int) -> tuple[pa.RecordBatch, Faults]:

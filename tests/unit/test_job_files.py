@@ -435,6 +435,12 @@ def test_bad_rows_keep_their_places_over_blocks(tmp_path: Path, monkeypatch: pyt
     ("content", "why"),
     [
         (b"text\na,b\n", "in.csv: no row has as many columns as the header"),
+        (b"text,n\na,1\n\xff\n", "in.csv: row 1 isn't UTF-8 and has 1 columns, not 2"),
+        (
+            b"text,\xff\na,1\n",
+            "in.csv: can't be read: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
+        ),
+        (b'"te\nxt"\na\n', "in.csv: no column `text`; there are `te xt`"),
         (b"id;text\n1;a\n", "in.csv: no column `text`; there are `id;text`"),
         (b"text,n,n\na,1,2\n", "in.csv: has several columns `n`; name the columns to keep without it"),
     ],
