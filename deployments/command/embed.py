@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deployments.errors import EmbeddingError, JobError
+from deployments.machine import cores_here
 from deployments.priority import in_background
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def _embed(parsed: argparse.Namespace) -> int:
 
 def _run(parsed: argparse.Namespace) -> int:
     try:
+        import pyarrow as pa
+
         from deployments.jobs.run import Job, check
         from deployments.jobs.source import open_source
     except ModuleNotFoundError as error:
@@ -81,6 +84,7 @@ def _run(parsed: argparse.Namespace) -> int:
     from deployments.bulk.connection import How
     from deployments.jobs.sink import check_format
 
+    pa.set_cpu_count(cores_here())  # by itself it knows of no quota
     check_format(parsed.output)
     source = open_source(parsed.input, parsed.column, parsed.keep, parsed.limit)
     how = How(

@@ -20,6 +20,7 @@ from deployments.errors import JobError
 from deployments.jobs import columns, lines
 from deployments.jobs.run import Job, run
 from deployments.jobs.source import open_source
+from deployments.machine import cores_here
 from tests.unit.test_job import Client, Silent, expected
 
 Refused = dict[int, str]
@@ -671,6 +672,7 @@ def test_a_dry_run_says_what_would_be_refused(
     assert "no Ray cluster answers: texts that are too long aren't found\n" in told.err
     assert told.err.endswith(f"{file}: 3 of 4 rows would be refused\n")
     assert list(tmp_path.iterdir()) == [file]
+    assert pa.cpu_count() == cores_here()
     output.write_text("precious")
     assert main(command) == 2
     assert capsys.readouterr().err.endswith(f"{output} is there already; --overwrite replaces it\n")
