@@ -683,3 +683,24 @@ async def test_a_quota_of_files_and_of_batches(cluster: Cluster) -> None:
     await cluster.until(cluster.runner(), first, ended)
     cluster.files.quota = Quota(files=9, batches=2)  # what came out of it is files, too
     await cluster.batches.create(NOBODY, NewBatch(first.input_file_id, None, None))
+
+
+async def test_a_file_in_another_encoding_is_named(cluster: Cluster) -> None:
+    """As PowerShell writes it; not by one error for each line."""
+    text = lines(request(1), request(2)).decode()
+    for encoding in ("utf-16", "utf-16-be"):
+        content = ("\ufeff" if encoding == "utf-16-be" else "") + text
+        batch = await cluster.create(content.encode(encoding))
+        batch = await cluster.until(cluster.runner(), batch, ended)
+        assert batch.status == "failed"
+        assert batch.errors is not None
+        assert [(each.code, each.message) for each in batch.errors.data] == [
+            ("invalid_encoding", "the file is in UTF-16; it must be in UTF-8")
+        ]
+
+
+async def test_a_mark_blank_lines_and_other_line_ends_are_no_mistakes(cluster: Cluster) -> None:
+    """Nor do they cost a line."""
+    content = b"\xef\xbb\xbf\r\n" + lines(request(1), request(2)).replace(b"\n", b"\r\n\r\n \n")
+    batch = await cluster.until(cluster.runner(), await cluster.create(content), ended)
+    assert batch.request_counts.model_dump() == {"total": 2, "completed": 2, "failed": 0}
