@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,15 @@ def test_a_column_holds_what_it_has_in_all_files(
     assert not told
     assert table.schema.field("c").type == kind
     assert len(table) == 2
+
+
+def test_sparks_old_timestamps_keep_their_year(tmp_path: Path) -> None:
+    """9999, as warehouses write "for ever", which nanoseconds of 64 bits can't hold."""
+    forever = datetime(9999, 12, 31)
+    table = pa.table({"text": ["a"], "until": pa.array([forever], pa.timestamp("us"))})
+    pa.parquet.write_table(table, tmp_path / "in.parquet", use_deprecated_int96_timestamps=True)
+    found, _ = rows_of(tmp_path / "in.parquet")
+    assert found["until"].to_pylist() == [forever]
 
 
 def test_a_first_file_whose_texts_are_all_null(tmp_path: Path) -> None:
