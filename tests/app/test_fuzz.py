@@ -43,10 +43,10 @@ def test_the_fuzzer_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None
     """A parser that fails for some bytes, or takes too long, is found."""
 
     def wrong(content: bytes) -> None:
-        assert not content.startswith(b"\xff")
+        assert len(content) < 2
 
     with pytest.raises(AssertionError):
-        fuzz(Target("wrong", st.binary(min_size=1, max_size=2), wrong), SECONDS)
+        fuzz(Target("wrong", st.binary(max_size=4), wrong), SECONDS)
     monkeypatch.setattr(fuzzing, "HANGS_SECONDS", 0.0)
     with pytest.raises(AssertionError):
         fuzz(Target("slow", st.binary(max_size=1), len), SECONDS)
