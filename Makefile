@@ -11,7 +11,7 @@ UV_VERSION := 0.13.9
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode
 
-.PHONY: help setup setup-gpu serve check test lock clean bench bench-gpu bench-memory profile scale simulate faults dispatch batch
+.PHONY: help setup setup-gpu serve check test lock clean bench bench-gpu bench-memory profile scale simulate faults dispatch batch fuzz
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
@@ -63,6 +63,9 @@ dispatch: $(VENV)/test.stamp  ## What joining, splitting, routing, refusing and 
 
 batch: $(VENV)/test.stamp  ## What jobs of many rows reach, survive, and cost people who wait
 	$(BIN)/python -m benchmarks.batch $(PARTS)
+
+fuzz: $(VENV)/test.stamp  ## Odd bytes for every parser, 10 minutes each; ARGUMENTS="--seconds 60 --only csv"
+	$(BIN)/python -m benchmarks.fuzz $(ARGUMENTS)
 
 lock: $(VENV)/uv.stamp  ## Renew requirements/*.txt from pyproject.toml
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --upgrade --no-annotate --custom-compile-command "make lock" \

@@ -6,7 +6,6 @@ during which other programs took more than `QUIET` of the machine is repeated, f
 """
 
 import argparse
-import os
 import resource
 import signal
 import sys
@@ -23,6 +22,7 @@ from benchmarks.results import FOLDER, MEMORY, START, Results, Value, machine, s
 from benchmarks.rivals import CONTESTANTS, Contestant, Running
 from benchmarks.subjects import SHAPES, Subject, bundled, gpu_names, tiny
 from benchmarks.workloads import WORKLOADS, Workload, write_reference
+from deployments.machine import cores_here
 
 NAME = "bench"
 ROUNDS = 3
@@ -68,7 +68,7 @@ class Round:
             if result.errors or not result.latencies:
                 raise RuntimeError(f"{name}, {workload.name}: {result.errors or 'no answer'}")
             own = own_seconds() + running.cpu_seconds() - own
-            wall = (time.monotonic() - wall) * (os.cpu_count() or 1)
+            wall = (time.monotonic() - wall) * cores_here()
             value = Value(
                 name,
                 workload.name,

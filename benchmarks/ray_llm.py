@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.llm import LLMConfig, build_openai_app
 from ray.serve.schema import LoggingConfig
 
-from deployments.plan.placement import cores_here
+from deployments.machine import cores_here
 
 
 def main() -> None:

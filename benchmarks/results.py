@@ -1,7 +1,6 @@
 """What a benchmark keeps: every single value, the machine, the settings; a line of JSON for each run."""
 
 import json
-import os
 import platform
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from deployments.machine import cores_here
 
 FOLDER = Path(__file__).parent / "results"
 START, MEMORY = "start to first embedding", "resident memory, all processes"
@@ -75,7 +76,7 @@ def machine() -> dict[str, Any]:
     models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return {
         "cpu": next(iter(models), platform.machine()),
-        "cores": os.cpu_count(),
+        "cores": cores_here(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),

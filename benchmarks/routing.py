@@ -25,7 +25,8 @@ import numpy as np
 from deployments.config.load import load_workers
 from deployments.engine.batch import TokenBatch
 from deployments.front.switches import prepare_environment
-from deployments.plan.placement import Machine, cores_here
+from deployments.machine import cores_here
+from deployments.plan.placement import Machine
 from deployments.plan.plan import WorkerPlan, make_plans
 from tests.harness import workers
 

@@ -1,7 +1,6 @@
 """The models that contestants serve: the bundled one on CPUs, and shapes without weights on GPUs."""
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -13,7 +12,8 @@ import deployments
 from benchmarks.workloads import DIMENSION, MAX_MODEL_LEN, MODEL, model_folder
 from deployments.config.load import load_workers
 from deployments.engine.available import cpu_dtype
-from deployments.plan.placement import Machine, cores_here, openmp_environment
+from deployments.machine import cores_here, own_cores
+from deployments.plan.placement import Machine, openmp_environment
 from deployments.plan.plan import WorkerPlan, make_plans
 from tests.harness import gallery, layouts, workers
 
@@ -162,6 +162,6 @@ def engine_environment(subject: Subject) -> dict[str, str]:
         "OMP_NUM_THREADS": str(cores_here()),
         # Measured against `nobind`, with and without the worker in the engine's process: 1.4 times the single
         # texts per second of the next best.
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, own_cores())),
         **openmp_environment(cores_here()),
     }

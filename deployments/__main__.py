@@ -15,8 +15,9 @@ from deployments.config.worker import MAX_PORT, NO_BATCHES
 from deployments.errors import ConfigError, EngineStartError
 from deployments.keys.file import KEYS_VARIABLE
 from deployments.keys.ring import key_source, require_keys
+from deployments.machine import cores_here
 from deployments.plan.manifest import WORKERS_FOLDER, Front, ray_service, serve_config, without_secrets
-from deployments.plan.placement import Machine, cores_here
+from deployments.plan.placement import Machine
 from deployments.plan.plan import make_plans
 
 BUNDLED = Path(__file__).parent / "workers"

@@ -20,14 +20,15 @@ from ray.serve.schema import LoggingConfig
 
 from deployments.batches.deployment import BatchRunner
 from deployments.batches.desk import BatchDesk, batch_place
-from deployments.batches.store import BatchPlace
+from deployments.batches.store import BatchPlace, Quota
 from deployments.config.load import load_workers
 from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, RATES_NAME
 from deployments.errors import ConfigError
 from deployments.http.ingress import AccessSettings, Ingress
 from deployments.keys.rates import RateServer
 from deployments.keys.ring import key_source
-from deployments.plan.placement import Machine, cores_here
+from deployments.machine import cores_here
+from deployments.plan.placement import Machine
 from deployments.plan.plan import WorkerPlan, ingress_config, make_plans
 from deployments.replica.replica import Replica
 from deployments.transport.applications import applications
@@ -66,6 +67,11 @@ class BuildArguments(BaseModel):
     )
     batch_days: int = Field(default=30, ge=1, description="How long files and batches are kept.")
     max_file_bytes: int = Field(default=200 * 2**20, ge=1, description="The largest file, in bytes.")
+    max_key_files: int = Field(default=Quota.files, ge=1, description="The most files of one key.")
+    max_key_bytes: int = Field(default=Quota.bytes, ge=1, description="The most bytes of files of one key.")
+    max_key_batches: int = Field(
+        default=Quota.batches, ge=1, description="The most batches of one key that aren't done."
+    )
 
 
 def build(arguments: BuildArguments) -> serve.Application:
@@ -80,9 +86,9 @@ def build(arguments: BuildArguments) -> serve.Application:
     if nodes:
         refuse_changed_packages(plans)
     handles = {plan.name: bind_replica(plan) for plan in plans}
-    return bind_ingress(
-        plans, handles, arguments, batch_place(arguments.batches, arguments.batch_days, len(nodes))
-    )
+    quota = Quota(arguments.max_key_files, arguments.max_key_bytes, arguments.max_key_batches)
+    place = batch_place(arguments.batches, arguments.batch_days, len(nodes), quota)
+    return bind_ingress(plans, handles, arguments, place)
 
 
 def cluster_machine(nodes: list[dict[str, Any]]) -> Machine:

@@ -120,6 +120,14 @@ class ModelNotAllowedError(InvalidRequestError):
     type = "permission_error"
 
 
+class QuotaError(InvalidRequestError):
+    """The key has as many files, bytes or batches as it may have."""
+
+    status = HTTPStatus.FORBIDDEN
+    code = "quota_exceeded"
+    type = "permission_error"
+
+
 class OperatorOnlyError(InvalidRequestError):
     """The key isn't an operator's."""
 
@@ -229,3 +237,7 @@ class JobError(EmbeddingError):
     """A batch job can't be done as it was asked for; the message is one line that says why."""
 
     code = "invalid_job"
+
+    def __init__(self, message: str, param: str | None = None, retry_after: float | None = None) -> None:
+        """Keep it one line: names of columns may hold several."""
+        super().__init__(" ".join(message.splitlines()), param, retry_after)

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.batches.routes import batch_routes
 from deployments.batches.serving import BatchServing
 from deployments.batches.storage import Storage
-from deployments.batches.store import Batches, BatchPlace
+from deployments.batches.store import Batches, BatchPlace, Quota
 from deployments.config.worker import NO_BATCHES
 from deployments.http.serving import Serving
 from deployments.http.table import Entry
@@ -64,7 +64,7 @@ class BatchDesk:
         return BatchAccess(self.place.open(), self.max_file_bytes, wake_later)
 
 
-def batch_place(url: str, days: int, nodes: int) -> BatchPlace | None:
+def batch_place(url: str, days: int, nodes: int, quota: Quota | None = None) -> BatchPlace | None:
     """Return where files and batches are kept for so many days; None where there is no place for them.
 
     `url` is a folder, what fsspec opens, `off`, or empty: then it depends on the nodes. Raises ConfigError.
@@ -81,7 +81,7 @@ def batch_place(url: str, days: int, nodes: int) -> BatchPlace | None:
     storage = Storage(url)
     if "://" not in url:
         storage.check()  # others may be reached only from inside of the cluster
-    return BatchPlace(url, days * DAY_SECONDS)
+    return BatchPlace(url, days * DAY_SECONDS, quota or Quota())
 
 
 def default_batches() -> str:

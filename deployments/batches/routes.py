@@ -35,6 +35,7 @@ from deployments.errors import (
     FileMissingError,
     InvalidKeyError,
     InvalidRequestError,
+    QuotaError,
     RateLimitError,
     StorageUnavailableError,
 )
@@ -64,7 +65,7 @@ BATCH_OBJECT = Batch(
 ).model_dump()
 DELETED = {"id": FILE_OBJECT["id"], "object": "file", "deleted": True}
 ALWAYS = (InvalidKeyError, StorageUnavailableError, EmbeddingError)
-MAKING = (*ALWAYS, RateLimitError, InvalidRequestError, BodyTooLargeError, DeadlineExceededError)
+MAKING = (*ALWAYS, QuotaError, RateLimitError, InvalidRequestError, BodyTooLargeError, DeadlineExceededError)
 PAGE = {"object": "list", "first_id": None, "last_id": None, "has_more": False}
 
 

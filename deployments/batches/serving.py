@@ -16,7 +16,7 @@ from deployments.api.batches import expiry_seconds, parse_create, parse_page
 from deployments.api.fields import decimal
 from deployments.api.upload import FILE, Upload
 from deployments.batches.store import Batches, owner_of
-from deployments.errors import DeadlineExceededError, InvalidRequestError
+from deployments.errors import DeadlineExceededError, EmbeddingError, InvalidRequestError
 from deployments.http.auth import key_of
 from deployments.http.errors import json_response
 from deployments.http.serving import BODY_SECONDS, Serving, body_chunks, wanted_seconds
@@ -50,6 +50,8 @@ class BatchServing:
         owner = owner_of(key)
         await self._serving.charge(key, REQUESTS)
         form = Upload(request.headers.get("content-type", ""))
+        length = request.headers.get("content-length", "")
+        await self._files.check_room(owner, 1, decimal(length) or 0)
         name, path = self._files.upload(owner)
         content = form.content(_lively(body_chunks(request, self._max_file_bytes)))
         size = await self._files.storage.write_stream(path, content)
@@ -57,7 +59,8 @@ class BatchServing:
             if form.fields.get("purpose") != PURPOSE:
                 raise InvalidRequestError(f"`purpose` must be `{PURPOSE}`", "purpose")
             seconds = _expiry(form.fields)
-        except InvalidRequestError:
+            await self._files.check_room(owner)  # of several at once, and of those that don't say their size
+        except EmbeddingError:
             await self._files.forget(owner, name, None)
             raise
         now = self._files.now()

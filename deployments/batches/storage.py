@@ -116,6 +116,13 @@ class Storage:
             return []
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
 
+    async def size(self, folder: str) -> int:
+        """Return how many bytes lie in a folder; nothing where there is no such folder."""
+        try:
+            return int(await self._do(self._fs.du, f"{self._root}/{folder}", total=True))
+        except FileNotFoundError:  # also of what goes while it is counted
+            return 0
+
     async def remove(self, path: str) -> None:
         """Remove an object, or a folder with all that is in it; be content where there is none."""
         with contextlib.suppress(FileNotFoundError):

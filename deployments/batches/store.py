@@ -30,7 +30,7 @@ from deployments.batches.records import (
     now_seconds,
 )
 from deployments.batches.storage import Storage
-from deployments.errors import BatchMissingError, FileMissingError, InvalidRequestError
+from deployments.errors import BatchMissingError, FileMissingError, InvalidRequestError, QuotaError
 from deployments.keys.file import Key
 
 R = TypeVar("R", bound=Record)
@@ -66,12 +66,24 @@ async def load(storage: Storage, path: str, kind: type[R]) -> R | None:
     return None if text is None else kind.model_validate_json(text)
 
 
+@dataclass(frozen=True)
+class Quota:
+    """What one owner may have: files, bytes of them and of what batches give, batches that aren't done."""
+
+    files: int = 10_000
+    bytes: int = 100 * 2**30
+    batches: int = 100
+
+
 class Files:
     """The files of all owners. Without another expiry a file is kept for `keep_seconds`."""
 
-    def __init__(self, storage: Storage, keep_seconds: int, clock: Clock = now_seconds) -> None:
+    def __init__(
+        self, storage: Storage, keep_seconds: int, clock: Clock = now_seconds, quota: Quota | None = None
+    ) -> None:
         """Keep them in a storage."""
         self.storage = storage
+        self.quota = quota or Quota()
         self._keep_seconds = keep_seconds
         self._clock = clock
 
@@ -87,6 +99,15 @@ class Files:
         record = FileRecord(shown=file, pieces=pieces)
         await self.storage.write(f"{file_folder(owner, file.id)}/record.json", record.text())
         return file
+
+    async def check_room(self, owner: str, files: int = 0, size: int = 0) -> None:
+        """Raise QuotaError where an owner has no room for so many more files and bytes."""
+        folder = f"files/{owner}"
+        if len(await self.storage.names(folder)) + files > self.quota.files:
+            raise QuotaError(f"there may be {self.quota.files} files of yours; delete some")
+        used = await self.storage.size(folder) + await self.storage.size(f"batches/{owner}")
+        if used + size > self.quota.bytes:
+            raise QuotaError(f"your files may have {self.quota.bytes} bytes in all; delete some")
 
     def now(self) -> int:
         """Return the time in seconds."""
@@ -146,10 +167,15 @@ class Batches:
         self._clock = clock
 
     async def create(self, owner: str, wanted: NewBatch) -> Batch:
-        """Make a batch of a file. Raises FileMissingError."""
+        """Make a batch of a file. Raises FileMissingError, QuotaError."""
         record = await self.files.find(owner, wanted.input_file_id, "input_file_id")
         if record.shown.purpose != "batch":
             raise InvalidRequestError("the file's purpose must be `batch`", "input_file_id")
+        await self.files.check_room(owner)
+        waiting = [name.rpartition("+")[0] for name in await self._storage.names("waiting")]
+        if waiting.count(owner) >= self.files.quota.batches:
+            what = f"there may be {self.files.quota.batches} batches of yours that aren't done"
+            raise QuotaError(f"{what}; wait for one, or cancel one")
         now = self._clock()
         order = Order(
             id=new_id(BATCH, now),
@@ -194,14 +220,15 @@ class Batches:
 
 @dataclass(frozen=True)
 class BatchPlace:
-    """Where files and batches are, by its URL, and how long they are kept."""
+    """Where files and batches are, by its URL, how long they are kept, and how much an owner may have."""
 
     url: str
     keep_seconds: int
+    quota: Quota = Quota()
 
     def open(self) -> Batches:
         """Open it. Raises ConfigError."""
-        return Batches(Files(Storage(self.url), self.keep_seconds))
+        return Batches(Files(Storage(self.url), self.keep_seconds, quota=self.quota))
 
 
 PARTS = ("order.json", "progress.json", "cancellation.json")

@@ -26,6 +26,7 @@ BLOCK_BYTES = 4 * 2**20
 MAX_SHOWN = 10
 DIGEST_BYTES = 16
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class BatchFailed(Exception):  # noqa: N818 - what becomes of it, not a mistake of ours
@@ -79,6 +80,9 @@ async def make_plan(chunks: AsyncIterator[bytes], pieces: tuple[str, ...]) -> Pl
     """Return the plan of a file whose content lies in `pieces`. Raises BatchFailed."""
     planner = _Planner()
     async for line in read_lines(chunks):
+        if line.start == 0 and line.raw.startswith(UTF16_MARKS):
+            what = "the file is in UTF-16; it must be in UTF-8"
+            raise BatchFailed(BatchError(code="invalid_encoding", message=what))
         planner.add(line)
     return planner.plan(pieces)
 

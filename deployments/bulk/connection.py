@@ -56,11 +56,15 @@ class HowOptions(TypedDict, total=False):
     truncation: Truncation | None
     bulk: bool
     timeout_s: float
+    dry_run: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """How texts are embedded. `timeout_s` is how long a piece of work may wait for an answer."""
+    """How texts are embedded. `timeout_s` is how long a piece of work may wait for an answer.
+
+    A `dry_run` only finds out what is wrong with them, and how many tokens they have: vectors have no length.
+    """
 
     dimensions: int | None = None
     input_type: str | None = None
@@ -68,6 +72,7 @@ class How:
     truncation: Truncation | None = None
     bulk: bool = True
     timeout_s: float = 600.0
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,8 +212,12 @@ class Connection:
             version, longest, unit = card.version, card.max_model_len, card.normalizes
             return batch
 
-        lane = Lane.BULK if how.bulk else Lane.INTERACTIVE
-        batch, vectors = await self.dispatch.embed_by(tokens_for, deadline, lane, caller)
+        if how.dry_run:
+            batch = await tokens_for(*await self.dispatch.model(deadline))
+            vectors = np.empty((len(batch), 0), np.float32)
+        else:
+            lane = Lane.BULK if how.bulk else Lane.INTERACTIVE
+            batch, vectors = await self.dispatch.embed_by(tokens_for, deadline, lane, caller)
         self._learn(texts, batch, cut)
         errors: dict[int, EmbeddingError] = {row: _too_long(longest) for row in cut}
         return Attempt(truncate(vectors, how.dimensions, unit), errors, batch.tokens, frozenset({version}))

@@ -2,12 +2,19 @@
 
 import argparse
 import contextlib
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deployments.errors import EmbeddingError, JobError
+from deployments.machine import cores_here
 from deployments.priority import in_background
+
+if TYPE_CHECKING:
+    from deployments.jobs.rows import Source
+    from deployments.jobs.run import Client, Job
 
 DESCRIPTION = """\
 Embed a column of Parquet, Arrow, CSV or JSON lines (a file, or a folder of them) into .parquet, .npy or
@@ -30,6 +37,10 @@ def add_embed_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     embed.add_argument(
         "--truncation", choices=("none", "start", "end"), help="what is dropped of a text that is too long"
     )
+    what = "embed only the first N rows: a trial"
+    embed.add_argument("--limit", type=_positive, metavar="N", help=what)
+    what = "embed nothing: read all rows and print those that would be refused, a JSON object on each line"
+    embed.add_argument("--dry-run", action="store_true", help=what)
     embed.add_argument("--resume", action="store_true", help="go on where a run was ended, or begin")
     embed.add_argument("--overwrite", action="store_true", help="replace an output that is there")
     embed.add_argument(
@@ -54,6 +65,9 @@ def _embed(parsed: argparse.Namespace) -> int:
     except ConnectionError as error:
         print(f"no Ray cluster answers: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # no room on the disk, a folder that nobody may write to
+        print(f"{error}; --resume goes on", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; --resume goes on", file=sys.stderr)
         return 130
@@ -61,30 +75,39 @@ def _embed(parsed: argparse.Namespace) -> int:
 
 def _run(parsed: argparse.Namespace) -> int:
     try:
-        from deployments.jobs.progress import progress
-        from deployments.jobs.run import Job, run
-        from deployments.jobs.sink import check_format, errors_of
+        import pyarrow as pa
+
+        from deployments.jobs.run import Job, check
         from deployments.jobs.source import open_source
     except ModuleNotFoundError as error:
         raise JobError(f"{error.name} is missing: pip install 'embedding-cluster[data]'") from None
-    check_format(parsed.output)
-    source = open_source(parsed.input, parsed.column, parsed.keep)
-
     from deployments.bulk.connection import How
-    from deployments.bulk.connections import join
-    from deployments.client import EmbeddingClient
+    from deployments.jobs.sink import check_format
 
-    in_background()  # a part of the job's work is on the replicas' machine
-    join(parsed.address)
+    pa.set_cpu_count(cores_here())  # by itself it knows of no quota
+    check_format(parsed.output)
+    source = open_source(parsed.input, parsed.column, parsed.keep, parsed.limit)
     how = How(
         dimensions=parsed.dimensions,
         input_type=parsed.input_type,
         truncation=parsed.truncation,
         timeout_s=parsed.timeout,
+        dry_run=parsed.dry_run,
     )
     asked = ("output", "column", "output_column", "part_rows", "resume", "overwrite")
     job = Job(source=parsed.input, how=how, **{name: getattr(parsed, name) for name in asked})
-    client = EmbeddingClient(parsed.model, **asdict(how))
+    check(job, source)  # before anybody waits for a model
+    in_background()  # a part of the job's work is on the replicas' machine
+    return _rehearse(parsed, job, source) if parsed.dry_run else _do(parsed, job, source)
+
+
+def _do(parsed: argparse.Namespace, job: "Job", source: "Source") -> int:
+    """Embed."""
+    from deployments.jobs.progress import progress
+    from deployments.jobs.run import run
+    from deployments.jobs.sink import errors_of
+
+    client = _client(parsed, job)
     with contextlib.closing(progress(source.rows)) as told:
         record = run(job, source, client, told)
     print(f"{parsed.output}: {record['embedded']:,} vectors, {record['tokens']:,} tokens", file=sys.stderr)
@@ -93,6 +116,34 @@ def _run(parsed: argparse.Namespace) -> int:
             f"{errors_of(parsed.output)}: {record['errors']:,} rows that have none, and why", file=sys.stderr
         )
     return 0
+
+
+def _rehearse(parsed: argparse.Namespace, job: "Job", source: "Source") -> int:
+    """Say what would be refused; without a cluster, what would be whatever the model."""
+    from deployments.jobs.progress import progress
+    from deployments.jobs.rehearsal import NoClient, rehearse
+
+    client: Client = NoClient()
+    try:
+        client = _client(parsed, job)
+    except ConnectionError:
+        print("no Ray cluster answers: texts that are too long aren't found", file=sys.stderr)
+    refused = 0
+    with contextlib.closing(progress(source.rows)) as told:
+        for error in rehearse(job, source, client, told):
+            refused += 1
+            print(json.dumps(asdict(error)))
+    print(f"{parsed.input}: {refused:,} of {source.rows:,} rows would be refused", file=sys.stderr)
+    return 0
+
+
+def _client(parsed: argparse.Namespace, job: "Job") -> "Client":
+    """Join the cluster and find the model. Raises ConnectionError where there is no cluster."""
+    from deployments.bulk.connections import join
+    from deployments.client import EmbeddingClient
+
+    join(parsed.address)
+    return EmbeddingClient(parsed.model, **asdict(job.how))
 
 
 def _positive(text: str) -> int:

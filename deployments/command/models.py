@@ -12,7 +12,8 @@ from deployments.config.init import is_model, worker_text
 from deployments.config.load import load_files
 from deployments.config.model_files import resolve_model_path
 from deployments.errors import ConfigError
-from deployments.plan.placement import Machine, cores_here
+from deployments.machine import cores_here
+from deployments.plan.placement import Machine
 from deployments.plan.plan import WorkerPlan, make_plans
 from deployments.replica.texts import TEXTS
 

@@ -79,11 +79,14 @@ def resolve_model_path(model_path: str) -> str:
 def content_id(folder: str | Path) -> str:
     """Return a short hash of a model folder's content, the same wherever the folder lies.
 
-    Of a large file its size, beginning and end count: weights of gigabytes would take minutes to read.
+    Of a large file its size, beginning and end count: weights of gigabytes would take minutes to read. Hidden
+    files and folders don't: they are a file manager's, a hub's or git's, and no part of the model.
     """
     folder = Path(folder)
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if any(name.startswith(".") for name in file.relative_to(folder).parts):
+            continue
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)}\0{size}\0".encode())
         with file.open("rb") as content:

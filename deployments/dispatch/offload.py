@@ -5,16 +5,17 @@ Ray Serve and for whoever waits for something.
 """
 
 import asyncio
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from deployments.machine import cores_here
 
 T = TypeVar("T")
 
 # Below so many characters, token ids or numbers the work takes less than the hop to another thread and back.
 INLINE = 20_000
-_threads = ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="offload")
+_threads = ThreadPoolExecutor(max(2, cores_here()), thread_name_prefix="offload")
 
 
 async def offload(size: int, function: Callable[..., T], *arguments: object) -> T:

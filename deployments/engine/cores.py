@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from deployments.errors import EngineStartError
+from deployments.machine import cores_here, own_cores
 
 logger = logging.getLogger("ray.serve")
 
@@ -23,7 +24,7 @@ WAIT_SECONDS = 30.0  # what a replica that is being replaced may take to let go
 
 def sharers(ray_cpus: float) -> int:
     """Return how many replicas share a core of this node, for which Ray counts so many CPUs."""
-    return max(1, math.ceil(ray_cpus / len(os.sched_getaffinity(0))))
+    return max(1, math.ceil(ray_cpus / cores_here()))
 
 
 def _own_folder() -> Path:
@@ -59,7 +60,7 @@ class CoreClaim:
 
     def claim(self, wait_seconds: float = WAIT_SECONDS) -> list[int]:
         """Return the numbers of the cores. Raises EngineStartError when too few become free."""
-        cores = sorted(os.sched_getaffinity(0))
+        cores = own_cores()
         if self._count > len(cores):
             raise EngineStartError(
                 f"the worker asks for {self._count} cores and its node has {len(cores)};"

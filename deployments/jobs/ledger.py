@@ -9,7 +9,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,11 +27,14 @@ READABLE = 0o666
 
 @dataclass(frozen=True)
 class Error:
-    """A row that couldn't be embedded, and why."""
+    """A row that couldn't be embedded, and why: its number in the input, its file and its number in that."""
 
     row: int
     code: str
     reason: str
+    file: str = ""
+    row_in_file: int = 0
+    column: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ class Ledger:
             raise JobError(
                 f"{self.folder} holds an unfinished job: {RESUME} goes on, {OVERWRITE} starts anew"
             )
-        if known is None and output.exists() and not overwrite:
-            raise JobError(f"{output} is there already; {OVERWRITE} replaces it")
+        if known is None:
+            check_free(output, overwrite)
         if known is not None:
             changed = differences(known["identity"], identity)
             if changed:
@@ -118,7 +121,7 @@ class Ledger:
 
     def write(self, number: int, table: pa.Table, errors: list[Error], tokens: int) -> None:
         """Keep a slice for good."""
-        content = json.dumps([[each.row, each.code, each.reason] for each in errors])
+        content = json.dumps([astuple(each) for each in errors])
         counts = {TOKENS: str(tokens), ROWS: str(table.num_rows)}
         table = table.replace_schema_metadata({ERRORS: content, **counts})
         file = self.folder / f"slice-{number:09d}.arrow"
@@ -143,6 +146,12 @@ class Ledger:
         self.folder.replace(self._gone)
         self.close()
         shutil.rmtree(self._gone, ignore_errors=True)
+
+
+def check_free(output: Path, overwrite: bool) -> None:
+    """Raise JobError where an output is there that may not be replaced."""
+    if output.exists() and not overwrite:
+        raise JobError(f"{output} is there already; {OVERWRITE} replaces it")
 
 
 def differences(known: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute
 
 from deployments.bulk.connection import Attempt, How
-from deployments.errors import JobError
+from deployments.errors import EmbeddingError, JobError
 from deployments.jobs.ledger import Error, Ledger, differences
 from deployments.jobs.progress import Progress
-from deployments.jobs.sink import ROW, check_format, publish, record_of, vectors_column
-from deployments.jobs.source import Slice, Source, input_files
+from deployments.jobs.rows import WITHOUT, Slice, Source
+from deployments.jobs.sink import ROW, check_format, check_holds, publish, record_of, vectors_column
 
 # A part is as much work as may be lost when the job is killed; its slices are written one by one, so that the
 # replicas never wait for the end of a part.
@@ -69,9 +69,7 @@ def run(job: Job, source: Source, client: Client, progress: Progress) -> dict[st
     Raises JobError where it can't be done as it was asked for, and the client's errors where no replica
     answers; what was done until then is kept.
     """
-    check_format(job.output)
-    for name in {ROW, job.output_column} & set(source.schema.names):
-        raise JobError(f"{job.source}: has a column `{name}` already; name the columns to keep without it")
+    check(job, source)
     identity = identity_of(job, source, client)
     if job.resume and (record := _record(job, identity)) is not None:
         return record
@@ -84,10 +82,18 @@ def run(job: Job, source: Source, client: Client, progress: Progress) -> dict[st
         ledger.close()
 
 
+def check(job: Job, source: Source) -> None:
+    """Raise JobError where the output couldn't hold what there is to be in it."""
+    check_format(job.output)
+    for name in {ROW, job.output_column} & set(source.schema.names):
+        raise JobError(f"{job.source}: has a column `{name}` already; {WITHOUT}")
+    check_holds(job.output, job.source, source.schema)
+
+
 def identity_of(job: Job, source: Source, client: Client) -> dict[str, Any]:
     """Return all that decides what the output holds."""
-    files = [(file.name, file.stat()) for file in input_files(job.source)]
-    how = {k: v for k, v in asdict(job.how).items() if k not in ("bulk", "timeout_s")}
+    files = [(file.name, file.path.stat()) for file in source.files]
+    how = {k: v for k, v in asdict(job.how).items() if k not in ("bulk", "timeout_s", "dry_run")}
     return {
         "input": str(job.source.resolve()),
         "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files],
@@ -127,6 +133,14 @@ def _done(ledger: Ledger) -> tuple[int, int]:
     return rows, tokens
 
 
+def error_of(job: Job, source: Source, row: int, error: EmbeddingError) -> Error:
+    """Return what is told of a row that can't be embedded."""
+    file, place = source.place(row)
+    known = error.param is not None and error.param in source.schema.names
+    column = str(error.param) if known else job.column
+    return Error(row, error.code, error.message, file.name, place, column)
+
+
 def _embed(job: Job, source: Source, client: Client, ledger: Ledger, progress: Progress) -> None:
     schema = schema_of(job, source, client)
     under_way: deque[Slice] = deque()
@@ -142,9 +156,7 @@ def _embed(job: Job, source: Source, client: Client, ledger: Ledger, progress: P
             raise JobError(
                 f"`{client.model}` has become another model meanwhile; an output holds the vectors of one"
             )
-        errors = [
-            Error(taken.first + row, error.code, error.message) for row, error in attempt.errors.items()
-        ]
+        errors = [error_of(job, source, taken.first + row, error) for row, error in attempt.errors.items()]
         good = pa.array([row for row in range(len(taken.texts)) if row not in attempt.errors], pa.int64())
         vectors = attempt.vectors.reshape(-1, client.dimension)
         kept = taken.kept.take(good)

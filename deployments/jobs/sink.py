@@ -4,7 +4,9 @@ import importlib.util
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pyarrow.parquet
 from deployments.durable import settle, settle_folder
 from deployments.errors import JobError
 from deployments.jobs.ledger import Ledger, write_whole
+from deployments.jobs.rows import WITHOUT
 
 # The number of a row in the input, counted from 0; rows with errors are left out.
 ROW = "input_row"
@@ -77,6 +80,30 @@ def check_format(output: Path) -> None:
         raise JobError(f"{output}: Lance needs `pip install 'embedding-cluster[lance]'`")
 
 
+def check_holds(output: Path, source: Path, schema: pa.Schema) -> None:
+    """Raise JobError for a column that the output's format has no place for."""
+    if output.suffix == ".npy":
+        return  # it holds the vectors alone
+    for field in schema:
+        try:
+            _try(output.suffix, pa.schema([field]))
+        except (pa.ArrowException, OSError, ValueError):  # their texts name a library's types and files
+            what = f"column `{field.name}` holds {field.type}, which a {output.suffix} can't"
+            raise JobError(f"{source}: {what}; {WITHOUT}") from None
+
+
+def _try(suffix: str, schema: pa.Schema) -> None:
+    """Write a row of nulls and read it: Lance refuses some values only then, and some names."""
+    row = pa.table([pa.nulls(1, field.type) for field in schema], schema=schema)
+    if suffix == ".parquet":
+        pa.parquet.write_table(row, pa.BufferOutputStream())
+        return
+    import lance
+
+    with tempfile.TemporaryDirectory() as folder:
+        lance.write_dataset(row, str(Path(folder, "row.lance"))).to_table()
+
+
 def _move(whole: Path, ledger: Ledger) -> None:
     """Put what is whole in the output's place; what is there already goes only if it was said so."""
     output = ledger.output
@@ -112,8 +139,7 @@ def _write_errors(ledger: Ledger) -> dict[str, int]:
             counts["errors"] += len(each.errors)
             counts["tokens"] += each.tokens
             for error in each.errors:
-                line = {"row": error.row, "code": error.code, "reason": error.reason}
-                target.write(json.dumps(line) + "\n")
+                target.write(json.dumps(asdict(error)) + "\n")
         settle(target)
     if counts["errors"]:
         draft.replace(errors_of(ledger.output))

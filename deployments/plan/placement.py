@@ -1,6 +1,5 @@
 """Where replicas and their ranks run: device, cores, bundles, and what each takes from Ray."""
 
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +17,6 @@ ONEDNN_PRIMITIVES = 256
 # How long OpenMP's threads spin for their next piece of work. That covers the pauses between a model's
 # operations; between steps they leave the cores to the rest of the server.
 OPENMP_SPIN = "100us"
-
-
-def cores_here() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from deployments.batches import run as job
 from deployments.batches.desk import BatchAccess
 from deployments.batches.lines import Bulk
 from deployments.batches.runner import Runner
-from deployments.batches.store import BatchPlace
+from deployments.batches.store import BatchPlace, Quota
 from deployments.bulk import patience
 from deployments.errors import EngineError, ModelUnavailableError
 from deployments.http.app import make_app
@@ -34,6 +34,7 @@ from tests.app.conftest import LocalHandle, expected, make_serving
 
 NOW = datetime.now(UTC)
 MAX_FILE_BYTES = 100_000
+QUOTA = Quota(files=200, bytes=3_000_000)
 KEEP_SECONDS = 3600 * 24
 
 
@@ -62,7 +63,7 @@ async def application(
     ring = KeyRing(Keys(keys=(key("all"), key("some", models=("a",)), key("few", tokens_per_minute=1000))))
     access = Access(ring, LocalRates(lambda: 0.0))  # what is used up stays so, however long a test takes
     serving = make_serving(handles, access.rates)
-    batches = BatchPlace(str(folder), KEEP_SECONDS).open()
+    batches = BatchPlace(str(folder), KEEP_SECONDS, QUOTA).open()
     runner = Runner(batches.files, Bulk(serving).embed, ring, KEEP_SECONDS)
     app = make_app(serving, none, access=access, batches=BatchAccess(batches, MAX_FILE_BYTES, runner.wake))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -390,3 +391,43 @@ async def test_a_key_whose_rate_is_used_up_keeps_no_other_key_waiting(
     assert completed(found) == 10
     assert {each.status for each in found} <= {"validating", "in_progress"}
     assert len(found) == len(standing)
+
+
+async def test_a_key_has_a_quota_of_files_and_bytes(application: Application) -> None:
+    """What is over it is refused before it is stored, and once some are deleted there is room again."""
+    client = application.client("all")
+    large = b"x" * 90_000
+    stored = [await client.files.create(file=large, purpose="batch") for _ in range(33)]
+    with pytest.raises(openai.PermissionDeniedError) as told:
+        await client.files.create(file=large, purpose="batch")
+    assert told.value.body == {
+        "message": "your files may have 3000000 bytes in all; delete some",
+        "type": "permission_error",
+        "param": None,
+        "code": "quota_exceeded",
+    }
+    names = {each.name for each in (application.folder / "files" / "all").iterdir()}
+    assert names == {each.id for each in stored}
+    assert await application.client("some").files.create(file=large, purpose="batch")
+    await client.files.delete(stored[0].id)
+    assert await client.files.create(file=large, purpose="batch")
+
+
+async def test_several_uploads_at_once_have_no_more_room(application: Application) -> None:
+    """Nor those that don't say how long they are."""
+    headers = {"authorization": "Bearer secret-all", "content-type": "multipart/form-data; boundary=b"}
+
+    async def form() -> AsyncIterator[bytes]:
+        for name, content in (("purpose", b"batch"), ('file"; filename="f', b"x" * 90_000)):
+            head = f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'
+            yield head.encode() + content + b"\r\n"
+        yield b"--b--\r\n"
+
+    answers = await asyncio.gather(
+        *(application.http.post("/files", content=form(), headers=headers) for _ in range(40))
+    )
+    statuses = {each.status_code for each in answers}
+    assert 403 in statuses
+    assert statuses <= {200, 403}
+    used = sum(each.stat().st_size for each in application.folder.rglob("*") if each.is_file())
+    assert used <= QUOTA.bytes

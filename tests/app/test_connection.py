@@ -23,7 +23,7 @@ from deployments.errors import (
     ModelUnavailableError,
 )
 from deployments.metrics import Metrics
-from tests.app.conftest import LocalHandle, expected
+from tests.app.conftest import LocalHandle, LocalMethod, expected
 
 
 def connect(handle: LocalHandle, queue: Any = None, limits: Any = None) -> Connection:
@@ -59,6 +59,32 @@ async def test_many_long_texts_are_cut_into_chunks(handles: dict[str, LocalHandl
     assert np.array_equal(attempt.vectors, expected(good))
     assert [texts[row] for row in attempt.errors] == [text for text in texts if len(text) > 512]
     assert {type(error) for error in attempt.errors.values()} == {ContextLengthError}
+
+
+async def test_a_dry_run_finds_what_a_run_would(handles: dict[str, LocalHandle]) -> None:
+    """By the model's own tokens, and embeds nothing."""
+    texts = ["a", None, "b" * 513, "", "c", *(f"{number} " + "x" * number for number in range(900))]
+    wet = await embed(connect(handles["a"]), texts)
+    asked = []
+
+    class Watched(LocalHandle):
+        """Keeps the names of what is called."""
+
+        def __getattr__(self, name: str) -> Any:
+            method = super().__getattr__(name)
+
+            async def call(*arguments: Any) -> Any:
+                asked.append(name)
+                return await method.remote(*arguments)
+
+            return LocalMethod(call)
+
+    dry = await embed(connect(Watched(handles["a"]._plan)), texts, dry_run=True)
+    assert {row: (type(each), each.message) for row, each in dry.errors.items()} == {
+        row: (type(each), each.message) for row, each in wet.errors.items()
+    }
+    assert dry.tokens == wet.tokens
+    assert set(asked) == {"describe"}
 
 
 async def test_a_full_queue_is_waited_for(handles: dict[str, LocalHandle]) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import ray
 from ray import serve
@@ -193,6 +194,27 @@ def test_the_command_says_what_is_wrong(where: Site) -> None:
             command, env=environ(where.address), capture_output=True, text=True, check=False
         )
         assert (done.returncode, message in done.stderr) == (status, True), done.stderr
+
+
+def test_a_dry_run_and_a_trial_on_the_cluster(where: Site) -> None:
+    """Too long is what the model's tokenizer says; of a trial there are the first rows."""
+    file, output = where.folder / "trial.jsonl", where.folder / "trial.parquet"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", "b" * 513, "", "c")))
+    command = [program("embedding-cluster"), "embed", str(file), str(output), "--model", "m"]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *more], env=environ(where.address), capture_output=True, text=True, check=True
+        )
+
+    told = [json.loads(line) for line in run("--dry-run").stdout.splitlines()]
+    assert [(each["row"], each["code"], each["reason"]) for each in told] == [
+        (1, "context_length_exceeded", "the text has more than the 512 tokens that the model takes"),
+        (2, "invalid_request", "the text is empty"),
+    ]
+    assert not output.exists()
+    run("--limit", "2")
+    assert pyarrow.parquet.read_table(output)["text"].to_pylist() == ["a"]
 
 
 def test_a_job_survives_kills_of_itself_a_replica_and_a_node(where: Site) -> None:

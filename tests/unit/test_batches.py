@@ -20,13 +20,14 @@ from deployments.batches import validation as plan
 from deployments.batches.run import Embed
 from deployments.batches.runner import Runner
 from deployments.batches.storage import Storage
-from deployments.batches.store import NOBODY, Batches, Files
+from deployments.batches.store import NOBODY, Batches, Files, Quota
 from deployments.batches.validation import BatchFailed, make_plan
 from deployments.errors import (
     BatchMissingError,
     ConfigError,
     FileMissingError,
     InvalidRequestError,
+    QuotaError,
     StorageUnavailableError,
 )
 from deployments.keys.file import Key, Keys, hash_of
@@ -663,3 +664,43 @@ async def test_a_write_that_hangs_spoils_nothing_when_it_ends(
     await late[0]
     output = await cluster.read(batch.output_file_id)  # holds its size against its content
     assert [each["response"]["body"] for each in output] == [f"text {n}" for n in range(3)]
+
+
+async def test_a_quota_of_files_and_of_batches(cluster: Cluster) -> None:
+    """Of each owner alone; a batch that has ended leaves its place to another one."""
+    cluster.files.quota = Quota(files=3, batches=2)
+    first = await cluster.create(lines(request(1)))
+    await cluster.create(lines(request(2)))
+    with pytest.raises(QuotaError) as told:
+        await cluster.create(lines(request(3)))
+    assert told.value.message == (
+        "there may be 2 batches of yours that aren't done; wait for one, or cancel one"
+    )
+    with pytest.raises(QuotaError) as told:
+        await cluster.files.check_room(NOBODY, 1)
+    assert told.value.message == "there may be 3 files of yours; delete some"
+    await cluster.create(lines(request(4)), "other")
+    await cluster.until(cluster.runner(), first, ended)
+    cluster.files.quota = Quota(files=9, batches=2)  # what came out of it is files, too
+    await cluster.batches.create(NOBODY, NewBatch(first.input_file_id, None, None))
+
+
+async def test_a_file_in_another_encoding_is_named(cluster: Cluster) -> None:
+    """As PowerShell writes it; not by one error for each line."""
+    text = lines(request(1), request(2)).decode()
+    for encoding in ("utf-16", "utf-16-be"):
+        content = ("\ufeff" if encoding == "utf-16-be" else "") + text
+        batch = await cluster.create(content.encode(encoding))
+        batch = await cluster.until(cluster.runner(), batch, ended)
+        assert batch.status == "failed"
+        assert batch.errors is not None
+        assert [(each.code, each.message) for each in batch.errors.data] == [
+            ("invalid_encoding", "the file is in UTF-16; it must be in UTF-8")
+        ]
+
+
+async def test_a_mark_blank_lines_and_other_line_ends_are_no_mistakes(cluster: Cluster) -> None:
+    """Nor do they cost a line."""
+    content = b"\xef\xbb\xbf\r\n" + lines(request(1), request(2)).replace(b"\n", b"\r\n\r\n \n")
+    batch = await cluster.until(cluster.runner(), await cluster.create(content), ended)
+    assert batch.request_counts.model_dump() == {"total": 2, "completed": 2, "failed": 0}

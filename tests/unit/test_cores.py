@@ -10,8 +10,9 @@ import pytest
 
 from deployments.engine.cores import CoreClaim, sharers
 from deployments.errors import EngineStartError
+from deployments.machine import own_cores
 
-CORES = sorted(os.sched_getaffinity(0))
+CORES = own_cores()
 
 
 def hold(folder: Path, connection: Connection) -> None:

@@ -19,6 +19,7 @@ ORDER = [
     "errors",
     "metrics",
     "priority",
+    "machine",
     "durable",
     "config",
     "front",

@@ -1,13 +1,14 @@
 """Files that people and tools really write: each gets a line with file and key, never a traceback."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deployments.config.load import load_workers, read_workers
-from deployments.config.model_files import ModelFiles
+from deployments.config.model_files import ModelFiles, content_id
 from deployments.engine.tokenizer import byte_tokenizer, check_vocabulary
 from deployments.errors import EngineStartError
 from deployments.plan.placement import Machine
@@ -186,3 +187,22 @@ def test_a_tokenizer_that_knows_more_than_the_model_is_told_at_the_start(
     assert "ids up to 255, and the model's embedding table 200 rows" in caplog.text
     with pytest.raises(EngineStartError, match="no text can be embedded"):
         check_vocabulary(byte_tokenizer(), 10)
+
+
+@pytest.mark.parametrize(
+    "hidden", [".DS_Store", ".cache/huggingface/download/config.json.metadata", ".git/HEAD", "1_Pooling/.x"]
+)
+def test_hidden_files_are_no_part_of_a_model(tmp_path: Path, hidden: str) -> None:
+    """What a file manager, a hub or git leaves in its folder changes nothing; any other file does."""
+    folder = tmp_path / "model"
+    (folder / "1_Pooling").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    before = content_id(folder)
+    (folder / hidden).parent.mkdir(parents=True, exist_ok=True)
+    (folder / hidden).write_text("anything")
+    assert content_id(folder) == before
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    assert content_id(folder) != before
+    inside = tmp_path / ".cache" / "model"  # the folder's own place says nothing
+    shutil.copytree(folder, inside)
+    assert content_id(inside) == content_id(folder)
