@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deployments.api import fields as read
 from deployments.api.encoding import EmbedDtype, base64_rows, check_dtype, convert, json_rows
 from deployments.api.fields import Count, Text
+from deployments.api.known import COHERE
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
@@ -73,6 +74,7 @@ def parse_request(body: read.Body) -> CohereRequest:
 
 def parse_fields(fields: Mapping[str, Any]) -> CohereRequest:
     """Parse the fields of a body."""
+    COHERE.check(fields)
     texts, field = _read_texts(fields)
     types = read.not_empty(fields.get("embedding_types", ["float"]), "embedding_types")
     if any(kind not in EMBEDDING_TYPES for kind in types if isinstance(kind, str)) or not all(
@@ -155,8 +157,8 @@ class CohereBody(BaseModel):
 
     model_config = ConfigDict(
         title="CohereEmbedRequest",
-        json_schema_extra={
-            "examples": [
+        json_schema_extra=COHERE.describe(
+            examples=[
                 {
                     "model": "all-minilm-l6-v2",
                     "texts": ["Hello"],
@@ -164,11 +166,11 @@ class CohereBody(BaseModel):
                     "embedding_types": ["float"],
                 }
             ],
-            "oneOf": [
+            oneOf=[
                 {"required": [one], "properties": {one: {"type": "array"}, other: {"type": "null"}}}
                 for one, other in (("texts", "inputs"), ("inputs", "texts"))
             ],
-        },
+        ),
     )
 
     model: Text

@@ -30,6 +30,17 @@ def truncate(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
     return normalize(vectors[:, :dimensions])
 
 
+def shaped(vectors: np.ndarray, dimensions: int | None, unit: bool | None) -> np.ndarray:
+    """Return vectors as a request wants them: so many columns, and with or without unit length.
+
+    Where the request doesn't say, whole vectors stay as the model gives them, and shorter ones have it.
+    """
+    if unit is False:
+        return vectors[:, :dimensions]
+    shown = truncate(vectors, dimensions)
+    return normalize(shown) if unit else shown
+
+
 def normalize(vectors: np.ndarray) -> np.ndarray:
     """Return float32 (n, dim) with rows at unit length; zeros stay, and so does what has it."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)

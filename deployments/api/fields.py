@@ -18,6 +18,8 @@ PIECE_BYTES = 2**18
 MOST = 2**64 - 1
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
+# As gateways write it.
+Written = Annotated[str, Field(pattern="^[1-9][0-9]{0,8}$")]
 TokenId = Annotated[int, Field(ge=0, le=MOST)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Inputs = (
@@ -76,17 +78,19 @@ def string(fields: Fields, name: str) -> str | None:
     return value
 
 
+def maybe_string(fields: Fields, name: str) -> str:
+    """Return a text; empty where it is absent, as gateways write that."""
+    value = fields.get(name, "")
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"`{name}` must be a string", name)
+    return value
+
+
 def required_string(fields: Fields, name: str) -> str:
     """Return a text that isn't empty."""
     if (value := string(fields, name)) is None:
         raise InvalidRequestError(f"`{name}` is missing", name)
     return value
-
-
-def any_string(fields: Fields, name: str) -> None:
-    """Check a field that is accepted and not used."""
-    if not isinstance(fields.get(name, ""), str):
-        raise InvalidRequestError(f"`{name}` must be a string", name)
 
 
 def positive(fields: Fields, name: str) -> int | None:
@@ -96,6 +100,18 @@ def positive(fields: Fields, name: str) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
         raise InvalidRequestError(f"`{name}` must be a positive integer", name)
     return value
+
+
+def whole(fields: Fields, name: str) -> int | None:
+    """Return a number above 0 as gateways write it: 384, 384.0 or "384"; None where it is absent."""
+    value = fields.get(name)
+    if type(value) is float and value.is_integer() and value <= MOST:
+        value = int(value)
+    elif isinstance(value, str):
+        value = decimal(value)
+    if value is None and name in fields:
+        value = 0
+    return positive({name: value}, name)
 
 
 def decimal(text: str) -> int | None:

@@ -12,15 +12,34 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api import fields as read
 from deployments.api.encoding import EmbedDtype, EncodingFormat, check_dtype, embedding_texts
-from deployments.api.fields import Count, Inputs, Text
+from deployments.api.fields import Count, Inputs, Text, Written
+from deployments.api.known import OPENAI
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
 from deployments.errors import InvalidRequestError
 
+MODEL = "One of the names that `GET /models` lists; may be left out where there is only one."
 # vLLM's names for what is dropped, and ours.
 SIDES: dict[str, Truncation] = {"left": "start", "right": "end"}
 # vLLM's way to say: as many as the model takes.
 LONGEST = -1
 ENDIANNESS = ("native", "little")
+# Absent, or as gateways write that.
+FORMATS = (*get_args(EncodingFormat), "")
+PADDING = ("do_not_pad",)
+# vLLM's name for it, TEI's and Jina's.
+UNIT = ("use_activation", "normalize", "normalized")
+# NVIDIA's and Cohere's names for the sides.
+TRUNCATIONS: dict[str, Truncation] = {"NONE": "none", "START": "start", "END": "end"}
+# What gateways name a text's use, and the names that models give their prompts for it.
+QUERY, DOCUMENT = ("query", "search_query"), ("document", "passage", "search_document")
+INPUT_TYPES = {
+    **dict.fromkeys(QUERY, QUERY),
+    **dict.fromkeys(DOCUMENT, DOCUMENT),
+    "classification": (),
+    "clustering": (),
+}
+# Whatever else a body holds is rare: a plain one pays nothing for it.
+USUAL = frozenset(("model", "input", "encoding_format", "dimensions", "user"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,47 +71,58 @@ def parse_request(body: read.Body) -> OpenAIRequest:
 
 def parse_fields(fields: read.Fields) -> OpenAIRequest:
     """Parse a body's fields, among which none is null."""
+    options = {} if fields.keys() <= USUAL else _parse_options(fields)
     if "input" not in fields:
         raise InvalidRequestError("`input` is missing", "input")
     texts, token_ids = read.texts_or_ids(fields["input"], "input")
-    read.any_string(fields, "user")
-    read.any_string(fields, "hosting")
-    truncation, longest = _parse_truncation(fields)
     return OpenAIRequest(
-        model=read.required_string(fields, "model"),
+        model=read.string(fields, "model"),
         texts=texts,
         token_ids=token_ids,
-        encoding_format=cast(
-            EncodingFormat, read.choice(fields, "encoding_format", get_args(EncodingFormat), "float")
-        ),
-        embed_dtype=_parse_dtype(fields),
-        dimensions=read.positive(fields, "dimensions"),
-        prompt=_parse_prompt(fields),
-        truncation=truncation,
-        truncate_prompt_tokens=longest,
-        tags=read.tags(fields),
+        encoding_format=cast(EncodingFormat, read.choice(fields, "encoding_format", FORMATS, "") or "float"),
+        dimensions=read.whole(fields, "dimensions") if "dimensions" in fields else None,
+        **options,
     )
 
 
-def _parse_dtype(fields: Mapping[str, Any]) -> EmbedDtype:
+def _parse_options(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the fields ask for that few clients send. Raises for those that nobody knows."""
+    OPENAI.check(fields)
     read.choice(fields, "endianness", ENDIANNESS, "little")
-    return cast(EmbedDtype, read.choice(fields, "embed_dtype", get_args(EmbedDtype), "float32"))
+    read.choice(fields, "padding", PADDING, PADDING[0])
+    truncation, longest = _parse_truncation(fields)
+    unit = {name: read.flag(fields, name) for name in UNIT if name in fields}
+    return {
+        "embed_dtype": read.choice(fields, "embed_dtype", get_args(EmbedDtype), "float32"),
+        "prompt": _parse_prompt(fields),
+        "truncation": truncation,
+        "truncate_prompt_tokens": longest,
+        "truncate_within": True,
+        "tags": read.tags(fields),
+        "normalize": next(iter(unit.values()), None),
+        "normalize_field": next(iter(unit), UNIT[0]),
+        "special_tokens": read.flag(fields, "add_special_tokens") is not False,
+    }
 
 
 def _parse_truncation(fields: Mapping[str, Any]) -> tuple[Truncation | None, int | None]:
     """Return which side is dropped, and how many tokens stay; None where the request doesn't say."""
     side = SIDES[read.choice(fields, "truncation_side", tuple(SIDES), "right")]
     named = side if "truncation_side" in fields else None
-    if type(fields.get("truncate_prompt_tokens")) is int and fields["truncate_prompt_tokens"] == LONGEST:
+    if "truncate" in fields:
+        side = named = TRUNCATIONS[read.choice(fields, "truncate", tuple(TRUNCATIONS), "")]
+    elif type(fields.get("truncate_prompt_tokens")) is int and fields["truncate_prompt_tokens"] == LONGEST:
         return side, None
     longest = read.positive(fields, "truncate_prompt_tokens")
-    return (named if longest is not None else None), longest
+    return (named if longest is not None or "truncate" in fields else None), longest
 
 
 def _parse_prompt(fields: Mapping[str, Any]) -> Prompt | None:
     """Return the prompt and the field that named it; `input_type` goes before `prompt_name`."""
-    named = {name: read.string(fields, name) for name in ("input_type", "prompt_name")}
-    return next((Prompt((value,), name) for name, value in named.items() if value is not None), None)
+    if kind := read.maybe_string(fields, "input_type"):
+        return Prompt((kind, *INPUT_TYPES.get(kind, ())), "input_type", usual=kind in INPUT_TYPES)
+    name = read.string(fields, "prompt_name")
+    return Prompt((name,), "prompt_name") if name else None
 
 
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
@@ -103,30 +133,40 @@ class EmbeddingRequestBody(BaseModel):
 
     model_config = ConfigDict(
         title="EmbeddingRequest",
-        json_schema_extra={"examples": [{"model": "all-minilm-l6-v2", "input": ["Hello", "world"]}]},
+        json_schema_extra=OPENAI.describe(
+            examples=[{"model": "all-minilm-l6-v2", "input": ["Hello", "world"]}]
+        ),
     )
 
-    model: Text = Field(description="One of the names that `GET /models` lists.")
+    model: Text | None = Field(None, description=MODEL)
     input: Inputs = Field(
         description="A text, several texts, one text's token ids, or several texts' token ids."
     )
-    encoding_format: EncodingFormat | None = Field(
+    encoding_format: EncodingFormat | Literal[""] | None = Field(
         "float", description="`base64` holds little-endian float32 and is the faster one."
     )
     embed_dtype: EmbedDtype | None = Field("float32", description="What `base64` holds instead of float32.")
     endianness: Literal["native", "little"] | None = Field("little", description="The order of its bytes.")
-    dimensions: Count | None = Field(None, description="Shorter vectors, where the model allows it.")
-    user: str | None = Field(None, description="Accepted and not used.")
-    hosting: str | None = Field(None, description="Accepted and not used.")
+    dimensions: Count | Written | None = Field(
+        None, description="Shorter vectors, where the model allows it."
+    )
     tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
-    input_type: Text | None = Field(
+    input_type: str | None = Field(
         None, description="Puts the model's prompt of that name before each text: `query`, `document`, …"
     )
-    prompt_name: Text | None = Field(None, description="The same as `input_type`.")
+    prompt_name: Text | None = Field(None, description="The same, by the model's own name alone.")
     truncate_prompt_tokens: Count | Literal[-1] | None = Field(
         None, description="Cut each input to that many tokens, special tokens included; -1: the model's most."
     )
     truncation_side: Literal["left", "right"] | None = Field(None, description="Which side is cut.")
+    truncate: Literal["NONE", "START", "END"] | None = Field(None, description="The same, in other words.")
+    padding: Literal["do_not_pad"] | None = Field(None, description="No model here needs any.")
+    add_special_tokens: bool | None = Field(True, description="The model's own, around each text.")
+    use_activation: bool | None = Field(
+        None, description="Unit length; false is refused by models that give nothing else."
+    )
+    normalize: bool | None = Field(None, description="The same.")
+    normalized: bool | None = Field(None, description="The same.")
 
 
 class Embedding(BaseModel):

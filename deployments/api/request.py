@@ -14,12 +14,14 @@ Truncation = Literal["none", "start", "end"]
 class Prompt:
     """Which of the model's prompts to put before each text: the first of `names` that it has.
 
-    `field` of the request named it. A prompt that isn't `required` is left out where the model has none.
+    `field` of the request named it. A prompt that isn't `required` is left out where the model hasn't it; a
+    `usual` one, which gateways send to every model, where that has no prompts at all.
     """
 
     names: tuple[str, ...]
     field: str
     required: bool = True
+    usual: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class EmbeddingRequest(ABC):
     `model` is absent where the dialect lets a client leave it out. `input_field` and `dimensions_field` are
     the dialect's names, for errors. `own_ids` says that ids are the model's own, whatever its `token_input`.
     `truncation` and `truncate_prompt_tokens` go before the model's; `normalize` asks for vectors of unit
-    length from a model that gives others.
+    length from a model that gives others, or with False for its numbers as they are before that.
+    `truncate_within` says that more tokens than the model takes are a mistake, and not as many as it takes.
+    `special_tokens` says whether texts get the model's own around them.
     """
 
     model: str | None = None
@@ -58,7 +62,10 @@ class EmbeddingRequest(ABC):
     instruction: str | None = None
     truncation: Truncation | None = None
     truncate_prompt_tokens: int | None = None
-    normalize: bool = False
+    truncate_within: bool = False
+    normalize: bool | None = None
+    normalize_field: str = "normalize"
+    special_tokens: bool = True
     tags: frozenset[str] = frozenset()
 
     def __len__(self) -> int:

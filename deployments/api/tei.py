@@ -10,6 +10,7 @@ from deployments.api import cohere, pharia
 from deployments.api import fields as read
 from deployments.api.encoding import json_rows
 from deployments.api.fields import Count, Inputs, Text
+from deployments.api.known import TEI
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
 from deployments.errors import InvalidRequestError
 
@@ -32,6 +33,7 @@ def is_mine(fields: Mapping[str, Any]) -> bool:
 
 def parse_fields(fields: Mapping[str, Any]) -> TeiRequest:
     """Parse the fields of a body."""
+    TEI.check(fields)
     texts, ids = read.texts_or_ids(fields.get("inputs"), "inputs")
     prompt = read.string(fields, "prompt_name")
     side = SIDES[read.choice(fields, "truncation_direction", tuple(SIDES), "Right")]
@@ -59,7 +61,9 @@ class TeiBody(BaseModel):
 
     model_config = ConfigDict(
         title="TeiEmbedRequest",
-        json_schema_extra={"examples": [{"model": "all-minilm-l6-v2", "inputs": ["Hello", "world"]}]},
+        json_schema_extra=TEI.describe(
+            examples=[{"model": "all-minilm-l6-v2", "inputs": ["Hello", "world"]}]
+        ),
     )
 
     inputs: Inputs

@@ -21,7 +21,8 @@ class ModelCard:
     length of a vector; `max_model_len` the most tokens of an input; ids go from 0 to `vocab_size` - 1.
     `prompts` maps a use to the text put before each input, and `default_prompt` is that where no use is
     named; `cl100k` holds the bytes of each of its tokens where clients send those. Replicas of one `version`
-    give the same vectors. `steps` says how the engine computes, and why so; `dtype` in which numbers.
+    give the same vectors. `steps` says how the engine computes, and why so; `dtype` in which numbers; `unit`
+    whether vectors have unit length.
     """
 
     tokenizer: str
@@ -34,6 +35,7 @@ class ModelCard:
     version: str = ""
     steps: str = ""
     dtype: str = ""
+    unit: bool = True
 
 
 class Engine(Protocol):

@@ -45,6 +45,7 @@ class SentenceTransformersEngine(ThreadEngine):
             prompts=files.prompts if files else plan.prompts,
             default_prompt=files.default_prompt if files else "",
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            unit=any(type(module).__name__ == "Normalize" for module in model),
             steps=f"sentence-transformers: {plan.engine_reason}",
         )
         return Padded(model), card

@@ -34,9 +34,10 @@ class TextTokenizer:
         text = mask.index(0)
         self._frame = text, mask[text:].count(1)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, special tokens included. Threads may share this."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+    def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+        """Return the token ids of each text, with `special` tokens or without. Threads may share this."""
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)
+        return [encoding.ids for encoding in found]
 
     def read(self, text: str) -> tuple[list[int], list[str]]:
         """Return a text's token ids, special tokens included, and the tokens themselves."""

@@ -69,5 +69,6 @@ class VllmEngine(ThreadEngine):
             prompts=files.prompts if files else self._plan.prompts,
             default_prompt=files.default_prompt if files else "",
             dtype=str(config.dtype).removeprefix("torch."),
+            unit=config.pooler_config.use_activation is not False,
         )
         return engine, card

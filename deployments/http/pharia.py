@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
-from deployments.api import pharia, pharia_schema
+from deployments.api import pharia
 from deployments.api.fields import Body
+from deployments.api.pharia import schema as pharia_schema
 from deployments.dispatch.catalog import Served
 from deployments.dispatch.offload import offload
 from deployments.dispatch.prepare import GROUP_CHARACTERS, takes_instructions

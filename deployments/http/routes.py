@@ -7,7 +7,8 @@ from typing import Any
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from deployments.api import cohere, openai, pharia, pharia_schema, tei
+from deployments.api import cohere, openai, pharia, tei
+from deployments.api.pharia import schema as pharia_schema
 from deployments.errors import (
     IncompleteError,
     InvalidKeyError,

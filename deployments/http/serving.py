@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from deployments.api.encoding import normalize, truncate
+from deployments.api.encoding import shaped
 from deployments.api.fields import Body, count_values
 from deployments.api.request import EmbeddingRequest, EmbeddingResult
 from deployments.dispatch.admission import RETRY_AFTER_SECONDS
@@ -170,9 +170,7 @@ class Serving:
         )
 
         def encode() -> bytes:
-            shown = truncate(vectors, wanted.dimensions)
-            if wanted.normalize:
-                shown = normalize(shown)
+            shown = shaped(vectors, wanted.dimensions, wanted.normalize)
             version = str(worker.queue.version)
             return wanted.answer(EmbeddingResult(shown, served.name, batch.tokens, truncated, version))
 

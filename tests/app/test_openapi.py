@@ -261,7 +261,7 @@ def test_no_field_is_read_that_the_document_doesnt_name(described: dict[str, Any
     content, parse = bodies(described)[path], PARSERS[path]
     allowed = allows(content["schema"], described)
     folder = Path(api.__file__).parent
-    known = [node for file in folder.glob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    known = [node for file in folder.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
     names = {node.value for node in known if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     for example in content["examples"].values():
         body = copy.deepcopy(example["value"])

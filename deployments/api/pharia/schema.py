@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api.fields import Text, TokenId, TokenIds
+from deployments.api.known import PHARIA_BATCH, PHARIA_INSTRUCTABLE, PHARIA_SEMANTIC
 from deployments.api.pharia import MAX_PROMPTS
 
 MODEL = "One of the names that `GET /models` lists; may be left out where there is only one."
@@ -41,7 +42,6 @@ class Common(BaseModel):
     """What every body may hold. Fields that are null count as absent."""
 
     model: Text | None = Field(None, description=MODEL)
-    hosting: str | None = Field(None, description="Accepted and not used.")
     tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
 
 
@@ -49,7 +49,6 @@ class Embed(Common):
     """What every body that embeds may hold."""
 
     normalize: bool | None = Field(False, description="Ask for unit length from a model that gives others.")
-    control_log_additive: bool | None = Field(None, description="Accepted and not used.")
     contextual_control_threshold: Literal[0] | None = Field(None, description="No model here supports it.")
 
 
@@ -67,9 +66,9 @@ class SemanticBody(Semantic):
 
     model_config = ConfigDict(
         title="SemanticEmbeddingRequest",
-        json_schema_extra={
-            "examples": [{"model": "all-minilm-l6-v2", "prompt": "Hello", "representation": "document"}]
-        },
+        json_schema_extra=PHARIA_SEMANTIC.describe(
+            examples=[{"model": "all-minilm-l6-v2", "prompt": "Hello", "representation": "document"}]
+        ),
     )
 
     prompt: TextPrompt | IdsPrompt
@@ -80,9 +79,9 @@ class BatchSemanticBody(Semantic):
 
     model_config = ConfigDict(
         title="BatchSemanticEmbeddingRequest",
-        json_schema_extra={
-            "examples": [{"model": "all-minilm-l6-v2", "prompts": ["a", "b"], "representation": "symmetric"}]
-        },
+        json_schema_extra=PHARIA_BATCH.describe(
+            examples=[{"model": "all-minilm-l6-v2", "prompts": ["a", "b"], "representation": "symmetric"}]
+        ),
     )
 
     prompts: (
@@ -96,9 +95,9 @@ class InstructableBody(Embed):
 
     model_config = ConfigDict(
         title="InstructableEmbeddingRequest",
-        json_schema_extra={
-            "examples": [{"model": "all-minilm-l6-v2", "input": "Hello", "instruction": "Find greetings"}]
-        },
+        json_schema_extra=PHARIA_INSTRUCTABLE.describe(
+            examples=[{"model": "all-minilm-l6-v2", "input": "Hello", "instruction": "Find greetings"}]
+        ),
     )
 
     input: TextPrompt | IdsPrompt

@@ -12,6 +12,7 @@ import orjson
 
 from deployments.api import fields as read
 from deployments.api.encoding import json_rows
+from deployments.api.known import PHARIA_BATCH, PHARIA_INSTRUCTABLE, PHARIA_SEMANTIC
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt
 from deployments.errors import InvalidRequestError, MissingCapabilityError, TooManyInputsError
 
@@ -48,6 +49,7 @@ class PhariaRequest(EmbeddingRequest):
 def parse_semantic(body: read.Body) -> PhariaRequest:
     """Parse a body of `POST /semantic_embed`."""
     fields = read.read_object(body)
+    PHARIA_SEMANTIC.check(fields)
     texts, ids = _read_prompt(fields.get("prompt"), "prompt", "prompt")
     return PhariaRequest(texts=texts, token_ids=ids, **_semantic(fields, "prompt"))
 
@@ -55,6 +57,7 @@ def parse_semantic(body: read.Body) -> PhariaRequest:
 def parse_batch(body: read.Body) -> PhariaRequest:
     """Parse a body of `POST /batch_semantic_embed`."""
     fields = read.read_object(body)
+    PHARIA_BATCH.check(fields)
     prompts = read.not_empty(fields.get("prompts"), "prompts")
     if len(prompts) > MAX_PROMPTS:
         raise TooManyInputsError(
@@ -71,6 +74,7 @@ def parse_batch(body: read.Body) -> PhariaRequest:
 def parse_instructable(body: read.Body) -> PhariaRequest:
     """Parse a body of `POST /instructable_embed`."""
     fields = read.read_object(body)
+    PHARIA_INSTRUCTABLE.check(fields)
     texts, ids = _read_prompt(fields.get("input"), "input", "input")
     instruction = read.required_string(fields, "instruction")
     return PhariaRequest(texts=texts, token_ids=ids, instruction=instruction, **_common(fields, "input"))
@@ -87,13 +91,11 @@ def refuse_raw(fields: Mapping[str, Any]) -> None:
 def _common(fields: Mapping[str, Any], input_field: str) -> dict[str, Any]:
     """Return what every request may hold."""
     read.refuse(fields, "contextual_control_threshold")
-    read.flag(fields, "control_log_additive")
-    read.any_string(fields, "hosting")
     return {
         "model": read.string(fields, "model"),
         "input_field": input_field,
         "own_ids": True,  # they come from our own /tokenize
-        "normalize": read.flag(fields, "normalize") or False,
+        "normalize": read.flag(fields, "normalize") or None,  # absent is false, by its API
         "tags": read.tags(fields),
     }
 
@@ -168,7 +170,6 @@ class TokenizeRequest:
 def parse_tokenize(body: read.Body) -> TokenizeRequest:
     """Parse a body of `POST /tokenize`."""
     fields = read.read_object(body)
-    read.any_string(fields, "hosting")
     prompt = fields.get("prompt")
     if not isinstance(prompt, str):
         raise InvalidRequestError("`prompt` must be a string", "prompt")
@@ -207,7 +208,6 @@ class DetokenizeRequest:
 def parse_detokenize(body: read.Body) -> DetokenizeRequest:
     """Parse a body of `POST /detokenize`."""
     fields = read.read_object(body)
-    read.any_string(fields, "hosting")
     ids = fields.get("token_ids")
     if ids is None:
         raise InvalidRequestError("`token_ids` is missing", "token_ids")
