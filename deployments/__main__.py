@@ -11,6 +11,7 @@ from deployments.command.embed import add_embed_command
 from deployments.command.keys import add_keys_command
 from deployments.command.models import add_model_commands
 from deployments.config.load import load_files
+from deployments.config.origins import ORIGINS_VARIABLE, allowed_origins
 from deployments.config.worker import MAX_PORT, NO_BATCHES
 from deployments.errors import ConfigError, EngineStartError
 from deployments.keys.file import KEYS_VARIABLE
@@ -59,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         what = f"client keys (default: ${KEYS_VARIABLE})"
         command.add_argument("--keys", default="", metavar="FILE", help=what)
         command.add_argument("--insecure", action="store_true", help="let other machines in without keys")
+    what = f"origins whose pages may ask from a browser, or `*` (default: ${ORIGINS_VARIABLE})"
+    serve.add_argument("--allow-origins", default="", metavar="URL,URL", help=what)
     place = "folder or URL for files and batches, or `off` (default: {})"
     serve.add_argument("--batches", default="", metavar="URL", help=place.format("a folder of your data"))
     plan.add_argument("--batches", default=NO_BATCHES, metavar="URL", help=place.format("off"))
@@ -105,6 +108,7 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _serve(parsed: argparse.Namespace) -> int:
     require_keys(key_source(parsed.keys), parsed.insecure, parsed.host)
+    allowed_origins(parsed.allow_origins)
     _check(parsed)
     from deployments.command.serve import run
     from deployments.command.summary import ServeArguments
@@ -118,6 +122,7 @@ def _serve(parsed: argparse.Namespace) -> int:
             parsed.keys,
             parsed.insecure,
             parsed.batches,
+            parsed.allow_origins,
         )
     )
 

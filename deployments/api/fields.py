@@ -1,5 +1,6 @@
 """Fields of a JSON body, checked by hand: errors name the field, and never quote what it holds."""
 
+import codecs
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -13,6 +14,9 @@ from deployments.errors import InvalidRequestError, MissingCapabilityError
 Fields = Mapping[str, Any]
 Body = bytes | bytearray
 PIECE_BYTES = 2**18
+# Where the zeros are among the first bytes of JSON, whose first character is ASCII.
+ZEROS_UTF32 = re.compile(rb"[^\0]\0\0\0|\0\0\0[^\0]")
+ZEROS_UTF16 = re.compile(rb"[^\0]\0|\0[^\0]")
 
 # The same for the OpenAPI document. The decoder makes larger numbers floats, so they are no integers here.
 MOST = 2**64 - 1
@@ -56,13 +60,39 @@ def read_object(body: Body) -> dict[str, Any]:
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        # The decoder's own message quotes nothing of the input; line and column help a person.
-        raise InvalidRequestError(
-            f"the body isn't valid JSON: {error.msg} (line {error.lineno}, column {error.colno})", "body"
-        ) from None
+        fields = _read_marked(body, error)
     if not isinstance(fields, dict):
         raise InvalidRequestError("the body must be a JSON object", "body")
     return present(fields)
+
+
+def _read_marked(body: Body, error: orjson.JSONDecodeError) -> Any:
+    """Return what stands behind a byte order mark. Raises InvalidRequestError that says what is wrong."""
+    if body.startswith(codecs.BOM_UTF8):
+        try:
+            return orjson.loads(memoryview(body)[len(codecs.BOM_UTF8) :])
+        except orjson.JSONDecodeError as inner:
+            error = inner
+    if (encoding := _encoding(body)) is not None:
+        raise InvalidRequestError(f"the body is in {encoding}; JSON is sent in UTF-8", "body")
+    # The decoder's own message quotes nothing of the input; line and column help a person.
+    raise InvalidRequestError(
+        f"the body isn't valid JSON: {error.msg} (line {error.lineno}, column {error.colno})", "body"
+    )
+
+
+def _encoding(body: Body) -> str | None:
+    """Return which encoding a body is in, as RFC 4627 tells them apart; None where it is UTF-8."""
+    start = bytes(body[:4])
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or ZEROS_UTF32.match(start):
+        return "UTF-32"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or ZEROS_UTF16.match(start):
+        return "UTF-16"
+    try:
+        codecs.utf_8_decode(body, "strict", True)
+    except UnicodeDecodeError as error:
+        return f"another encoding (byte {error.start} isn't UTF-8)"
+    return None
 
 
 def present(fields: Fields) -> dict[str, Any]:

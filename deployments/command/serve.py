@@ -123,6 +123,7 @@ def _build(arguments: ServeArguments, workers: Iterable[Worker]) -> "Application
             keys=arguments.keys,
             insecure=arguments.insecure,
             batches=arguments.batches,
+            allow_origins=arguments.allow_origins,
         )
     )
 

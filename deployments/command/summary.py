@@ -19,6 +19,7 @@ class ServeArguments:
     keys: str = ""
     insecure: bool = False
     batches: str = ""
+    allow_origins: str = ""
 
 
 def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str, str]) -> str:

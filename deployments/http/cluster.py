@@ -56,8 +56,10 @@ class Cluster:
         return as_json({"object": "list", "data": listed})
 
     async def model(self, request: Request, name: str) -> Response:
-        """Show one model."""
-        return as_json(self._serving.find(request, name).listing())
+        """Show one model; without a name, as `/models/` has none, all of them."""
+        if not (plain := name.rstrip("/")):
+            return await self.models(request)
+        return as_json(self._serving.find(request, plain).listing())
 
     async def health(self, request: Request) -> Response:
         """Say that this process is alive."""
