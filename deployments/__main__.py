@@ -60,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         what = f"client keys (default: ${KEYS_VARIABLE})"
         command.add_argument("--keys", default="", metavar="FILE", help=what)
         command.add_argument("--insecure", action="store_true", help="let other machines in without keys")
-    what = f"origins whose pages may ask from a browser, or `*` (default: ${ORIGINS_VARIABLE})"
-    serve.add_argument("--allow-origins", default="", metavar="URL,URL", help=what)
+        what = f"origins whose pages may ask from a browser, or `*` (default: ${ORIGINS_VARIABLE})"
+        command.add_argument("--allow-origins", default="", metavar="URL,…", help=what)
     place = "folder or URL for files and batches, or `off` (default: {})"
     serve.add_argument("--batches", default="", metavar="URL", help=place.format("a folder of your data"))
     plan.add_argument("--batches", default=NO_BATCHES, metavar="URL", help=place.format("off"))
@@ -82,12 +82,13 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
+    allowed_origins(parsed.allow_origins)
     workers = load_files(parsed.path)
     cpus = parsed.cpus or cores_here()
     plans = make_plans(workers.values(), Machine(cpus, parsed.gpus, cpus))
     if parsed.format == "serve":
         keys = str(Path(parsed.keys).resolve()) if parsed.keys else ""
-        front = Front(keys, parsed.insecure, batches=parsed.batches)
+        front = Front(keys, parsed.insecure, batches=parsed.batches, allow_origins=parsed.allow_origins)
         print(_yaml(serve_config(plans, str(Path(parsed.path).resolve()), front)), end="")
         return 0
     if parsed.format == "rayservice":
@@ -98,7 +99,7 @@ def _plan(parsed: argparse.Namespace) -> int:
             for file, worker in workers.items()
         }
         # The keys come from a secret of their own, by the environment.
-        front = Front(insecure=parsed.insecure, public=True, batches=parsed.batches)
+        front = Front("", parsed.insecure, True, parsed.batches, parsed.allow_origins)
         inside = _yaml(serve_config(plans, WORKERS_FOLDER, front))
         print(_yaml(*ray_service(plans, files, parsed.image, inside)), end="")
         return 0

@@ -12,14 +12,10 @@ from deployments.http.errors import error_response
 
 METHODS = ("GET", "POST", "DELETE")
 # What a page's client reads of an answer besides its body.
+LIMITS = ("limit", "remaining", "reset")
 EXPOSED = (
-    "x-request-id",
-    "retry-after",
-    *(
-        f"x-ratelimit-{what}-{kind}"
-        for what in ("limit", "remaining", "reset")
-        for kind in ("requests", "tokens")
-    ),
+    *("x-request-id", "retry-after", "metadata"),
+    *(f"x-ratelimit-{what}-{kind}" for what in LIMITS for kind in ("requests", "tokens")),
 )
 
 
