@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -25,6 +24,7 @@ from deployments.config.load import load_workers
 from deployments.config.worker import INGRESS_NAME, Worker
 from deployments.engine.available import require_vllm
 from deployments.errors import ConfigError, EngineStartError
+from deployments.front.address import bracketed, try_to_listen
 from deployments.front.guard import haproxies, stop_guards
 from deployments.front.switches import prepare_environment
 from deployments.plan.plan import ingress_replicas, make_plans, unplaceable
@@ -41,16 +41,14 @@ END_SECONDS = 30.0
 
 def run(arguments: ServeArguments) -> int:
     """Serve until SIGINT or SIGTERM; return the exit status."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((arguments.host, arguments.port))
-        except OSError as error:
-            print(f"{arguments.host}:{arguments.port}: {error.strerror}", file=sys.stderr)
-            return 1
+    try:
+        try_to_listen(arguments.host, arguments.port)
+    except OSError as error:
+        print(f"{bracketed(arguments.host)}:{arguments.port}: {error.strerror}", file=sys.stderr)
+        return 1
     # A short path: Ray adds 56 characters to it, and a socket's path may have 97.
     folder = Path(tempfile.mkdtemp(prefix="embeddings-", dir="/tmp"))
-    prepare_environment(folder)
+    prepare_environment(folder, arguments.host)
     stop, reload = threading.Event(), threading.Event()
     _install(stop, reload)
     try:

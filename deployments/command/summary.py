@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deployments.config.worker import Worker
+from deployments.front.address import bracketed
 from deployments.keys.file import KEYS_VARIABLE
 
 
@@ -33,7 +34,7 @@ def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
         for row in rows
     ]
-    base = f"http://{arguments.host}:{arguments.port}"
+    base = f"http://{bracketed(arguments.host)}:{arguments.port}"
     return "\n".join(
         [
             "",

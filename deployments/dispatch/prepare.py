@@ -149,18 +149,16 @@ def _decode(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> 
     texts = []
     for index, ids in enumerate(request.token_ids):
         try:
-            # Bytes that aren't UTF-8 are those of a character cut in two.
-            text = b"".join([card.cl100k[token] for token in ids]).decode("utf-8", "replace")
+            pieces = [card.cl100k[token] for token in ids]
         except IndexError:
+            pieces = [b""]
+        if not all(pieces):
             raise InvalidRequestError(
                 f"`{request.input_field}[{index}]` holds a token id beyond cl100k's vocabulary",
                 request.input_field,
-            ) from None
-        if not text:
-            raise InvalidRequestError(
-                f"`{request.input_field}[{index}]` must not be empty", request.input_field
             )
-        texts.append(text)
+        # Bytes that aren't UTF-8 are those of a character cut in two.
+        texts.append(b"".join(pieces).decode("utf-8", "replace"))
     return texts
 
 

@@ -14,7 +14,7 @@ logger = logging.getLogger("ray.serve")
 
 # OpenAI's vocabulary, for clients that send its token ids to a model with another tokenizer.
 ENCODING = "cl100k_base"
-# Special tokens stand behind these, and none of them is text.
+# Special tokens stand behind these, not each id among them.
 TOKENS = 100_256
 # tiktoken asks OpenAI's host where it finds no copy, and waits for it without end.
 FETCH_SECONDS = 30.0
@@ -121,7 +121,9 @@ def byte_tokenizer() -> str:
 
 
 def read_cl100k() -> tuple[bytes, ...]:
-    """Return the bytes of each token by its id, special tokens left out. Raises EngineStartError.
+    """Return the bytes of each token by its id, and none where there is no token. Raises EngineStartError.
+
+    A special token is read as the text that stands for it, which is what a client had in its text.
 
     tiktoken finds the vocabulary in the folder that `TIKTOKEN_CACHE_DIR` names, or fetches it.
     """
@@ -136,7 +138,9 @@ def read_cl100k() -> tuple[bytes, ...]:
         except Exception as error:  # whatever kept it from being read, the worker can't start
             reason[0] = type(error).__name__
             return
-        found.append(tuple(encoding.decode_tokens_bytes(range(TOKENS))))
+        special = {encoding.encode_single_token(text): text.encode() for text in encoding.special_tokens_set}
+        behind = [special.get(token, b"") for token in range(TOKENS, encoding.n_vocab)]
+        found.append((*encoding.decode_tokens_bytes(range(TOKENS)), *behind))
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()

@@ -93,7 +93,10 @@ async def test_cl100k_ids_are_read_as_the_text_that_they_were(client: httpx.Asyn
     assert np.array_equal(got, expected(texts))
     answer = await post(client, model="foreign", input=ids[0], input_type="query")
     assert np.allclose(answer["data"][0]["embedding"], expected(["find: Hello world"])[0])
-    for beyond in (100_256, 100_257, 2**40):
+    answer = await post(client, model="foreign", input=[[*ids[0], 100_257], [100_276]])
+    got = np.array([item["embedding"] for item in answer["data"]], np.float32)
+    assert np.array_equal(got, expected(["Hello world<|endoftext|>", "<|endofprompt|>"]))
+    for beyond in (100_256, 100_261, 100_277, 2**40):
         assert await refused(client, model="foreign", input=[beyond]) == (400, "invalid_request", "input")
 
 
