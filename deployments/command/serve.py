@@ -25,7 +25,7 @@ from deployments.config.worker import INGRESS_NAME, Worker
 from deployments.engine.available import require_vllm
 from deployments.errors import ConfigError, EngineStartError
 from deployments.front.address import bracketed, try_to_listen
-from deployments.front.guard import haproxies, stop_guards
+from deployments.front.guard import haproxies, inner_host, stop_guards
 from deployments.front.switches import prepare_environment
 from deployments.plan.plan import ingress_replicas, make_plans, unplaceable
 
@@ -82,7 +82,7 @@ def _serve(arguments: ServeArguments, stop: threading.Event, reload: threading.E
         return 0
     _install(stop, reload)  # Ray has put a handler of its own in the place of ours
     application = _build(arguments, workers)
-    serve.start(http_options={"host": arguments.host, "port": arguments.port})
+    serve.start(http_options={"host": inner_host(arguments.host), "port": arguments.port})
     _deploy(application)
     status = _watch(started, stop)
     if stop.is_set():

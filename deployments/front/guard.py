@@ -26,6 +26,7 @@ STOPPED = "stopped"
 HEADER_SECONDS = 10
 # The host that the server listens on, as it was given.
 HOST_VARIABLE = "EMBEDDING_CLUSTER_HOST"
+WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - compared with
 # What HAProxy itself has to say: code, type, message.
 UNAVAILABLE = "model_unavailable", "unavailable_error"
 ANSWERS = {
@@ -97,7 +98,7 @@ def command(arguments: list[str]) -> list[str]:
 def amend(config: Path) -> None:
     """Put into a configuration what Ray Serve has no switch for."""
     text = config.read_text()
-    for change in (bound_headers, answer_in_json, listen_on_both):
+    for change in (bound_headers, answer_in_json, listen_where_told):
         text = change(text)
     config.write_text(text)
 
@@ -153,11 +154,23 @@ def answer_of(status: int) -> str:
     return f"content-type application/json lf-string '{body}' hdr x-request-id %[uuid]{again}"
 
 
-def listen_on_both(text: str) -> str:
-    """Let `::` be every address of both kinds; Ray Serve writes it as `*`, which are those of IPv4."""
-    if os.environ.get(HOST_VARIABLE) != "::":
+def listen_where_told(text: str) -> str:
+    """Let HAProxy listen on the server's address; behind it Ray Serve listens on `inner_host` of it.
+
+    `::` is every address of both kinds; Ray Serve writes it as `*`, which are those of IPv4.
+    """
+    host = os.environ.get(HOST_VARIABLE, "")
+    if host in ("", *WILDCARDS[:1]):
         return text
-    return re.sub(r"^( *bind )\*(:\d+)$", r"\1[::]\2 v4v6", text, flags=re.M)
+    address = f"[{host}]" if ":" in host else host
+    both = " v4v6" if host in WILDCARDS else ""
+    bind = r"^(frontend http_frontend\n *bind )\S+:(\d+).*$"
+    return re.sub(bind, rf"\g<1>{address}:\g<2>{both}", text, flags=re.M)
+
+
+def inner_host(host: str) -> str:
+    """Return where Ray Serve listens: its HAProxy asks the replicas of its node on 127.0.0.1 alone."""
+    return host if host in WILDCARDS else "127.0.0.1"
 
 
 def stop_guards(folder: Path) -> None:

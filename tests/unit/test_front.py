@@ -86,7 +86,7 @@ def haproxy(folder: Path, behind: int, host: str = "127.0.0.1") -> Iterator[int]
     """Run HAProxy with a configuration as Ray Serve writes it, amended; give its port."""
     port, config = free_port(), folder / "haproxy.cfg"
     bufsize = FAST_DATA_PLANE["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"]
-    address = f"{'*' if host == '::' else host}:{port}"
+    address = f"{'*' if host == '::' else '127.0.0.1'}:{port}"  # where Ray Serve is told to listen
     config.write_text(
         CONFIGURATION.format(folder=folder, bufsize=bufsize, address=address, behind=behind, server_seconds=1)
     )
@@ -173,7 +173,7 @@ class Echo(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "::"])
 def test_a_head_of_16_kib_passes(tmp_path: Path, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one header or in many; on IPv4, on IPv6, and with `::` on both."""
     monkeypatch.setenv(front.HOST_VARIABLE, host)
