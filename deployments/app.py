@@ -25,6 +25,7 @@ from deployments.config.load import load_workers
 from deployments.config.origins import ORIGINS_VARIABLE, allowed_origins
 from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, RATES_NAME
 from deployments.errors import ConfigError
+from deployments.http.dialects.tei import MAX_INGRESS_REQUESTS
 from deployments.http.ingress import AccessSettings, Ingress
 from deployments.keys.rates import RateServer
 from deployments.keys.ring import key_source
@@ -36,8 +37,6 @@ from deployments.transport.applications import applications
 logger = logging.getLogger("ray.serve")
 
 ROUTER = "deployments.transport.serve_router.ServeRouter"
-# Requests that one ingress replica holds at a time; each costs a body and a coroutine.
-MAX_INGRESS_REQUESTS = 4096
 # How long the deployed ingress may take to say what it serves.
 ANSWER_SECONDS = 30.0
 HEALTH_CHECK_PERIOD_SECONDS = 5.0

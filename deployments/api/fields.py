@@ -212,6 +212,21 @@ def token_ids(ids: Any, name: str, param: str) -> list[int]:
     return ids
 
 
+def text(fields: Fields, name: str) -> str:
+    """Return a text, which may be empty."""
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"`{name}` must be a string", name)
+    return value
+
+
+def few_or_no_ids(fields: Fields, name: str) -> list[int]:
+    """Return a list of token ids, which may be empty."""
+    if name not in fields:
+        raise InvalidRequestError(f"`{name}` is missing", name)
+    return [] if fields[name] == [] else token_ids(fields[name], name, name)
+
+
 def texts_or_ids(value: Any, name: str) -> tuple[Sequence[str], Sequence[Sequence[int]]]:
     """Tell the four shapes apart: a text, texts, token ids, lists of token ids."""
     if isinstance(value, str):

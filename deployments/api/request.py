@@ -1,11 +1,12 @@
 """What every dialect's body becomes, and what its answers are made of: the seam between format and work."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
+from tokenizers import Encoding
 
 Truncation = Literal["none", "start", "end"]
 
@@ -22,6 +23,12 @@ class Prompt:
     field: str
     required: bool = True
     usual: bool = False
+
+
+class Raw(bytes):
+    """An answer that isn't JSON, and the headers that go with it."""
+
+    headers: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -74,4 +81,30 @@ class EmbeddingRequest(ABC):
 
     @abstractmethod
     def answer(self, result: EmbeddingResult) -> bytes:
-        """Return the JSON answer in the dialect of the request."""
+        """Return the answer in the dialect of the request: JSON, unless it is `Raw`."""
+
+
+class Reader(Protocol):
+    """A tokenizer, as far as answers need it."""
+
+    def read(self, text: str, special: bool = True) -> Encoding:
+        """Return a text's tokens, with `special` ones or without."""
+
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Return the text of token ids, with `special` ones or without."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensRequest(ABC):
+    """A parsed request for tokens: of `texts`, or the text of `ids`. A dialect adds how to answer."""
+
+    model: str | None = None
+    texts: Sequence[str] = ()
+    ids: Sequence[Sequence[int]] = ()
+    field: str = "prompt"
+    prompt: Prompt | None = None
+    tags: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
+        """Return the JSON answer; `texts` are its own with the model's prompt before each."""

@@ -109,13 +109,17 @@ def _with_prompt(
     if request.instruction is not None:
         prompt = _instruct(request.instruction, prompts)
     else:
-        assert request.prompt is not None
-        prompt = _named(request.prompt, prompts)
+        prompt = prompt_text(request.prompt, prompts)
     return [prompt + text for text in texts]
 
 
-def _named(prompt: Prompt, prompts: dict[str, str]) -> str:
-    """Return the text of the prompt that a request names; none where the model may have none for it."""
+def prompt_text(prompt: Prompt | None, prompts: dict[str, str]) -> str:
+    """Return the text of the prompt that a request names; none where the model may have none for it.
+
+    Raises MissingCapabilityError.
+    """
+    if prompt is None:
+        return ""
     name = next((name for name in prompt.names if name in prompts), None)
     if name is None and _must_have(prompt, prompts):
         known = f"it has {', '.join(sorted(prompts))}" if prompts else "it has none"

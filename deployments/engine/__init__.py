@@ -22,7 +22,7 @@ class ModelCard:
     `prompts` maps a use to the text put before each input, and `default_prompt` is that where no use is
     named; `cl100k` holds the bytes of each of its tokens where clients send those. Replicas of one `version`
     give the same vectors. `steps` says how the engine computes, and why so; `dtype` in which numbers; `unit`
-    whether vectors have unit length.
+    whether vectors have unit length; `pooling` how they are made of the tokens'.
     """
 
     tokenizer: str
@@ -36,6 +36,7 @@ class ModelCard:
     steps: str = ""
     dtype: str = ""
     unit: bool = True
+    pooling: str = ""
 
 
 class Engine(Protocol):

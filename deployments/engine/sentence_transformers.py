@@ -45,6 +45,7 @@ class SentenceTransformersEngine(ThreadEngine):
             prompts=files.prompts if files else plan.prompts,
             default_prompt=files.default_prompt if files else "",
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            pooling=next((str(m.pooling_mode) for m in model if hasattr(m, "pooling_mode")), ""),
             unit=any(type(module).__name__ == "Normalize" for module in model),
             steps=f"sentence-transformers: {plan.engine_reason}",
         )

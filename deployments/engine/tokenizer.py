@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from deployments.config.model_files import ModelFiles
 from deployments.errors import EngineStartError, InvalidRequestError
@@ -39,14 +39,13 @@ class TextTokenizer:
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)
         return [encoding.ids for encoding in found]
 
-    def read(self, text: str) -> tuple[list[int], list[str]]:
-        """Return a text's token ids, special tokens included, and the tokens themselves."""
-        encoding = self._tokenizer.encode(text)
-        return encoding.ids, encoding.tokens
+    def read(self, text: str, special: bool = True) -> Encoding:
+        """Return a text's tokens, with `special` ones or without."""
+        return self._tokenizer.encode(text, add_special_tokens=special)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, special tokens left out."""
-        return str(self._tokenizer.decode(list(ids)))
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Return the text of token ids, with `special` ones or without."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not special))
 
     def truncate(self, ids: list[int], longest: int, drop_start: bool, framed: bool) -> list[int]:
         """Return `longest` of the ids, the others dropped at the end, or with `drop_start` there.

@@ -69,6 +69,7 @@ class VllmEngine(ThreadEngine):
             prompts=files.prompts if files else self._plan.prompts,
             default_prompt=files.default_prompt if files else "",
             dtype=str(config.dtype).removeprefix("torch."),
+            pooling=str(config.pooler_config.seq_pooling_type or "").lower(),
             unit=config.pooler_config.use_activation is not False,
         )
         return engine, card

@@ -61,6 +61,10 @@ class Cluster:
             return await self.models(request)
         return as_json(self._serving.find(request, plain).listing())
 
+    async def ping(self, request: Request) -> Response:
+        """Say the same to SageMaker, which wants nothing but the status."""
+        return Response()
+
     async def health(self, request: Request) -> Response:
         """Say that this process is alive."""
         return as_json({"status": "ok"})
@@ -98,6 +102,8 @@ def cluster_routes(cluster: Cluster) -> Iterator[Entry]:
     anybody = Audience.ANYBODY
     alive = answers({"status": "ok"})
     yield Entry(path="/health", handler=cluster.health, access=anybody, responses=alive)
+    for method in ("GET", "POST"):
+        yield Entry(path="/ping", handler=cluster.ping, method=method, access=anybody, shown=False)
     not_ready = {**answers(READY)[200], "description": "Not every model is ready"}
     ready = {**answers(READY | {"ready": True}), 503: not_ready}
     yield Entry(path="/ready", handler=cluster.ready, access=anybody, responses=ready)

@@ -126,7 +126,7 @@ class Serving:
             await self.rates.spend(key, kind, amount)
 
     async def embed(self, request: Request, parse: Parse) -> bytes:
-        """Return the JSON answer in the dialect that `parse` reads, or raise an EmbeddingError."""
+        """Return the answer in the dialect that `parse` reads, or raise an EmbeddingError."""
         arrival = asyncio.get_running_loop().time()
         with self.counted(arrival) as counted, self.in_hand.hold() as take:
             patience = wanted_seconds(request)

@@ -30,7 +30,7 @@ async def test_the_answer_says_which_inputs_were_cut(client: httpx.AsyncClient) 
     """By index, beside the usage, which counts what the model read; where none was, nothing is said."""
     answer = await post(client, input=["abcdef", "ab", "uvwxyz"], truncate_prompt_tokens=3)
     assert answer["truncated"] == [0, 2]
-    assert answer["usage"] == {"prompt_tokens": 8, "total_tokens": 8}
+    assert answer["usage"] == {"prompt_tokens": 8, "total_tokens": 8, "completion_tokens": 0}
     assert "truncated" not in await post(client, input=["abc"], truncate_prompt_tokens=3)
     assert (await post(client, model="texts", input=["x", "y" * 600]))["truncated"] == [1]
 

@@ -5,7 +5,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api.fields import Text, TokenId, TokenIds
-from deployments.api.known import PHARIA_BATCH, PHARIA_INSTRUCTABLE, PHARIA_SEMANTIC
+from deployments.api.known import (
+    PHARIA_BATCH,
+    PHARIA_DETOKENIZE,
+    PHARIA_INSTRUCTABLE,
+    PHARIA_SEMANTIC,
+    PHARIA_TOKENIZE,
+)
 from deployments.api.pharia import MAX_PROMPTS
 
 MODEL = "One of the names that `GET /models` lists; may be left out where there is only one."
@@ -125,9 +131,9 @@ class TokenizeBody(Common):
 
     model_config = ConfigDict(
         title="TokenizationRequest",
-        json_schema_extra={
-            "examples": [{"model": "all-minilm-l6-v2", "prompt": "Hello", "tokens": True, "token_ids": True}]
-        },
+        json_schema_extra=PHARIA_TOKENIZE.describe(
+            examples=[{"model": "all-minilm-l6-v2", "prompt": "Hello", "tokens": True, "token_ids": True}]
+        ),
     )
 
     prompt: str
@@ -147,7 +153,9 @@ class DetokenizeBody(Common):
 
     model_config = ConfigDict(
         title="DetokenizationRequest",
-        json_schema_extra={"examples": [{"model": "all-minilm-l6-v2", "token_ids": [101, 7592, 102]}]},
+        json_schema_extra=PHARIA_DETOKENIZE.describe(
+            examples=[{"model": "all-minilm-l6-v2", "token_ids": [101, 7592, 102]}]
+        ),
     )
 
     token_ids: list[TokenId]
