@@ -98,7 +98,7 @@ def command(arguments: list[str]) -> list[str]:
 def amend(config: Path) -> None:
     """Put into a configuration what Ray Serve has no switch for."""
     text = config.read_text()
-    for change in (bound_headers, answer_in_json, listen_where_told):
+    for change in (bound_headers, listen_where_told, answer_in_json):
         text = change(text)
     config.write_text(text)
 
@@ -155,17 +155,22 @@ def answer_of(status: int) -> str:
 
 
 def listen_where_told(text: str) -> str:
-    """Let HAProxy listen on the server's address; behind it Ray Serve listens on `inner_host` of it.
+    """Let HAProxy listen on the server's address too; Ray Serve itself is told `inner_host` of it.
 
     `::` is every address of both kinds; Ray Serve writes it as `*`, which are those of IPv4.
     """
     host = os.environ.get(HOST_VARIABLE, "")
-    if host in ("", *WILDCARDS[:1]):
-        return text
     address = f"[{host}]" if ":" in host else host
-    both = " v4v6" if host in WILDCARDS else ""
-    bind = r"^(frontend http_frontend\n *bind )\S+:(\d+).*$"
-    return re.sub(bind, rf"\g<1>{address}:\g<2>{both}", text, flags=re.M)
+    if host in ("", inner_host(""), WILDCARDS[0]) or f"bind {address}:" in text:
+        return text
+
+    def listen(line: re.Match[str]) -> str:
+        told, port = line.groups()
+        if host in WILDCARDS:
+            return f"{told}{address}:{port} v4v6\n"
+        return f"{line[0]}{told.splitlines()[1]}{address}:{port}\n"
+
+    return re.sub(r"^(frontend http_frontend\n *bind )\S+:(\d+).*\n", listen, text, flags=re.M)
 
 
 def inner_host(host: str) -> str:
