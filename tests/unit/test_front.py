@@ -1,6 +1,5 @@
 """HAProxy's guard, around a program that ends as soon as it has started; and what HAProxy itself answers."""
 
-import contextlib
 import itertools
 import os
 import socket
@@ -8,7 +7,6 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -16,8 +14,7 @@ import httpx
 import pytest
 
 from deployments.front import guard as front
-from deployments.front.spare import is_free
-from deployments.front.switches import FAST_DATA_PLANE, haproxy_binary
+from tests.harness.haproxy import haproxy
 from tests.harness.server import free_port, wait_for
 
 
@@ -59,56 +56,11 @@ def guards(config: Path) -> list[int]:
 
 # --- what HAProxy says itself --------------------------------------------------------------------
 
-CONFIGURATION = """global
-    stats socket {folder}/admin.sock mode 600
-    tune.bufsize {bufsize}
-defaults
-    mode http
-    timeout connect 1s
-    timeout client 60s
-    timeout server {server_seconds}s
-    errorfile 502 {folder}/500.http
-    errorfile 503 {folder}/500.http
-frontend http_frontend
-    bind {address}
-    acl ours path_beg /v1
-    use_backend ours if ours
-    default_backend default_backend
-backend default_backend
-    http-request return status 404 content-type text/plain lf-string "Path \\'%[path]\\' not found."
-backend ours
-    server one 127.0.0.1:{behind}
-"""
-
-
-@contextlib.contextmanager
-def haproxy(folder: Path, behind: int, host: str = "127.0.0.1") -> Iterator[int]:
-    """Run HAProxy with a configuration as Ray Serve writes it, amended; give its port."""
-    port, config = free_port(), folder / "haproxy.cfg"
-    bufsize = FAST_DATA_PLANE["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"]
-    address = f"{'*' if host == '::' else '127.0.0.1'}:{port}"  # where Ray Serve is told to listen
-    config.write_text(
-        CONFIGURATION.format(folder=folder, bufsize=bufsize, address=address, behind=behind, server_seconds=1)
-    )
-    front.amend(config)
-    amended = config.read_text()
-    front.amend(config)  # a second manager's start changes nothing more
-    assert config.read_text() == amended
-    binary = haproxy_binary()
-    assert binary is not None
-    with subprocess.Popen([binary, "-f", str(config)]) as process:
-        try:
-            wait_for(lambda: not is_free("127.0.0.1" if host == "::" else host, port), 10, "no HAProxy")
-            yield port
-        finally:
-            process.kill()
-
 
 def say(port: int, text: bytes, host: str = "127.0.0.1") -> httpx.Response:
     """Send bytes as they are, and return the answer."""
     with socket.create_connection((host, port), timeout=30) as connection:
         connection.sendall(text)
-        connection.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     top, _, body = answer.partition(b"\r\n\r\n")
     status, *lines = top.decode().split("\r\n")
@@ -137,24 +89,26 @@ def test_what_haproxy_says_itself_is_json(tmp_path: Path) -> None:
     """A head that is too large, a path of nobody's, a process that is gone or silent."""
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
-        haproxy(tmp_path, silent.getsockname()[1]) as port,
+        haproxy(tmp_path, silent.getsockname()[1], server_seconds=1) as port,
     ):
         for text in (
             head(20_000),
             head(60_000, "Cookie"),
-            b"GET /v1/" + b"x" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET /v1/" + b"x" * 20_000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
         ):
             message = told(say(port, text), 431, "head_too_large")
             assert message == "the request's head is larger than 17 KiB"
-        message = told(say(port, b"GET /other HTTP/1.1\r\nHost: x\r\n\r\n"), 404, "not_found")
+        message = told(
+            say(port, b"GET /other HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"), 404, "not_found"
+        )
         assert message == "no application is served under this path, or none yet"
         # It took the request, and says nothing: 504 in HAProxy's words.
-        response = say(port, b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        response = say(port, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         assert told(response, 503, "model_unavailable") == "the process that had this request doesn't answer"
         assert response.headers["retry-after"] == "1"
     gone = free_port()
     with haproxy(tmp_path, gone) as port:
-        response = say(port, b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        response = say(port, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         assert told(response, 503, "model_unavailable") == "no process takes requests now"
 
 
