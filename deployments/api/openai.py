@@ -33,8 +33,8 @@ MODEL = "One of the names that `GET /models` lists; may be left out where there 
 SIDES: dict[str, Truncation] = {"left": "start", "right": "end"}
 # vLLM's way to say: as many as the model takes.
 LONGEST = -1
-# What an answer in JSON may hold; "" is absent, as gateways write that.
-JSON_FORMATS = ("float", "base64", "")
+# What an answer in JSON may hold.
+JSON_FORMATS = ("float", "base64")
 RAW_FORMATS = ("bytes", "bytes_only")
 FORMATS = (*JSON_FORMATS, *RAW_FORMATS)
 # HAProxy's buffer holds a head of 64 KiB.
@@ -136,10 +136,17 @@ def parse_fields(fields: read.Fields, formats: Sequence[str] = JSON_FORMATS) -> 
         model=read.string(fields, "model"),
         texts=texts,
         token_ids=token_ids,
-        encoding_format=cast(EncodingFormat, read.choice(fields, "encoding_format", formats, "") or "float"),
+        encoding_format=_parse_format(fields, formats),
         dimensions=read.whole(fields, "dimensions") if "dimensions" in fields else None,
         **options,
     )
+
+
+def _parse_format(fields: Mapping[str, Any], formats: Sequence[str]) -> EncodingFormat:
+    """Return one of the formats; an empty one is absent, as gateways write that."""
+    if fields.get("encoding_format") == "":
+        return "float"
+    return cast(EncodingFormat, read.choice(fields, "encoding_format", formats, "float"))
 
 
 def _parse_options(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import httpx
 import numpy as np
 import pytest
 
+from deployments.api import openai
 from deployments.api.encoding import convert
+from deployments.errors import InvalidRequestError
 from deployments.http.app import make_app
 from tests.app.conftest import LocalHandle, expected, make_serving
 from tests.harness.fake import TOKENIZER
@@ -180,6 +182,13 @@ async def test_an_invocation_is_answered_as_the_route_that_its_body_fits(client:
         assert (response.status_code, response.content) == (200, b"")
 
 
+def test_a_batch_holds_no_bytes() -> None:
+    """Its answers are lines of JSON."""
+    with pytest.raises(InvalidRequestError) as caught:
+        openai.parse_fields({"input": "x", "encoding_format": "bytes"})
+    assert caught.value.message == "`encoding_format` must be one of `float`, `base64`"
+
+
 # --- gateways -------------------------------------------------------------------------------------
 
 
@@ -199,6 +208,11 @@ async def test_numbers_and_nothings_as_gateways_write_them(client: httpx.AsyncCl
         client, "/embeddings", model="a", input="x", encoding_format="", user="", input_type=""
     )
     assert same([got["data"][0]["embedding"]], ["x"])
+    assert await refused(client, "/embeddings", model="a", input="x", encoding_format="hex") == (
+        "invalid_request",
+        "encoding_format",
+        "`encoding_format` must be one of `float`, `base64`, `bytes`, `bytes_only`",
+    )
     for path, name, field in (("/v2/embed", "output_dimension", "texts"), ("/embed", "dimensions", "inputs")):
         assert (await refused(client, path, **{"model": "a", field: ["x"], name: "8"}))[1] == name
 
