@@ -11,6 +11,7 @@ from deployments.command.embed import add_embed_command
 from deployments.command.keys import add_keys_command
 from deployments.command.models import add_model_commands
 from deployments.config.load import load_files
+from deployments.config.origins import ORIGINS_VARIABLE, allowed_origins
 from deployments.config.worker import MAX_PORT, NO_BATCHES
 from deployments.errors import ConfigError, EngineStartError
 from deployments.keys.file import KEYS_VARIABLE
@@ -60,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         what = f"client keys (default: ${KEYS_VARIABLE})"
         command.add_argument("--keys", default="", metavar="FILE", help=what)
         command.add_argument("--insecure", action="store_true", help="let other machines in without keys")
+        what = f"origins whose pages may ask from a browser, or `*` (default: ${ORIGINS_VARIABLE})"
+        command.add_argument("--allow-origins", default="", metavar="URL,…", help=what)
     place = "folder or URL for files and batches, or `off` (default: {})"
     serve.add_argument("--batches", default="", metavar="URL", help=place.format("a folder of your data"))
     plan.add_argument("--batches", default=NO_BATCHES, metavar="URL", help=place.format("off"))
@@ -80,12 +83,13 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
+    allowed_origins(parsed.allow_origins)
     workers = load_files(parsed.path)
     cpus = parsed.cpus or cores_here()
     plans = make_plans(workers.values(), Machine(cpus, parsed.gpus, cpus))
     if parsed.format == "serve":
         keys = str(Path(parsed.keys).resolve()) if parsed.keys else ""
-        front = Front(keys, parsed.insecure, batches=parsed.batches)
+        front = Front(keys, parsed.insecure, batches=parsed.batches, allow_origins=parsed.allow_origins)
         print(_yaml(serve_config(plans, str(Path(parsed.path).resolve()), front)), end="")
         return 0
     if parsed.format == "rayservice":
@@ -96,7 +100,7 @@ def _plan(parsed: argparse.Namespace) -> int:
             for file, worker in workers.items()
         }
         # The keys come from a secret of their own, by the environment.
-        front = Front(insecure=parsed.insecure, public=True, batches=parsed.batches)
+        front = Front("", parsed.insecure, True, parsed.batches, parsed.allow_origins)
         inside = _yaml(serve_config(plans, WORKERS_FOLDER, front))
         print(_yaml(*ray_service(plans, files, parsed.image, inside)), end="")
         return 0
@@ -111,6 +115,7 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _serve(parsed: argparse.Namespace) -> int:
     require_keys(key_source(parsed.keys), parsed.insecure, parsed.host)
+    allowed_origins(parsed.allow_origins)
     _check(parsed)
     from deployments.command.serve import run
     from deployments.command.summary import ServeArguments
@@ -124,6 +129,7 @@ def _serve(parsed: argparse.Namespace) -> int:
             parsed.keys,
             parsed.insecure,
             parsed.batches,
+            parsed.allow_origins,
         )
     )
 

@@ -22,8 +22,10 @@ from deployments.batches.deployment import BatchRunner
 from deployments.batches.desk import BatchDesk, batch_place
 from deployments.batches.store import BatchPlace, Quota
 from deployments.config.load import load_workers
+from deployments.config.origins import ORIGINS_VARIABLE, allowed_origins
 from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, RATES_NAME
 from deployments.errors import ConfigError
+from deployments.http.dialects.tei import MAX_INGRESS_REQUESTS
 from deployments.http.ingress import AccessSettings, Ingress
 from deployments.keys.rates import RateServer
 from deployments.keys.ring import key_source
@@ -36,8 +38,6 @@ from deployments.transport.applications import applications
 logger = logging.getLogger("ray.serve")
 
 ROUTER = "deployments.transport.serve_router.ServeRouter"
-# Requests that one ingress replica holds at a time; each costs a body and a coroutine.
-MAX_INGRESS_REQUESTS = 4096
 # How long the deployed ingress may take to say what it serves.
 ANSWER_SECONDS = 30.0
 HEALTH_CHECK_PERIOD_SECONDS = 5.0
@@ -59,6 +59,11 @@ class BuildArguments(BaseModel):
     metrics_host: str = Field(default="127.0.0.1", description="Address of the workers' metrics ports.")
     keys: str = Field(default="", description="A key file; every node with an ingress must have it.")
     insecure: bool = Field(default=False, description="Let other machines in without keys.")
+    allow_origins: str = Field(
+        default="",
+        description="Origins whose pages may ask from a browser, with commas between; `*`: any."
+        f" By default what {ORIGINS_VARIABLE} names, and none without it.",
+    )
     max_body_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body, in bytes.")
     batches: str = Field(
         default="",
@@ -172,10 +177,11 @@ def bind_ingress(
     """Bind the ingress over the workers' handles, and beside it what runs batches."""
     keys = key_source(arguments.keys)
     rates = bind_rates() if keys and (arguments.ingress_replicas > 1 or place) else None
+    origins = allowed_origins(arguments.allow_origins)
     # Serve puts its handle in the place of what was bound.
-    access = AccessSettings(keys, arguments.insecure, rates)  # type: ignore[arg-type]
+    access = AccessSettings(keys, arguments.insecure, rates, origins)  # type: ignore[arg-type]
     limits = arguments.max_body_bytes, arguments.max_file_bytes
-    settings = (*limits, arguments.metrics_host, arguments.insecure, keys, rates is None, place)
+    settings = (*limits, arguments.metrics_host, arguments.insecure, keys, rates is None, place, origins)
     ingress = _deployment(
         serve.ingress()(Ingress),
         _version(settings),

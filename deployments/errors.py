@@ -136,6 +136,13 @@ class OperatorOnlyError(InvalidRequestError):
     type = "permission_error"
 
 
+class UnsupportedEncodingError(InvalidRequestError):
+    """The request body is encoded in a way that isn't read here."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    code = "unsupported_encoding"
+
+
 class BodyTooLargeError(InvalidRequestError):
     """The request body is over the limit."""
 

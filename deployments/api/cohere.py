@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deployments.api import fields as read
 from deployments.api.encoding import EmbedDtype, base64_rows, check_dtype, convert, json_rows
 from deployments.api.fields import Count, Text
+from deployments.api.known import COHERE
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
@@ -32,21 +33,25 @@ class CohereRequest(EmbeddingRequest):
     """The body of `POST /v2/embed`."""
 
     embedding_types: Sequence[str] = ("float",)
+    version: Literal["1", "2"] = "2"
+    by_type: bool = True
 
     def answer(self, result: EmbeddingResult) -> bytes:
-        """Return the vectors by type, the texts, and exact usage."""
-        types = b",".join(b'"%b":[%b]' % (t.encode(), _rows(result.vectors, t)) for t in self.embedding_types)
+        """Return the vectors, by type unless version 1 asks for none, the texts, and exact usage."""
+        rows = [(kind, _rows(result.vectors, kind)) for kind in self.embedding_types]
+        types = b",".join(b'"%b":[%b]' % (kind.encode(), each) for kind, each in rows)
         meta: dict[str, Any] = {
-            "api_version": {"version": "2"},
+            "api_version": {"version": self.version},
             "billed_units": {"input_tokens": result.prompt_tokens},
         }
         if result.truncated:
             meta["warnings"] = [f"texts were truncated: {', '.join(map(str, result.truncated))}"]
-        return b'{"id":"%b","embeddings":{%b},"texts":%b,"meta":%b,"response_type":"embeddings_by_type"}' % (
+        return b'{"id":"%b","embeddings":%b,"texts":%b,"meta":%b,"response_type":"%b"}' % (
             str(uuid.uuid4()).encode(),
-            types,
+            b"{%b}" % types if self.by_type else b"[%b]" % rows[0][1],
             orjson.dumps(list(self.texts)),
             orjson.dumps(meta),
+            b"embeddings_by_type" if self.by_type else b"embeddings_floats",
         )
 
 
@@ -71,8 +76,16 @@ def parse_request(body: read.Body) -> CohereRequest:
     return parse_fields(read.read_object(body))
 
 
+def parse_first(fields: Mapping[str, Any]) -> CohereRequest:
+    """Parse the fields of a body of version 1, whose answer is a bare list unless types are named."""
+    request = parse_fields(fields)
+    by_type = "embedding_types" in fields or request.input_field != "texts"
+    return replace(request, version="1", by_type=by_type)
+
+
 def parse_fields(fields: Mapping[str, Any]) -> CohereRequest:
     """Parse the fields of a body."""
+    COHERE.check(fields)
     texts, field = _read_texts(fields)
     types = read.not_empty(fields.get("embedding_types", ["float"]), "embedding_types")
     if any(kind not in EMBEDDING_TYPES for kind in types if isinstance(kind, str)) or not all(
@@ -82,7 +95,7 @@ def parse_fields(fields: Mapping[str, Any]) -> CohereRequest:
             f"`embedding_types` may hold {', '.join(EMBEDDING_TYPES)}", "embedding_types"
         )
     return CohereRequest(
-        model=read.required_string(fields, "model"),
+        model=read.string(fields, "model"),
         texts=texts,
         input_field=field,
         dimensions=read.positive(fields, "output_dimension"),
@@ -95,9 +108,11 @@ def parse_fields(fields: Mapping[str, Any]) -> CohereRequest:
     )
 
 
-def _read_prompt(fields: Mapping[str, Any]) -> Prompt:
+def _read_prompt(fields: Mapping[str, Any]) -> Prompt | None:
     """Return the prompt that an input type means; one that Cohere hasn't must be the model's own."""
-    kind = read.required_string(fields, "input_type")
+    kind = read.string(fields, "input_type")
+    if kind is None:
+        return None
     if kind == "image":
         raise MissingCapabilityError("no model here reads images", "input_type")
     if kind in INPUT_TYPES:
@@ -155,8 +170,8 @@ class CohereBody(BaseModel):
 
     model_config = ConfigDict(
         title="CohereEmbedRequest",
-        json_schema_extra={
-            "examples": [
+        json_schema_extra=COHERE.describe(
+            examples=[
                 {
                     "model": "all-minilm-l6-v2",
                     "texts": ["Hello"],
@@ -164,15 +179,16 @@ class CohereBody(BaseModel):
                     "embedding_types": ["float"],
                 }
             ],
-            "oneOf": [
+            oneOf=[
                 {"required": [one], "properties": {one: {"type": "array"}, other: {"type": "null"}}}
                 for one, other in (("texts", "inputs"), ("inputs", "texts"))
             ],
-        },
+        ),
     )
 
-    model: Text
-    input_type: Text = Field(
+    model: Text | None = Field(None, description="May be left out where there is only one.")
+    input_type: Text | None = Field(
+        None,
         description="search_document, search_query, classification, clustering, or a prompt of the model",
         json_schema_extra={"not": {"const": "image"}},
     )
@@ -187,6 +203,16 @@ class CohereBody(BaseModel):
     max_tokens: Count | None = Field(None, description="Cut each text to that many.")
     truncate: Literal["NONE", "START", "END"] | None = Field("END", description="Which side is cut.")
     tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
+
+
+class CohereFloats(BaseModel):
+    """The answer of version 1 where no types are named."""
+
+    id: str
+    embeddings: list[list[float]]
+    texts: list[str]
+    meta: dict[str, Any]
+    response_type: Literal["embeddings_floats"]
 
 
 class CohereResponse(BaseModel):

@@ -13,9 +13,12 @@ from pydantic import BaseModel
 
 from deployments.errors import EmbeddingError, InvalidRequestError
 
-EncodingFormat = Literal["float", "base64"]
-# vLLM's names for the first three, Cohere's for the others.
-EmbedDtype = Literal["float32", "float16", "bfloat16", "int8", "uint8", "binary", "ubinary"]
+EncodingFormat = Literal["float", "base64", "bytes", "bytes_only"]
+Endianness = Literal["native", "big", "little"]
+# vLLM's names for the first five, Cohere's for the others.
+EmbedDtype = Literal[
+    "float32", "float16", "bfloat16", "fp8_e4m3", "fp8_e5m2", "int8", "uint8", "binary", "ubinary"
+]
 
 INT8_MAX = 127
 # What rounding leaves of a length of 1 in float32.
@@ -45,7 +48,7 @@ def convert(vectors: np.ndarray, dtype: EmbedDtype) -> np.ndarray:
     `int8` scales each row by its largest number, so that cosines keep the most of their digits; `uint8` is
     the same plus 128. `ubinary` packs the signs of eight numbers into a byte, the first in its highest bit, a
     bit set where the number is positive: uint8 of shape (n, dim / 8); `binary` is the same less 128, as int8.
-    `bfloat16`, which numpy hasn't, comes as the uint16 of its bits.
+    `bfloat16`, which numpy hasn't, comes as the uint16 of its bits, and the `fp8` as the uint8 of theirs.
     """
     match dtype:
         case "float32":
@@ -57,6 +60,8 @@ def convert(vectors: np.ndarray, dtype: EmbedDtype) -> np.ndarray:
             nearest_even = 0x7FFF + ((bits >> 16) & 1)
             rounded: np.ndarray = (bits + nearest_even) >> 16
             return rounded.astype("<u2")
+        case "fp8_e4m3" | "fp8_e5m2":
+            return _eight_bits(vectors, dtype)
         case "int8" | "uint8":
             largest = np.abs(vectors).max(axis=1, keepdims=True)
             scaled = np.divide(vectors * INT8_MAX, largest, out=np.zeros_like(vectors), where=largest > 0)
@@ -65,6 +70,25 @@ def convert(vectors: np.ndarray, dtype: EmbedDtype) -> np.ndarray:
         case "binary" | "ubinary":
             packed = np.packbits(vectors > 0, axis=1)
             return packed if dtype == "ubinary" else _signed(packed)
+
+
+def _eight_bits(vectors: np.ndarray, dtype: Literal["fp8_e4m3", "fp8_e5m2"]) -> np.ndarray:
+    """Return the bits of the nearest numbers of eight bits, of which those without a sign are in order."""
+    mantissa, bias = (3, 7) if dtype == "fp8_e4m3" else (2, 15)
+    exponents, fractions = np.divmod(np.arange(128.0), 2**mantissa)
+    normal = exponents > 0
+    values = (normal + fractions / 2**mantissa) * 2.0 ** (np.where(normal, exponents, 1) - bias)
+    # The first number that is none: beyond it there is infinity, or what isn't a number.
+    values = values[: 127 + 1 if mantissa == 3 else 124 + 1]
+    middles = (values[1:] + values[:-1]) / 2
+    sizes = np.abs(vectors.astype(np.float64))
+    codes = np.searchsorted(middles, sizes)
+    halfway = codes < len(middles)
+    halfway &= sizes == middles[np.minimum(codes, len(middles) - 1)]
+    codes += halfway & (codes % 2 == 1)  # to the even one
+    signs = np.signbit(vectors).astype(np.uint8) << 7
+    bits: np.ndarray = codes.astype(np.uint8) | signs
+    return bits
 
 
 def check_dtype(dtype: EmbedDtype, dimension: int, param: str) -> None:
@@ -93,12 +117,21 @@ def base64_rows(array: np.ndarray) -> list[bytes]:
     return [b'"%b"' % base64.b64encode(row) for row in np.ascontiguousarray(array)]
 
 
+def numbers(vectors: np.ndarray, dtype: EmbedDtype, endianness: Endianness = "native") -> np.ndarray:
+    """Return float32 (n, dim) in another type and order of bytes; the native order is the little one here."""
+    array = convert(vectors, dtype)
+    return array.byteswap() if endianness == "big" else np.ascontiguousarray(array)
+
+
 def embedding_texts(
-    vectors: np.ndarray, encoding_format: EncodingFormat, dtype: EmbedDtype = "float32"
+    vectors: np.ndarray,
+    encoding_format: EncodingFormat,
+    dtype: EmbedDtype = "float32",
+    endianness: Endianness = "native",
 ) -> list[bytes]:
     """Return each row of float32 (n, dim) as JSON: numbers, or base64 of them as `dtype`."""
     if encoding_format == "base64":
-        return base64_rows(convert(vectors, dtype))
+        return base64_rows(numbers(vectors, dtype, endianness))
     return json_rows(convert(vectors, "float32"))
 
 

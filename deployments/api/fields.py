@@ -1,5 +1,6 @@
 """Fields of a JSON body, checked by hand: errors name the field, and never quote what it holds."""
 
+import codecs
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -13,11 +14,16 @@ from deployments.errors import InvalidRequestError, MissingCapabilityError
 Fields = Mapping[str, Any]
 Body = bytes | bytearray
 PIECE_BYTES = 2**18
+# Where the zeros are among the first bytes of JSON, whose first character is ASCII.
+ZEROS_UTF32 = re.compile(rb"[^\0]\0\0\0|\0\0\0[^\0]")
+ZEROS_UTF16 = re.compile(rb"[^\0]\0|\0[^\0]")
 
 # The same for the OpenAPI document. The decoder makes larger numbers floats, so they are no integers here.
 MOST = 2**64 - 1
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
+# As gateways write it.
+Written = Annotated[str, Field(pattern="^[1-9][0-9]{0,8}$")]
 TokenId = Annotated[int, Field(ge=0, le=MOST)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Inputs = (
@@ -54,13 +60,39 @@ def read_object(body: Body) -> dict[str, Any]:
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        # The decoder's own message quotes nothing of the input; line and column help a person.
-        raise InvalidRequestError(
-            f"the body isn't valid JSON: {error.msg} (line {error.lineno}, column {error.colno})", "body"
-        ) from None
+        fields = _read_marked(body, error)
     if not isinstance(fields, dict):
         raise InvalidRequestError("the body must be a JSON object", "body")
     return present(fields)
+
+
+def _read_marked(body: Body, error: orjson.JSONDecodeError) -> Any:
+    """Return what stands behind a byte order mark. Raises InvalidRequestError that says what is wrong."""
+    if body.startswith(codecs.BOM_UTF8):
+        try:
+            return orjson.loads(memoryview(body)[len(codecs.BOM_UTF8) :])
+        except orjson.JSONDecodeError as inner:
+            error = inner
+    if (encoding := _encoding(body)) is not None:
+        raise InvalidRequestError(f"the body is in {encoding}; JSON is sent in UTF-8", "body")
+    # The decoder's own message quotes nothing of the input; line and column help a person.
+    raise InvalidRequestError(
+        f"the body isn't valid JSON: {error.msg} (line {error.lineno}, column {error.colno})", "body"
+    )
+
+
+def _encoding(body: Body) -> str | None:
+    """Return which encoding a body is in, as RFC 4627 tells them apart; None where it is UTF-8."""
+    start = bytes(body[:4])
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or ZEROS_UTF32.match(start):
+        return "UTF-32"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or ZEROS_UTF16.match(start):
+        return "UTF-16"
+    try:
+        codecs.utf_8_decode(body, "strict", True)
+    except UnicodeDecodeError as error:
+        return f"another encoding (byte {error.start} isn't UTF-8)"
+    return None
 
 
 def present(fields: Fields) -> dict[str, Any]:
@@ -76,17 +108,19 @@ def string(fields: Fields, name: str) -> str | None:
     return value
 
 
+def maybe_string(fields: Fields, name: str) -> str:
+    """Return a text; empty where it is absent, as gateways write that."""
+    value = fields.get(name, "")
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"`{name}` must be a string", name)
+    return value
+
+
 def required_string(fields: Fields, name: str) -> str:
     """Return a text that isn't empty."""
     if (value := string(fields, name)) is None:
         raise InvalidRequestError(f"`{name}` is missing", name)
     return value
-
-
-def any_string(fields: Fields, name: str) -> None:
-    """Check a field that is accepted and not used."""
-    if not isinstance(fields.get(name, ""), str):
-        raise InvalidRequestError(f"`{name}` must be a string", name)
 
 
 def positive(fields: Fields, name: str) -> int | None:
@@ -96,6 +130,18 @@ def positive(fields: Fields, name: str) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
         raise InvalidRequestError(f"`{name}` must be a positive integer", name)
     return value
+
+
+def whole(fields: Fields, name: str) -> int | None:
+    """Return a number above 0 as gateways write it: 384, 384.0 or "384"; None where it is absent."""
+    value = fields.get(name)
+    if type(value) is float and value.is_integer() and value <= MOST:
+        value = int(value)
+    elif isinstance(value, str):
+        value = decimal(value)
+    if value is None and name in fields:
+        value = 0
+    return positive({name: value}, name)
 
 
 def decimal(text: str) -> int | None:
@@ -164,6 +210,21 @@ def token_ids(ids: Any, name: str, param: str) -> list[int]:
     if min(ids) < 0:
         raise InvalidRequestError(f"`{name}` holds a negative token id", param)
     return ids
+
+
+def text(fields: Fields, name: str) -> str:
+    """Return a text, which may be empty."""
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"`{name}` must be a string", name)
+    return value
+
+
+def few_or_no_ids(fields: Fields, name: str) -> list[int]:
+    """Return a list of token ids, which may be empty."""
+    if name not in fields:
+        raise InvalidRequestError(f"`{name}` is missing", name)
+    return [] if fields[name] == [] else token_ids(fields[name], name, name)
 
 
 def texts_or_ids(value: Any, name: str) -> tuple[Sequence[str], Sequence[Sequence[int]]]:

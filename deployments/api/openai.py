@@ -3,96 +3,190 @@
 Checked by hand rather than by a union of models: one pass over the input, and errors that name the field.
 """
 
-from collections.abc import Mapping
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
+import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api import fields as read
-from deployments.api.encoding import EmbedDtype, EncodingFormat, check_dtype, embedding_texts
-from deployments.api.fields import Count, Inputs, Text
-from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
+from deployments.api.encoding import (
+    EmbedDtype,
+    EncodingFormat,
+    Endianness,
+    check_dtype,
+    embedding_texts,
+    numbers,
+)
+from deployments.api.fields import Count, Inputs, Text, Written
+from deployments.api.known import OPENAI
+from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Raw, Truncation
 from deployments.errors import InvalidRequestError
 
+MODEL = "One of the names that `GET /models` lists; may be left out where there is only one."
 # vLLM's names for what is dropped, and ours.
 SIDES: dict[str, Truncation] = {"left": "start", "right": "end"}
 # vLLM's way to say: as many as the model takes.
 LONGEST = -1
-ENDIANNESS = ("native", "little")
+# What an answer in JSON may hold.
+JSON_FORMATS = ("float", "base64")
+RAW_FORMATS = ("bytes", "bytes_only")
+FORMATS = (*JSON_FORMATS, *RAW_FORMATS)
+# HAProxy's buffer holds a head of 64 KiB.
+MAX_METADATA = 48 * 2**10
+PADDING = ("do_not_pad",)
+# vLLM's name for it, TEI's and Jina's.
+UNIT = ("use_activation", "normalize", "normalized")
+# NVIDIA's and Cohere's names for the sides.
+TRUNCATIONS: dict[str, Truncation] = {"NONE": "none", "START": "start", "END": "end"}
+# What gateways name a text's use, and the names that models give their prompts for it.
+QUERY, DOCUMENT = ("query", "search_query"), ("document", "passage", "search_document")
+INPUT_TYPES = {
+    **dict.fromkeys(QUERY, QUERY),
+    **dict.fromkeys(DOCUMENT, DOCUMENT),
+    "classification": (),
+    "clustering": (),
+}
+# Whatever else a body holds is rare: a plain one pays nothing for it.
+USUAL = frozenset(("model", "input", "encoding_format", "dimensions", "user"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenAIRequest(EmbeddingRequest):
     """The body of `POST /embeddings`."""
 
+    prefix: ClassVar[bytes] = b"embd"
+    item: ClassVar[bytes] = b'{"object":"embedding","index":%d,"embedding":%b}'
+
     encoding_format: EncodingFormat = "float"
     embed_dtype: EmbedDtype = "float32"
+    endianness: Endianness = "native"
 
     def answer(self, result: EmbeddingResult) -> bytes:
         """Return the vectors with their indices, and exact usage; `truncated` stands only where any was."""
-        dtype: EmbedDtype = self.embed_dtype if self.encoding_format == "base64" else "float32"
+        dtype: EmbedDtype = "float32" if self.encoding_format == "float" else self.embed_dtype
         check_dtype(dtype, result.vectors.shape[1], "embed_dtype")
-        data = b",".join(
-            b'{"object":"embedding","index":%d,"embedding":%b}' % item
-            for item in enumerate(embedding_texts(result.vectors, self.encoding_format, dtype))
-        )
+        if self.encoding_format in RAW_FORMATS:
+            return self._raw(result, numbers(result.vectors, dtype, self.endianness))
+        texts = embedding_texts(result.vectors, self.encoding_format, dtype, self.endianness)
+        data = b",".join([self.item % each for each in enumerate(texts)])
         cut = b',"truncated":%b' % orjson.dumps(list(result.truncated)) if result.truncated else b""
         return (
-            b'{"object":"list","data":[%b],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}%b}'
-            % (data, orjson.dumps(result.model), result.prompt_tokens, result.prompt_tokens, cut)
+            b'{"object":"list","data":[%b],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d,'
+            b'"completion_tokens":0}%b,"id":"%b","created":%d}'
+        ) % (
+            data,
+            orjson.dumps(result.model),
+            result.prompt_tokens,
+            result.prompt_tokens,
+            cut,
+            self._id(),
+            int(time.time()),
         )
+
+    def _id(self) -> bytes:
+        return b"%b-%b" % (self.prefix, os.urandom(16).hex().encode())
+
+    def _raw(self, result: EmbeddingResult, array: np.ndarray) -> bytes:
+        """Return the vectors' bytes, with vLLM's `metadata` beside them unless `bytes_only` are wanted."""
+        answer, size = Raw(array.tobytes()), array.nbytes // len(array)
+        if self.encoding_format == "bytes_only":
+            return answer
+        usage = {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens}
+        item = {"embed_dtype": self.embed_dtype, "endianness": self.endianness, "shape": array.shape[1:]}
+        data = [
+            {"index": index, **item, "start": index * size, "end": (index + 1) * size}
+            for index in range(len(array))
+        ]
+        metadata = json.dumps(
+            {
+                "id": self._id().decode(),
+                "created": int(time.time()),
+                "model": result.model,
+                "data": data,
+                "usage": usage,
+            }
+        )
+        if len(metadata) > MAX_METADATA:
+            raise InvalidRequestError(
+                f"the metadata of {len(array)} vectors has no place in a header; ask for `bytes_only`",
+                "encoding_format",
+            )
+        answer.headers = {"metadata": metadata}
+        return answer
 
 
 def parse_request(body: read.Body) -> OpenAIRequest:
     """Parse a body. Raises InvalidRequestError whose `param` names the field."""
-    return parse_fields(read.read_object(body))
+    return parse_fields(read.read_object(body), FORMATS)
 
 
-def parse_fields(fields: read.Fields) -> OpenAIRequest:
-    """Parse a body's fields, among which none is null."""
+def parse_fields(fields: read.Fields, formats: Sequence[str] = JSON_FORMATS) -> OpenAIRequest:
+    """Parse a body's fields, among which none is null, into a request whose answer has one of the formats."""
+    options = {} if fields.keys() <= USUAL else _parse_options(fields)
     if "input" not in fields:
         raise InvalidRequestError("`input` is missing", "input")
     texts, token_ids = read.texts_or_ids(fields["input"], "input")
-    read.any_string(fields, "user")
-    read.any_string(fields, "hosting")
-    truncation, longest = _parse_truncation(fields)
     return OpenAIRequest(
-        model=read.required_string(fields, "model"),
+        model=read.string(fields, "model"),
         texts=texts,
         token_ids=token_ids,
-        encoding_format=cast(
-            EncodingFormat, read.choice(fields, "encoding_format", get_args(EncodingFormat), "float")
-        ),
-        embed_dtype=_parse_dtype(fields),
-        dimensions=read.positive(fields, "dimensions"),
-        prompt=_parse_prompt(fields),
-        truncation=truncation,
-        truncate_prompt_tokens=longest,
-        tags=read.tags(fields),
+        encoding_format=_parse_format(fields, formats),
+        dimensions=read.whole(fields, "dimensions") if "dimensions" in fields else None,
+        **options,
     )
 
 
-def _parse_dtype(fields: Mapping[str, Any]) -> EmbedDtype:
-    read.choice(fields, "endianness", ENDIANNESS, "little")
-    return cast(EmbedDtype, read.choice(fields, "embed_dtype", get_args(EmbedDtype), "float32"))
+def _parse_format(fields: Mapping[str, Any], formats: Sequence[str]) -> EncodingFormat:
+    """Return one of the formats; an empty one is absent, as gateways write that."""
+    if fields.get("encoding_format") == "":
+        return "float"
+    return cast(EncodingFormat, read.choice(fields, "encoding_format", formats, "float"))
+
+
+def _parse_options(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the fields ask for that few clients send. Raises for those that nobody knows."""
+    OPENAI.check(fields)
+    read.choice(fields, "padding", PADDING, PADDING[0])
+    truncation, longest = _parse_truncation(fields)
+    unit = {name: read.flag(fields, name) for name in UNIT if name in fields}
+    return {
+        "embed_dtype": read.choice(fields, "embed_dtype", get_args(EmbedDtype), "float32"),
+        "endianness": read.choice(fields, "endianness", get_args(Endianness), "native"),
+        "prompt": _parse_prompt(fields),
+        "truncation": truncation,
+        "truncate_prompt_tokens": longest,
+        "truncate_within": True,
+        "tags": read.tags(fields),
+        "normalize": next(iter(unit.values()), None),
+        "normalize_field": next(iter(unit), UNIT[0]),
+        "special_tokens": read.flag(fields, "add_special_tokens") is not False,
+    }
 
 
 def _parse_truncation(fields: Mapping[str, Any]) -> tuple[Truncation | None, int | None]:
     """Return which side is dropped, and how many tokens stay; None where the request doesn't say."""
     side = SIDES[read.choice(fields, "truncation_side", tuple(SIDES), "right")]
     named = side if "truncation_side" in fields else None
-    if type(fields.get("truncate_prompt_tokens")) is int and fields["truncate_prompt_tokens"] == LONGEST:
+    if "truncate" in fields:
+        side = named = TRUNCATIONS[read.choice(fields, "truncate", tuple(TRUNCATIONS), "")]
+    elif type(fields.get("truncate_prompt_tokens")) is int and fields["truncate_prompt_tokens"] == LONGEST:
         return side, None
     longest = read.positive(fields, "truncate_prompt_tokens")
-    return (named if longest is not None else None), longest
+    return (named if longest is not None or "truncate" in fields else None), longest
 
 
 def _parse_prompt(fields: Mapping[str, Any]) -> Prompt | None:
     """Return the prompt and the field that named it; `input_type` goes before `prompt_name`."""
-    named = {name: read.string(fields, name) for name in ("input_type", "prompt_name")}
-    return next((Prompt((value,), name) for name, value in named.items() if value is not None), None)
+    if kind := read.maybe_string(fields, "input_type"):
+        return Prompt((kind, *INPUT_TYPES.get(kind, ())), "input_type", usual=kind in INPUT_TYPES)
+    name = read.string(fields, "prompt_name")
+    return Prompt((name,), "prompt_name") if name else None
 
 
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
@@ -103,30 +197,40 @@ class EmbeddingRequestBody(BaseModel):
 
     model_config = ConfigDict(
         title="EmbeddingRequest",
-        json_schema_extra={"examples": [{"model": "all-minilm-l6-v2", "input": ["Hello", "world"]}]},
+        json_schema_extra=OPENAI.describe(
+            examples=[{"model": "all-minilm-l6-v2", "input": ["Hello", "world"]}]
+        ),
     )
 
-    model: Text = Field(description="One of the names that `GET /models` lists.")
+    model: Text | None = Field(None, description=MODEL)
     input: Inputs = Field(
         description="A text, several texts, one text's token ids, or several texts' token ids."
     )
-    encoding_format: EncodingFormat | None = Field(
-        "float", description="`base64` holds little-endian float32 and is the faster one."
+    encoding_format: EncodingFormat | Literal[""] | None = Field(
+        "float", description="`base64` holds little-endian float32 and is the faster one; `bytes` are vLLM's."
     )
-    embed_dtype: EmbedDtype | None = Field("float32", description="What `base64` holds instead of float32.")
-    endianness: Literal["native", "little"] | None = Field("little", description="The order of its bytes.")
-    dimensions: Count | None = Field(None, description="Shorter vectors, where the model allows it.")
-    user: str | None = Field(None, description="Accepted and not used.")
-    hosting: str | None = Field(None, description="Accepted and not used.")
+    embed_dtype: EmbedDtype | None = Field("float32", description="What base64 and bytes hold instead.")
+    endianness: Endianness | None = Field("native", description="The order of its bytes; native is little.")
+    dimensions: Count | Written | None = Field(
+        None, description="Shorter vectors, where the model allows it."
+    )
     tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
-    input_type: Text | None = Field(
+    input_type: str | None = Field(
         None, description="Puts the model's prompt of that name before each text: `query`, `document`, …"
     )
-    prompt_name: Text | None = Field(None, description="The same as `input_type`.")
+    prompt_name: Text | None = Field(None, description="The same, by the model's own name alone.")
     truncate_prompt_tokens: Count | Literal[-1] | None = Field(
         None, description="Cut each input to that many tokens, special tokens included; -1: the model's most."
     )
     truncation_side: Literal["left", "right"] | None = Field(None, description="Which side is cut.")
+    truncate: Literal["NONE", "START", "END"] | None = Field(None, description="The same, in other words.")
+    padding: Literal["do_not_pad"] | None = Field(None, description="No model here needs any.")
+    add_special_tokens: bool | None = Field(True, description="The model's own, around each text.")
+    use_activation: bool | None = Field(
+        None, description="Unit length; false is refused by models that give nothing else."
+    )
+    normalize: bool | None = Field(None, description="The same.")
+    normalized: bool | None = Field(None, description="The same.")
 
 
 class Embedding(BaseModel):
@@ -142,6 +246,7 @@ class Usage(BaseModel):
 
     prompt_tokens: int
     total_tokens: int
+    completion_tokens: int = 0
 
 
 class EmbeddingResponse(BaseModel):
@@ -151,6 +256,8 @@ class EmbeddingResponse(BaseModel):
     data: list[Embedding]
     model: str
     usage: Usage
+    id: str
+    created: int
     truncated: list[int] = Field(
         [], description="Indices of the inputs that were cut; absent where none was."
     )

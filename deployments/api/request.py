@@ -1,11 +1,12 @@
 """What every dialect's body becomes, and what its answers are made of: the seam between format and work."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
+from tokenizers import Encoding
 
 Truncation = Literal["none", "start", "end"]
 
@@ -14,12 +15,20 @@ Truncation = Literal["none", "start", "end"]
 class Prompt:
     """Which of the model's prompts to put before each text: the first of `names` that it has.
 
-    `field` of the request named it. A prompt that isn't `required` is left out where the model has none.
+    `field` of the request named it. A prompt that isn't `required` is left out where the model hasn't it; a
+    `usual` one, which gateways send to every model, where that has no prompts at all.
     """
 
     names: tuple[str, ...]
     field: str
     required: bool = True
+    usual: bool = False
+
+
+class Raw(bytes):
+    """An answer that isn't JSON, and the headers that go with it."""
+
+    headers: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,9 @@ class EmbeddingRequest(ABC):
     `model` is absent where the dialect lets a client leave it out. `input_field` and `dimensions_field` are
     the dialect's names, for errors. `own_ids` says that ids are the model's own, whatever its `token_input`.
     `truncation` and `truncate_prompt_tokens` go before the model's; `normalize` asks for vectors of unit
-    length from a model that gives others.
+    length from a model that gives others, or with False for its numbers as they are before that.
+    `truncate_within` says that more tokens than the model takes are a mistake, and not as many as it takes.
+    `special_tokens` says whether texts get the model's own around them.
     """
 
     model: str | None = None
@@ -58,7 +69,10 @@ class EmbeddingRequest(ABC):
     instruction: str | None = None
     truncation: Truncation | None = None
     truncate_prompt_tokens: int | None = None
-    normalize: bool = False
+    truncate_within: bool = False
+    normalize: bool | None = None
+    normalize_field: str = "normalize"
+    special_tokens: bool = True
     tags: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
@@ -67,4 +81,30 @@ class EmbeddingRequest(ABC):
 
     @abstractmethod
     def answer(self, result: EmbeddingResult) -> bytes:
-        """Return the JSON answer in the dialect of the request."""
+        """Return the answer in the dialect of the request: JSON, unless it is `Raw`."""
+
+
+class Reader(Protocol):
+    """A tokenizer, as far as answers need it."""
+
+    def read(self, text: str, special: bool = True) -> Encoding:
+        """Return a text's tokens, with `special` ones or without."""
+
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Return the text of token ids, with `special` ones or without."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensRequest(ABC):
+    """A parsed request for tokens: of `texts`, or the text of `ids`. A dialect adds how to answer."""
+
+    model: str | None = None
+    texts: Sequence[str] = ()
+    ids: Sequence[Sequence[int]] = ()
+    field: str = "prompt"
+    prompt: Prompt | None = None
+    tags: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
+        """Return the JSON answer; `texts` are its own with the model's prompt before each."""

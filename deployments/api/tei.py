@@ -1,17 +1,27 @@
 """text-embeddings-inference's dialect: the body of `POST /embed` → one flat request; vectors, bare."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field
+from tokenizers import Encoding
 
 from deployments.api import cohere, pharia
 from deployments.api import fields as read
 from deployments.api.encoding import json_rows
-from deployments.api.fields import Count, Inputs, Text
-from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
-from deployments.errors import InvalidRequestError
+from deployments.api.fields import Count, Inputs, Text, TokenIds
+from deployments.api.known import TEI, TEI_DECODE, TEI_PAIRS, TEI_PARAMETERS, TEI_SIMILARITY, TEI_TOKENIZE
+from deployments.api.request import (
+    EmbeddingRequest,
+    EmbeddingResult,
+    Prompt,
+    Reader,
+    TokensRequest,
+    Truncation,
+)
+from deployments.errors import InvalidRequestError, MissingCapabilityError
 
 SIDES: dict[str, Truncation] = {"Left": "start", "Right": "end"}
 
@@ -32,10 +42,8 @@ def is_mine(fields: Mapping[str, Any]) -> bool:
 
 def parse_fields(fields: Mapping[str, Any]) -> TeiRequest:
     """Parse the fields of a body."""
+    TEI.check(fields)
     texts, ids = read.texts_or_ids(fields.get("inputs"), "inputs")
-    prompt = read.string(fields, "prompt_name")
-    side = SIDES[read.choice(fields, "truncation_direction", tuple(SIDES), "Right")]
-    cut = read.flag(fields, "truncate")
     unit = read.flag(fields, "normalize")
     return TeiRequest(
         model=read.string(fields, "model"),
@@ -44,10 +52,128 @@ def parse_fields(fields: Mapping[str, Any]) -> TeiRequest:
         input_field="inputs",
         own_ids=True,  # each server of this kind has one model, whose ids they are
         dimensions=read.positive(fields, "dimensions"),
-        prompt=Prompt((prompt,), "prompt_name") if prompt is not None else None,
-        truncation={None: None, True: side, False: "none"}[cut],
+        prompt=_prompt(fields),
+        truncation=_truncation(fields),
         normalize=unit is not False,
         tags=read.tags(fields),
+    )
+
+
+def _prompt(fields: Mapping[str, Any]) -> Prompt | None:
+    name = read.string(fields, "prompt_name")
+    return Prompt((name,), "prompt_name") if name is not None else None
+
+
+def _truncation(fields: Mapping[str, Any]) -> Truncation | None:
+    side = SIDES[read.choice(fields, "truncation_direction", tuple(SIDES), "Right")]
+    cut = read.flag(fields, "truncate")
+    return None if cut is None else side if cut else "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityRequest(EmbeddingRequest):
+    """The body of `POST /similarity`: one sentence, and those that it is compared with."""
+
+    def answer(self, result: EmbeddingResult) -> bytes:
+        """Return the cosine of each with the first."""
+        source, *others = result.vectors
+        return b"[%b]" % b",".join(orjson.dumps(float(each @ source)) for each in others)
+
+
+def parse_similarity(body: read.Body) -> SimilarityRequest:
+    """Parse a body of `POST /similarity`."""
+    fields = read.read_object(body)
+    TEI_SIMILARITY.check(fields)
+    pair = _object(fields, "inputs")
+    TEI_PAIRS.check(pair)
+    options = _object(fields, "parameters") if "parameters" in fields else {}
+    TEI_PARAMETERS.check(options)
+    others = read.not_empty(pair.get("sentences"), "sentences")
+    read.check_texts(others, "sentences")
+    return SimilarityRequest(
+        model=read.string(fields, "model"),
+        texts=[read.required_string(pair, "source_sentence"), *others],
+        input_field="inputs",
+        prompt=_prompt(options),
+        truncation=_truncation(options),
+        normalize=True,
+        tags=read.tags(fields),
+    )
+
+
+def _object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = fields.get(name)
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"`{name}` must be an object", name)
+    return read.present(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeRequest(TokensRequest):
+    """The body of `POST /tokenize` with `inputs`."""
+
+    special: bool = True
+
+    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
+        """Return each text's tokens: id, text, and where it stands, in characters."""
+        return orjson.dumps([_tokens(text, reader.read(text, self.special)) for text in texts])
+
+
+def _tokens(text: str, encoding: Encoding) -> list[dict[str, Any]]:
+    parts = zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True)
+    return [
+        {"id": token, "text": name, "special": True, "start": None, "stop": None}
+        if special
+        else {"id": token, "text": text[start:stop], "special": False, "start": start, "stop": stop}
+        for token, name, special, (start, stop) in parts
+    ]
+
+
+def parse_tokenize(fields: Mapping[str, Any]) -> TokenizeRequest:
+    """Parse the fields of a body of `POST /tokenize`."""
+    TEI_TOKENIZE.check(fields)
+    texts = [fields["inputs"]] if isinstance(fields["inputs"], str) else read.strings(fields, "inputs")
+    return TokenizeRequest(
+        model=read.string(fields, "model"),
+        texts=texts,
+        field="inputs",
+        special=read.flag(fields, "add_special_tokens") is not False,
+        prompt=_prompt(fields),
+        tags=read.tags(fields),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeRequest(TokensRequest):
+    """The body of `POST /decode`."""
+
+    special: bool = False
+
+    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
+        """Return the text of each list of ids."""
+        return orjson.dumps([reader.decode(ids, self.special) for ids in self.ids])
+
+
+def parse_decode(body: read.Body) -> DecodeRequest:
+    """Parse a body of `POST /decode`."""
+    fields = read.read_object(body)
+    TEI_DECODE.check(fields)
+    given = read.not_empty(fields.get("ids"), "ids")
+    lists = given if isinstance(given[0], list) else [given]
+    return DecodeRequest(
+        model=read.string(fields, "model"),
+        ids=[read.token_ids(ids, f"ids[{index}]", "ids") for index, ids in enumerate(lists)],
+        field="ids",
+        special=read.flag(fields, "skip_special_tokens") is False,
+        tags=read.tags(fields),
+    )
+
+
+def refuse_unpooled(body: read.Body) -> EmbeddingRequest:
+    """Refuse a body of `POST /embed_all` or `/embed_sparse`."""
+    read.read_object(body)
+    raise MissingCapabilityError(
+        "no model here gives vectors of single tokens, or sparse ones; /embed gives one for each input"
     )
 
 
@@ -59,7 +185,9 @@ class TeiBody(BaseModel):
 
     model_config = ConfigDict(
         title="TeiEmbedRequest",
-        json_schema_extra={"examples": [{"model": "all-minilm-l6-v2", "inputs": ["Hello", "world"]}]},
+        json_schema_extra=TEI.describe(
+            examples=[{"model": "all-minilm-l6-v2", "inputs": ["Hello", "world"]}]
+        ),
     )
 
     inputs: Inputs
@@ -77,11 +205,90 @@ class TeiBody(BaseModel):
     input_type: None = None
 
 
+class Pairs(BaseModel):
+    """What is compared."""
+
+    model_config = ConfigDict(json_schema_extra=TEI_PAIRS.describe())
+
+    source_sentence: Text
+    sentences: Annotated[list[Text], Field(min_length=1)]
+
+
+class Parameters(BaseModel):
+    """How it is read."""
+
+    model_config = ConfigDict(json_schema_extra=TEI_PARAMETERS.describe())
+
+    truncate: bool | None = None
+    truncation_direction: Literal["Left", "Right"] | None = "Right"
+    prompt_name: Text | None = None
+
+
+class SimilarityBody(BaseModel):
+    """The body of text-embeddings-inference's `POST /similarity`."""
+
+    model_config = ConfigDict(
+        title="TeiSimilarityRequest",
+        json_schema_extra=TEI_SIMILARITY.describe(
+            examples=[{"inputs": {"source_sentence": "Hello", "sentences": ["Hi", "Goodbye"]}}]
+        ),
+    )
+
+    inputs: Pairs
+    parameters: Parameters | None = None
+    model: Text | None = None
+    tags: list[Text] | None = None
+
+
+class TeiTokenizeBody(BaseModel):
+    """text-embeddings-inference's body of `POST /tokenize`."""
+
+    model_config = ConfigDict(
+        title="TeiTokenizeRequest", json_schema_extra=TEI_TOKENIZE.describe(examples=[{"inputs": "Hello"}])
+    )
+
+    inputs: str | list[Text]
+    add_special_tokens: bool | None = True
+    prompt_name: Text | None = None
+    model: Text | None = None
+    tags: list[Text] | None = None
+    # With either of these a body is Pharia's.
+    tokens: None = None
+    token_ids: None = None
+
+
+class Token(BaseModel):
+    """A token of the answer of `/tokenize`."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
+
+
+class TeiDecodeBody(BaseModel):
+    """The body of text-embeddings-inference's `POST /decode`."""
+
+    model_config = ConfigDict(
+        title="TeiDecodeRequest", json_schema_extra=TEI_DECODE.describe(examples=[{"ids": [101, 7592, 102]}])
+    )
+
+    ids: TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
+    skip_special_tokens: bool | None = True
+    model: Text | None = None
+    tags: list[Text] | None = None
+
+
 def parse_any(body: read.Body) -> EmbeddingRequest:
     """Parse a body of `POST /embed`, whichever dialect it is; Pharia's asks for what vLLM can't do."""
-    fields = read.read_object(body)
+    return parse_any_fields(read.read_object(body))
+
+
+def parse_any_fields(fields: read.Fields) -> EmbeddingRequest:
+    """Parse the fields of such a body."""
     if cohere.is_mine(fields):
-        return cohere.parse_fields(fields)
+        return cohere.parse_first(fields)
     if is_mine(fields):
         return parse_fields(fields)
     if "prompt" in fields or "layers" in fields:

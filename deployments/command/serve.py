@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -25,7 +24,8 @@ from deployments.config.load import load_workers
 from deployments.config.worker import INGRESS_NAME, Worker
 from deployments.engine.available import require_vllm
 from deployments.errors import ConfigError, EngineStartError
-from deployments.front.guard import haproxies, stop_guards
+from deployments.front.address import bracketed, try_to_listen
+from deployments.front.guard import haproxies, inner_host, stop_guards
 from deployments.front.switches import prepare_environment
 from deployments.plan.plan import ingress_replicas, make_plans, unplaceable
 
@@ -40,16 +40,14 @@ END_SECONDS = 30.0
 
 def run(arguments: ServeArguments) -> int:
     """Serve until SIGINT or SIGTERM; return the exit status."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((arguments.host, arguments.port))
-        except OSError as error:
-            print(f"{arguments.host}:{arguments.port}: {error.strerror}", file=sys.stderr)
-            return 1
+    try:
+        try_to_listen(arguments.host, arguments.port)
+    except OSError as error:
+        print(f"{bracketed(arguments.host)}:{arguments.port}: {error.strerror}", file=sys.stderr)
+        return 1
     # A short path: Ray adds 56 characters to it, and a socket's path may have 97.
     folder = Path(tempfile.mkdtemp(prefix="embeddings-", dir="/tmp"))
-    prepare_environment(folder)
+    prepare_environment(folder, arguments.host)
     stop, reload = threading.Event(), threading.Event()
     _install(stop, reload)
     try:
@@ -83,7 +81,7 @@ def _serve(arguments: ServeArguments, stop: threading.Event, reload: threading.E
         return 0
     _install(stop, reload)  # Ray has put a handler of its own in the place of ours
     application = _build(arguments, workers)
-    serve.start(http_options={"host": arguments.host, "port": arguments.port})
+    serve.start(http_options={"host": inner_host(arguments.host), "port": arguments.port})
     _deploy(application)
     failed = _watch(started, stop)
     if stop.is_set():
@@ -121,6 +119,7 @@ def _build(arguments: ServeArguments, workers: Iterable[Worker]) -> "Application
             keys=arguments.keys,
             insecure=arguments.insecure,
             batches=arguments.batches,
+            allow_origins=arguments.allow_origins,
         )
     )
 

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deployments.config.worker import Worker
+from deployments.front.address import bracketed
 from deployments.keys.file import KEYS_VARIABLE
 from deployments.plan.plan import WorkerPlan
 
@@ -27,6 +28,7 @@ class ServeArguments:
     keys: str = ""
     insecure: bool = False
     batches: str = ""
+    allow_origins: str = ""
 
 
 def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str, str]) -> str:
@@ -35,7 +37,7 @@ def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str
     for worker in workers:
         state = f"failed: {failed[worker.name]}" if worker.name in failed else "ready"
         rows += [(name, worker.name, str(worker.queue.version), state) for name in worker.queue.models]
-    base = f"http://{arguments.host}:{arguments.port}"
+    base = f"http://{bracketed(arguments.host)}:{arguments.port}"
     return "\n".join(
         [
             "",

@@ -16,7 +16,7 @@ Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s/#?][^\
 # TOML writes 5 and 5.0; both are numbers here.
 Positive = Annotated[float, Field(gt=0, strict=False)]
 Delay = Annotated[float, Field(ge=0, strict=False)]
-Probe = Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$")]
+Probe = Annotated[str, Field(pattern=r"^([^\s:\[\]]+|\[[0-9A-Fa-f:.%\w]+\]):\d{1,5}$")]
 
 # Set from keys of their own, or fixed by what a worker is; [generator.engine_args] may not repeat them.
 RESERVED_ENGINE_ARGS = {

@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from deployments.api.request import EmbeddingRequest
+from deployments.api.request import EmbeddingRequest, Prompt
 from deployments.config.worker import EmbeddingTask, Limits
 from deployments.dispatch.offload import offload
 from deployments.engine import ModelCard
@@ -25,6 +25,8 @@ from deployments.errors import (
 # has no place in a model of up to 31,000 tokens.
 GROUP_CHARACTERS = 1_000_000
 CHARACTERS_PER_TOKEN = 32
+# Returns the token ids of each text.
+Encode = Callable[[Sequence[str]], list[list[int]]]
 # The prompt that an instruction is put into, and where in it.
 INSTRUCTION = "instruction"
 PLACE = "{instruction}"
@@ -53,17 +55,18 @@ async def prepare(
         raise TooManyInputsError(
             f"{len(request)} inputs are more than the {limits.max_inputs} of one request", field
         )
-    _check_dimensions(request, task, card)
+    _check_vectors(request, task, card)
     sent = sum(map(len, request.token_ids))
     texts = request.texts or await offload(sent, _decode, request, task, card)
     inputs: list[list[int]] = []
     truncated: list[int] = []
     total = 0
     if texts:
-        groups = _tokenise(_with_prompt(texts, request, task, card), tokenizer, card, field)
+        encode = functools.partial(tokenizer.encode, special=request.special_tokens)
+        groups = _tokenise(_with_prompt(texts, request, task, card), encode, card, field)
     else:
         groups = _as_group(await offload(sent, _check_token_ids, request, task, card))
-    cut = functools.partial(tokenizer.truncate, framed=bool(texts))
+    cut = functools.partial(tokenizer.truncate, framed=bool(texts) and request.special_tokens)
     async for group in groups:
         kept, longest, which = _truncate(group, request, task, card, cut)
         total = _check_lengths(kept, len(inputs), total, longest, limits, field)
@@ -75,7 +78,7 @@ async def prepare(
 
 
 async def _tokenise(
-    texts: Sequence[str], tokenizer: TextTokenizer, card: ModelCard, field: str
+    texts: Sequence[str], encode: Encode, card: ModelCard, field: str
 ) -> AsyncIterator[list[list[int]]]:
     """Yield the token ids of some texts after the others."""
     most = max(GROUP_CHARACTERS, CHARACTERS_PER_TOKEN * card.max_model_len)
@@ -86,10 +89,10 @@ async def _tokenise(
                 f"`{field}[{index}]` has {len(text)} characters, and a text may have {most}", field
             )
         if characters and characters + len(text) > GROUP_CHARACTERS:
-            yield await offload(characters, tokenizer.encode, texts[begin:index])
+            yield await offload(characters, encode, texts[begin:index])
             begin, characters = index, 0
         characters += len(text)
-    yield await offload(characters, tokenizer.encode, texts[begin:])
+    yield await offload(characters, encode, texts[begin:])
 
 
 async def _as_group(inputs: list[list[int]]) -> AsyncIterator[list[list[int]]]:
@@ -106,15 +109,26 @@ def _with_prompt(
     if request.instruction is not None:
         prompt = _instruct(request.instruction, prompts)
     else:
-        assert request.prompt is not None
-        name = next((name for name in request.prompt.names if name in prompts), None)
-        if name is None and request.prompt.required:
-            known = f"it has {', '.join(sorted(prompts))}" if prompts else "it has none"
-            raise MissingCapabilityError(
-                f"the model has no prompt of that name; {known}", request.prompt.field
-            )
-        prompt = prompts[name] if name is not None else ""
+        prompt = prompt_text(request.prompt, prompts)
     return [prompt + text for text in texts]
+
+
+def prompt_text(prompt: Prompt | None, prompts: dict[str, str]) -> str:
+    """Return the text of the prompt that a request names; none where the model may have none for it.
+
+    Raises MissingCapabilityError.
+    """
+    if prompt is None:
+        return ""
+    name = next((name for name in prompt.names if name in prompts), None)
+    if name is None and _must_have(prompt, prompts):
+        known = f"it has {', '.join(sorted(prompts))}" if prompts else "it has none"
+        raise MissingCapabilityError(f"the model has no prompt of that name; {known}", prompt.field)
+    return prompts[name] if name is not None else ""
+
+
+def _must_have(prompt: Prompt, prompts: dict[str, str]) -> bool:
+    return prompt.required and not (prompt.usual and not prompts)
 
 
 def takes_instructions(prompts: dict[str, str]) -> bool:
@@ -139,18 +153,16 @@ def _decode(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> 
     texts = []
     for index, ids in enumerate(request.token_ids):
         try:
-            # Bytes that aren't UTF-8 are those of a character cut in two.
-            text = b"".join([card.cl100k[token] for token in ids]).decode("utf-8", "replace")
+            pieces = [card.cl100k[token] for token in ids]
         except IndexError:
+            pieces = [b""]
+        if not all(pieces):
             raise InvalidRequestError(
                 f"`{request.input_field}[{index}]` holds a token id beyond cl100k's vocabulary",
                 request.input_field,
-            ) from None
-        if not text:
-            raise InvalidRequestError(
-                f"`{request.input_field}[{index}]` must not be empty", request.input_field
             )
-        texts.append(text)
+        # Bytes that aren't UTF-8 are those of a character cut in two.
+        texts.append(b"".join(pieces).decode("utf-8", "replace"))
     return texts
 
 
@@ -160,7 +172,7 @@ def _check_token_ids(request: EmbeddingRequest, task: EmbeddingTask, card: Model
         raise MissingCapabilityError("this model takes texts only, no token ids", field)
     if request.instruction is not None:
         raise InvalidRequestError("an instruction can't be put before token ids; send text", field)
-    if request.prompt is not None and request.prompt.required:
+    if request.prompt is not None and _must_have(request.prompt, card.prompts | task.prompts):
         raise InvalidRequestError("a prompt can't be put before token ids; send text", request.prompt.field)
     for index, ids in enumerate(request.token_ids):
         if max(ids) >= card.vocab_size:
@@ -180,9 +192,16 @@ def _truncate(
     """Cut what is too long, where that is wanted; return the most tokens of an input, and which were cut."""
     longest = card.max_model_len
     side = request.truncation or task.truncation
-    if request.truncate_prompt_tokens is None and side == "none":
+    wanted = request.truncate_prompt_tokens
+    if wanted is None and side == "none":
         return inputs, longest, ()
-    longest = min(longest, request.truncate_prompt_tokens or longest)
+    if request.truncate_within and wanted is not None and wanted > longest:
+        raise InvalidRequestError(
+            f"`truncate_prompt_tokens` can't be {wanted}; the model takes {longest}", "truncate_prompt_tokens"
+        )
+    longest = min(longest, wanted or longest)
+    if request.truncation == "none":
+        return inputs, longest, ()
     drop_start = card.truncates_start if side == "none" else side == "start"
     truncated = tuple(index for index, ids in enumerate(inputs) if len(ids) > longest)
     for index in truncated:
@@ -217,7 +236,10 @@ def _check_vocabulary(batch: TokenBatch, size: int, field: str) -> None:
     raise InvalidRequestError(f"`{field}[{index}]` holds a token id beyond the vocabulary of {size}", field)
 
 
-def _check_dimensions(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> None:
+def _check_vectors(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> None:
+    """Refuse vectors that the model can't give: of another size, or without unit length."""
+    if request.normalize is False and card.normalizes:
+        raise MissingCapabilityError("the model's vectors have unit length", request.normalize_field)
     known = (*task.dimensions, *card.dimensions)
     sizes = sorted({*(size for size in known if size < card.dimension), card.dimension})
     if request.dimensions is None or request.dimensions in sizes:

@@ -21,9 +21,9 @@ class ModelCard:
     length of a vector; `max_model_len` the most tokens of an input; ids go from 0 to `vocab_size` - 1.
     `prompts` maps a use to the text put before each input, and `default_prompt` is that where no use is
     named; one that `truncates_start` drops what is too long there. It `normalizes` its vectors to unit
-    length, and has shorter ones of other `dimensions`. `cl100k` holds the bytes of each of its tokens where
-    clients send those. Replicas of one `version` give the same vectors. `engine` computes them, `steps` says
-    how, and why so; `dtype` in which numbers.
+    length, and has shorter ones of other `dimensions`; `pooling` says how they are made of the tokens'.
+    `cl100k` holds the bytes of each of its tokens where clients send those. Replicas of one `version` give
+    the same vectors. `engine` computes them, `steps` says how, and why so; `dtype` in which numbers.
     """
 
     tokenizer: str
@@ -40,6 +40,7 @@ class ModelCard:
     version: str = ""
     steps: str = ""
     dtype: str = ""
+    pooling: str = ""
 
 
 class Engine(Protocol):

@@ -46,6 +46,7 @@ class SentenceTransformersEngine(ThreadEngine):
             max_model_len=min(int(longest), plan.worker.generator.max_model_len or int(longest)),
             vocab_size=int(table),
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            pooling=next((str(m.pooling_mode) for m in model if hasattr(m, "pooling_mode")), ""),
             steps=f"sentence-transformers: {plan.engine_reason}",
             **self._published(files),
         )

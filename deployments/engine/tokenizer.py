@@ -5,7 +5,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from deployments.config.model_files import ModelFiles
 from deployments.errors import EngineStartError, InvalidRequestError
@@ -14,7 +14,7 @@ logger = logging.getLogger("ray.serve")
 
 # OpenAI's vocabulary, for clients that send its token ids to a model with another tokenizer.
 ENCODING = "cl100k_base"
-# Special tokens stand behind these, and none of them is text.
+# Special tokens stand behind these, not each id among them.
 TOKENS = 100_256
 # tiktoken asks OpenAI's host where it finds no copy, and waits for it without end.
 FETCH_SECONDS = 30.0
@@ -34,18 +34,18 @@ class TextTokenizer:
         text = mask.index(0)
         self._frame = text, mask[text:].count(1)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, special tokens included. Threads may share this."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+    def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+        """Return the token ids of each text, with `special` tokens or without. Threads may share this."""
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)
+        return [encoding.ids for encoding in found]
 
-    def read(self, text: str) -> tuple[list[int], list[str]]:
-        """Return a text's token ids, special tokens included, and the tokens themselves."""
-        encoding = self._tokenizer.encode(text)
-        return encoding.ids, encoding.tokens
+    def read(self, text: str, special: bool = True) -> Encoding:
+        """Return a text's tokens, with `special` ones or without."""
+        return self._tokenizer.encode(text, add_special_tokens=special)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, special tokens left out."""
-        return str(self._tokenizer.decode(list(ids)))
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Return the text of token ids, with `special` ones or without."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not special))
 
     def truncate(self, ids: list[int], longest: int, drop_start: bool, framed: bool) -> list[int]:
         """Return `longest` of the ids, the others dropped at the end, or with `drop_start` there.
@@ -117,7 +117,9 @@ def byte_tokenizer() -> str:
 
 
 def read_cl100k() -> tuple[bytes, ...]:
-    """Return the bytes of each token by its id, special tokens left out. Raises EngineStartError.
+    """Return the bytes of each token by its id, and none where there is no token. Raises EngineStartError.
+
+    A special token is read as the text that stands for it, which is what a client had in its text.
 
     tiktoken finds the vocabulary in the folder that `TIKTOKEN_CACHE_DIR` names, or fetches it.
     """
@@ -132,7 +134,9 @@ def read_cl100k() -> tuple[bytes, ...]:
         except Exception as error:  # whatever kept it from being read, the worker can't start
             reason[0] = type(error).__name__
             return
-        found.append(tuple(encoding.decode_tokens_bytes(range(TOKENS))))
+        special = {encoding.encode_single_token(text): text.encode() for text in encoding.special_tokens_set}
+        behind = [special.get(token, b"") for token in range(TOKENS, encoding.n_vocab)]
+        found.append((*encoding.decode_tokens_bytes(range(TOKENS)), *behind))
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()

@@ -73,5 +73,6 @@ class VllmEngine(ThreadEngine):
             vocab_size=int(config.get_vocab_size()),
             dtype=str(config.dtype).removeprefix("torch."),
             **self._published(files),
+            pooling=str(config.pooler_config.seq_pooling_type or "").lower(),
         )
         return engine, card

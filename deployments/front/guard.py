@@ -9,6 +9,7 @@ Runs as a program of its own, in the place of HAProxy's: it imports nothing but 
 """
 
 import contextlib
+import json
 import os
 import re
 import select
@@ -23,6 +24,24 @@ from pathlib import Path
 STOPPED = "stopped"
 # What a client may take for its headers; the body's time is bounded behind us.
 HEADER_SECONDS = 10
+# The host that the server listens on, as it was given.
+HOST_VARIABLE = "EMBEDDING_CLUSTER_HOST"
+WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - compared with
+# What HAProxy itself has to say: code, type, message.
+UNAVAILABLE = "model_unavailable", "unavailable_error"
+ANSWERS = {
+    431: ("head_too_large", "invalid_request_error", "the request's head is larger than 17 KiB"),
+    404: ("not_found", "invalid_request_error", "no application is served under this path, or none yet"),
+    408: ("deadline_exceeded", "timeout_error", "the request's head took too long to arrive"),
+    500: ("internal_error", "server_error", "internal error"),
+    502: (*UNAVAILABLE, "the process that had this request ended"),
+    503: (*UNAVAILABLE, "no process takes requests now"),
+    504: (*UNAVAILABLE, "the process that had this request doesn't answer"),
+}
+# Those that HAProxy makes where it can't do what it was told; the others are asked for by rules.
+OWN = (408, 500, 502, 503, 504)
+# 16 KiB of headers pass, as in most servers, and what a front before this one adds.
+HEAD_BYTES = 17 * 2**10
 # An HAProxy that ends sooner than this hasn't started: the next one comes after a pause, each twice as long.
 START_SECONDS = 1.0
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.05, 5.0
@@ -71,23 +90,92 @@ def command(arguments: list[str]) -> list[str]:
         if answers(admin):
             shutil.copy(kept, config)
             arguments = [*arguments, "-sf", *map(str, survivors), "-x", admin]
-    bound_headers(config)
+    amend(config)
     shutil.copy(config, kept)
     return arguments
 
 
-def bound_headers(config: Path) -> None:
-    """Let HAProxy give up on a request whose headers don't come; Ray Serve has no switch for that.
+def amend(config: Path) -> None:
+    """Put into a configuration what Ray Serve has no switch for."""
+    text = config.read_text()
+    for change in (bound_headers, listen_where_told, answer_in_json):
+        text = change(text)
+    config.write_text(text)
+
+
+def bound_headers(text: str) -> str:
+    """Let HAProxy give up on a request whose headers don't come.
 
     The time between two requests of a connection would be bounded by it too, where nothing else is said.
     """
-    text = config.read_text()
-    if "timeout http-request" not in text and (place := re.search(r"^( *)timeout client (.*)\n", text, re.M)):
-        indent, idle = place.groups()
-        lines = f"{indent}timeout http-request {HEADER_SECONDS}s\n"
-        if "timeout http-keep-alive" not in text:
-            lines += f"{indent}timeout http-keep-alive {idle}\n"
-        config.write_text(text[: place.end()] + lines + text[place.end() :])
+    place = re.search(r"^( *)timeout client (.*)\n", text, re.M)
+    if "timeout http-request" in text or not place:
+        return text
+    indent, idle = place.groups()
+    lines = f"{indent}timeout http-request {HEADER_SECONDS}s\n"
+    if "timeout http-keep-alive" not in text:
+        lines += f"{indent}timeout http-keep-alive {idle}\n"
+    return text[: place.end()] + lines + text[place.end() :]
+
+
+def answer_in_json(text: str) -> str:
+    """Let HAProxy's own answers be JSON as all others are, each with an id.
+
+    What it can't parse at all it answers in HTML, whatever it is told. So it takes larger heads than pass,
+    and refuses them by a rule. A 502 or 504 becomes a 503, which clients take for something that passes.
+    """
+    if "http-error" in text or not (place := re.search(r"^( *)mode http\n", text, re.M)):
+        return text
+    text = re.sub(r"^ *errorfile .*\n", "", text, flags=re.M)
+    text = re.sub(
+        r"return status 404 content-type text/plain lf-string .*",
+        f"return status 404 {answer_of(404)}",
+        text,
+    )
+    indent = place[1]
+    lines = "".join(f"{indent}http-error status {status} {answer_of(status)}\n" for status in OWN)
+    text = text[: place.end()] + lines + text[place.end() :]
+    rules = (
+        "http-after-response set-status 503 if { status 502 504 }",
+        f"acl large_head req.hdrs,length gt {HEAD_BYTES}",
+        f"acl large_head url,length gt {HEAD_BYTES}",
+        f"http-request return status 431 {answer_of(431)} if large_head",
+    )
+    lines = "".join(f"{indent}{rule}\n" for rule in rules)
+    return re.sub(r"^frontend http_frontend\n.*\n", lambda top: top[0] + lines, text, flags=re.M)
+
+
+def answer_of(status: int) -> str:
+    """Return HAProxy's arguments for the answer that stands for a status."""
+    code, kind, message = ANSWERS[status]
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    body = json.dumps({"error": error, "code": code}, separators=(",", ":")).replace("'", r"'\''")
+    again = " hdr retry-after 1" if code == UNAVAILABLE[0] else ""
+    return f"content-type application/json lf-string '{body}' hdr x-request-id %[uuid]{again}"
+
+
+def listen_where_told(text: str) -> str:
+    """Let HAProxy listen on the server's address too; Ray Serve itself is told `inner_host` of it.
+
+    `::` is every address of both kinds; Ray Serve writes it as `*`, which are those of IPv4.
+    """
+    host = os.environ.get(HOST_VARIABLE, "")
+    address = f"[{host}]" if ":" in host else host
+    if host in ("", inner_host(""), WILDCARDS[0]) or f"bind {address}:" in text:
+        return text
+
+    def listen(line: re.Match[str]) -> str:
+        told, port = line.groups()
+        if host in WILDCARDS:
+            return f"{told}{address}:{port} v4v6\n"
+        return f"{line[0]}{told.splitlines()[1]}{address}:{port}\n"
+
+    return re.sub(r"^(frontend http_frontend\n *bind )\S+:(\d+).*\n", listen, text, flags=re.M)
+
+
+def inner_host(host: str) -> str:
+    """Return where Ray Serve listens: its HAProxy asks the replicas of its node on 127.0.0.1 alone."""
+    return host if host in WILDCARDS else "127.0.0.1"
 
 
 def stop_guards(folder: Path) -> None:
@@ -123,11 +211,11 @@ def _is_alive(process: int) -> bool:
         return False
 
 
-def write_program(folder: Path, binary: str) -> Path:
+def write_program(folder: Path, binary: str, host: str) -> Path:
     """Write the program that Ray Serve starts as HAProxy for this process, and return its path."""
     program = folder / "haproxy"
     start = f'exec "{sys.executable}" -S -E "{__file__}" "{os.getpid()}" "{binary}" "$@"'
-    program.write_text(f"#!/bin/sh\n{start}\n")
+    program.write_text(f'#!/bin/sh\nexport {HOST_VARIABLE}="{host}"\n{start}\n')
     program.chmod(0o700)
     return program
 

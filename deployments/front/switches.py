@@ -18,6 +18,8 @@ FAST_DATA_PLANE = {
     "RAY_SERVE_PROXY_USE_GRPC": "1",
     # A dead front is replaced after three failed checks, which by default are ten seconds apart.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # A head must fit into it to be refused by a rule, and in JSON.
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 2**10),
     # gRPC's own 4 MiB hold one answer of 2,730 vectors of 384 numbers; ours may be a hundred times that.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(512 * 2**20),
 }
@@ -25,12 +27,12 @@ FAST_DATA_PLANE = {
 OWN_PORTS = range(20_000, 30_000)
 
 
-def prepare_environment(folder: Path) -> None:
-    """Set what is not set yet of Ray's switches for the fast data plane."""
+def prepare_environment(folder: Path, host: str = "127.0.0.1") -> None:
+    """Set what is not set yet of Ray's switches for the fast data plane, in front of which `host` listens."""
     for name, value in switches(folder).items():
         os.environ.setdefault(name, value)
     if (binary := haproxy_binary()) is not None:
-        os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(write_program(folder, binary)))
+        os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(write_program(folder, binary, host)))
 
 
 def haproxy_binary() -> str | None:

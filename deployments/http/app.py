@@ -1,6 +1,6 @@
 """One FastAPI application, every route at `/` and at `/v1`."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -13,10 +13,12 @@ from deployments.errors import (
 )
 from deployments.http.auth import Access, Auth
 from deployments.http.cluster import API_VERSION, Cluster, Gather, cluster_routes
+from deployments.http.dialects.pharia import PhariaServing, pharia_routes
+from deployments.http.dialects.tei import info_route
+from deployments.http.dialects.tokens import tokens_routes
 from deployments.http.documentation import documentation_routes
 from deployments.http.errors import Errors, error_response, http_exception
 from deployments.http.metrics_port import MetricsPort
-from deployments.http.pharia import PhariaServing, pharia_routes
 from deployments.http.routes import embedding_routes, usage_route
 from deployments.http.serving import Serving
 from deployments.http.table import Entry, register
@@ -69,12 +71,7 @@ def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application 
         # Outside of the errors: an answer that refuses says what is left of the key's limits too.
         app.add_middleware(Auth, access=access, refuse=refuse)
     app.add_exception_handler(HTTPException, http_exception)
-    entries = [
-        *embedding_routes(serving),
-        *pharia_routes(PhariaServing(serving)),
-        *cluster_routes(Cluster(serving, gather, ports)),
-        *(batches.routes(serving) if batches is not None else ()),
-    ]
+    entries = [*_entries(serving, gather, ports), *(batches.routes(serving) if batches is not None else ())]
     if access is not None:
         entries.append(usage_route(gather_usage or (lambda key: _alone(serving.usage.of(key)))))
     bodies = list(dict.fromkeys(model for each in entries for model in each.bodies))
@@ -84,6 +81,15 @@ def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application 
     # The same routes without prefix: some clients are given the host with /v1, some without.
     app.include_router(router, include_in_schema=False)
     return app
+
+
+def _entries(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort]) -> Iterator[Entry]:
+    """Yield the routes that every application has."""
+    yield from embedding_routes(serving)
+    yield from tokens_routes(serving)
+    yield from pharia_routes(PhariaServing(serving))
+    yield info_route(serving)
+    yield from cluster_routes(Cluster(serving, gather, ports))
 
 
 def _bare_app(ports: Mapping[str, MetricsPort]) -> FastAPI:

@@ -57,8 +57,14 @@ class Cluster:
         return as_json({"object": "list", "data": listed})
 
     async def model(self, request: Request, name: str) -> Response:
-        """Show one model."""
-        return as_json(self._serving.find(request, name).listing())
+        """Show one model; without a name, as `/models/` has none, all of them."""
+        if not (plain := name.rstrip("/")):
+            return await self.models(request)
+        return as_json(self._serving.find(request, plain).listing())
+
+    async def ping(self, request: Request) -> Response:
+        """Say the same to SageMaker, which wants nothing but the status."""
+        return Response()
 
     async def health(self, request: Request) -> Response:
         """Say that this process is alive."""
@@ -97,6 +103,8 @@ def cluster_routes(cluster: Cluster) -> Iterator[Entry]:
     anybody = Audience.ANYBODY
     alive = answers({"status": "ok"})
     yield Entry(path="/health", handler=cluster.health, access=anybody, responses=alive)
+    for method in ("GET", "POST"):
+        yield Entry(path="/ping", handler=cluster.ping, method=method, access=anybody, shown=False)
     not_ready = {**answers(READY)[200], "description": "Not every model is ready"}
     ready = {**answers(READY | {"ready": True}), 503: not_ready}
     yield Entry(path="/ready", handler=cluster.ready, access=anybody, responses=ready)

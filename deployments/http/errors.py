@@ -1,7 +1,6 @@
 """The one place where errors become answers."""
 
 import logging
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -9,7 +8,6 @@ import orjson
 from fastapi import Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.encoding import error_body
@@ -20,7 +18,10 @@ from deployments.errors import (
     InvalidRequestError,
     MethodNotAllowedError,
     RouteNotFoundError,
+    UnsupportedEncodingError,
 )
+from deployments.http.edge.addresses import meant, methods_of, other_method, other_path
+from deployments.http.edge.content import ACCEPTED
 
 logger = logging.getLogger("ray.serve")
 
@@ -44,6 +45,8 @@ def error_response(error: EmbeddingError) -> Response:
         headers["retry-after"] = str(max(1, round(error.retry_after)))
     if isinstance(error, InvalidKeyError):
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, UnsupportedEncodingError):
+        headers["accept-encoding"] = ACCEPTED
     if isinstance(error, HarmfulInputError):
         headers["x-should-retry"] = "false"  # OpenAI's clients try every 500 again otherwise
     return Response(error_body(error), error.status, headers, "application/json")
@@ -88,20 +91,16 @@ def _bare(error: Exception) -> Exception:
 async def http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own refusals: no such path, no such method."""
     assert isinstance(error, HTTPException)
-    kind: Callable[[str], EmbeddingError] = {
-        404: RouteNotFoundError,
-        405: MethodNotAllowedError,
-    }.get(error.status_code, InvalidRequestError)
-    response = error_response(kind(str(error.detail)))
-    response.headers.update(error.headers or {})
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return other_path(request) or error_response(RouteNotFoundError(meant(request)))
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = ", ".join(methods_of(request))
+        response = other_method(request) or error_response(
+            MethodNotAllowedError(f"this path takes {allowed}")
+        )
         # Starlette names the methods of the first route with that path alone.
-        response.headers["allow"] = ", ".join(_methods(request))
+        response.headers["allow"] = allowed
+        return response
+    response = error_response(InvalidRequestError(str(error.detail)))
+    response.headers.update(error.headers or {})
     return response
-
-
-def _methods(request: Request) -> list[str]:
-    """Return what the path of a request may be asked with."""
-    routes = [route for route in request.app.routes if isinstance(route, Route)]
-    fitting = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
-    return sorted({method for route in fitting for method in route.methods or ()})

@@ -24,6 +24,7 @@ from deployments.errors import (
 from deployments.front.spare import add_spare, http_options
 from deployments.http.app import Desk, make_app
 from deployments.http.auth import Access
+from deployments.http.edge.origins import add_origins
 from deployments.http.metrics_port import MetricsPort
 from deployments.http.serving import Serving
 from deployments.keys.rates import Grant, LeasedRates, LocalRates
@@ -40,12 +41,14 @@ GATHER_SECONDS = 5.0
 class AccessSettings:
     """Who may come in: the keys, or nobody but this machine, or anybody.
 
-    `rates` is the handle of the central buckets where there are several ingress replicas.
+    `rates` is the handle of the central buckets where there are several ingress replicas; `origins` whose
+    pages may ask from a browser.
     """
 
     keys: KeySource = field(default_factory=KeySource)
     insecure: bool = False
     rates: DeploymentHandle[Any] | None = None
+    origins: tuple[str, ...] = ()
 
     def access(self) -> Access | None:
         """Return the ring of keys and what they may use up; None without keys. Raises ConfigError."""
@@ -126,6 +129,7 @@ class Ingress:
         """Return the application; Ray Serve asks for it once the constructor is done."""
         batches = self._batches.access() if self._batches else None
         app = make_app(self._serving, self._gather, self._ports, self._access, self._gather_usage, batches)
+        add_origins(app, self._access_settings.origins)
         add_spare(app)
         return app
 

@@ -19,6 +19,7 @@ from starlette.routing import Route
 from deployments.config.worker import Worker
 from deployments.dispatch.offload import offload
 from deployments.errors import IncompleteError
+from deployments.front.address import bracketed, family_of
 from deployments.metrics import CONTENT_TYPE, merge
 
 logger = logging.getLogger("ray.serve")
@@ -58,7 +59,7 @@ class MetricsPort:
         """Serve until cancelled; stand by while the port is taken."""
         while True:
             try:
-                listener = socket.create_server((self._host, self._port))
+                listener = socket.create_server((self._host, self._port), family=family_of(self._host))
             except OSError as error:
                 await self._explain(error)
                 await asyncio.sleep(STAND_BY_SECONDS)
@@ -100,7 +101,7 @@ class MetricsPort:
     async def _is_ours(self) -> bool:
         try:
             async with httpx.AsyncClient(timeout=STAND_BY_SECONDS, trust_env=False) as client:
-                response = await client.get(f"http://{self._host}:{self._port}{OWNER_PATH}")
+                response = await client.get(f"http://{bracketed(self._host)}:{self._port}{OWNER_PATH}")
         except httpx.HTTPError:
             return False
         return bool(response.text == self._worker)

@@ -7,7 +7,10 @@ from typing import Any
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from deployments.api import cohere, openai, pharia, pharia_schema, tei
+from deployments.api import cohere, openai, pharia, tei, vllm
+from deployments.api.fields import Body, read_object
+from deployments.api.pharia import schema as pharia_schema
+from deployments.api.request import EmbeddingRequest, Raw
 from deployments.errors import (
     IncompleteError,
     InvalidKeyError,
@@ -19,6 +22,7 @@ from deployments.http.table import EMBEDDING, NICE, Entry, answers
 from deployments.keys.usage import Counts, usage_answer
 
 VECTOR = [0.0330866, 0.05105618, -0.051683143]
+USED = {"prompt_tokens": 7, "total_tokens": 7, "completion_tokens": 0}
 USAGE = {
     "object": "usage",
     "key": "search",
@@ -50,7 +54,9 @@ EMBEDDING_ROUTES = (
             "object": "list",
             "data": [{"object": "embedding", "index": 0, "embedding": VECTOR}],
             "model": "all-minilm-l6-v2",
-            "usage": {"prompt_tokens": 7, "total_tokens": 7},
+            "usage": USED,
+            "id": "embd-5f0c",
+            "created": 1767225600,
         },
     ),
     EmbeddingRoute(
@@ -96,10 +102,48 @@ EMBEDDING_ROUTES = (
         "Embed texts (text-embeddings-inference, or Cohere: told apart by the body).",
         tei.parse_any,
         (tei.TeiBody, cohere.CohereBody),
-        list[list[float]] | cohere.CohereResponse,
+        list[list[float]] | cohere.CohereFloats | cohere.CohereResponse,
         [VECTOR],
     ),
+    EmbeddingRoute(
+        "/pooling",
+        "Embed as vLLM's `POST /pooling` does.",
+        vllm.parse_pooling,
+        (vllm.PoolingBody,),
+        vllm.PoolingResponse,
+        {
+            "object": "list",
+            "data": [{"object": "pooling", "index": 0, "data": VECTOR}],
+            "model": "all-minilm-l6-v2",
+            "usage": USED,
+            "id": "pooling-5f0c",
+            "created": 1767225600,
+        },
+    ),
+    EmbeddingRoute(
+        "/invocations",
+        "Embed in whichever form the body has: OpenAI's, Cohere's, text-embeddings-inference's (SageMaker).",
+        vllm.parse_invocation,
+        (openai.EmbeddingRequestBody, tei.TeiBody, cohere.CohereBody),
+        openai.EmbeddingResponse | list[list[float]] | cohere.CohereFloats | cohere.CohereResponse,
+        [VECTOR],
+    ),
+    EmbeddingRoute(
+        "/similarity",
+        "Compare sentences with one, by cosine (text-embeddings-inference).",
+        tei.parse_similarity,
+        (tei.SimilarityBody,),
+        list[float],
+        [0.71, 0.33],
+    ),
 )
+# The same under other paths, which clients make themselves.
+HIDDEN: dict[str, Parse] = {
+    "/": tei.parse_any,
+    "/embed_all": tei.refuse_unpooled,
+    "/embed_sparse": tei.refuse_unpooled,
+}
+AZURE = "/openai/deployments/{name:path}/embeddings"
 
 
 def embedding_routes(serving: Serving) -> Iterator[Entry]:
@@ -116,12 +160,30 @@ def embedding_routes(serving: Serving) -> Iterator[Entry]:
             document={"parameters": [NICE]},
         )
 
+    for path, parse in HIDDEN.items():
+        yield Entry(path=path, handler=_embedding(serving, parse), method="POST", shown=False)
+
+    async def azure(request: Request, name: str) -> Response:
+        def parse(body: Body) -> EmbeddingRequest:
+            return openai.parse_fields({**read_object(body), "model": name}, openai.FORMATS)
+
+        return as_answer(await serving.embed(request, parse))
+
+    yield Entry(path=AZURE, handler=azure, method="POST", shown=False)
+
 
 def _embedding(serving: Serving, parse: Parse) -> Callable[[Request], Awaitable[Response]]:
     async def embeddings(request: Request) -> Response:
-        return json_response(await serving.embed(request, parse))
+        return as_answer(await serving.embed(request, parse))
 
     return embeddings
+
+
+def as_answer(printed: bytes) -> Response:
+    """Return what a dialect has printed: JSON, unless it is raw."""
+    if isinstance(printed, Raw):
+        return Response(bytes(printed), 200, printed.headers, "application/octet-stream")
+    return json_response(printed)
 
 
 def usage_route(gather: Callable[[str], Awaitable[list[dict[str, Counts]]]]) -> Entry:

@@ -30,6 +30,7 @@ from deployments.errors import (
     TooManyInputsError,
 )
 from deployments.http.auth import key_of
+from deployments.http.edge.content import encoding_of, inflate
 from deployments.keys.file import Key
 from deployments.keys.rates import REQUESTS, TOKENS, Rates
 from deployments.keys.usage import Usage
@@ -125,7 +126,7 @@ class Serving:
             await self.rates.spend(key, kind, amount)
 
     async def embed(self, request: Request, parse: Parse) -> bytes:
-        """Return the JSON answer in the dialect that `parse` reads, or raise an EmbeddingError."""
+        """Return the answer in the dialect that `parse` reads, or raise an EmbeddingError."""
         arrival = asyncio.get_running_loop().time()
         with self.counted(arrival) as counted, self.in_hand.hold() as take:
             patience = wanted_seconds(request)
@@ -287,14 +288,15 @@ def caller_of(request: Request) -> str:
 
 
 async def body_chunks(request: Request, max_body_bytes: int) -> AsyncIterator[bytes]:
-    """Yield the body as it comes. Raises BodyTooLargeError before more than the limit is read."""
+    """Yield the body as it comes, inflated. Raises BodyTooLargeError before more than the limit is read."""
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_body_bytes:
         raise _too_large(max_body_bytes)
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise InvalidRequestError("compressed bodies aren't accepted", "content-encoding")
+    chunks: AsyncIterator[bytes] = request.stream()
+    if (header := request.headers.get("content-encoding")) and (encoding := encoding_of(header)):
+        chunks = inflate(chunks, encoding)
     size = 0
-    async for chunk in request.stream():
+    async for chunk in chunks:
         size += len(chunk)
         if size > max_body_bytes:
             # Made as it is raised: a name for it here would keep the body until the next full collection.

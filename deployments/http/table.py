@@ -29,6 +29,7 @@ BODY: Kinds = (
     errors.ModelNotFoundError,
     errors.DeadlineExceededError,
     errors.BodyTooLargeError,
+    errors.UnsupportedEncodingError,
     errors.ModelUnavailableError,
     errors.EmbeddingError,
 )

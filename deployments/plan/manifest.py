@@ -39,13 +39,14 @@ PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "serve": 8000}
 class Front:
     """Who may reach the cluster, and how: a key file where the builder and each ingress run, or anybody.
 
-    `batches` is a storage that all nodes reach.
+    `batches` is a storage that all nodes reach; `allow_origins` whose pages may ask from a browser.
     """
 
     keys: str = ""
     insecure: bool = False
     public: bool = False
     batches: str = NO_BATCHES
+    allow_origins: str = ""
 
     @property
     def host(self) -> str:
@@ -56,7 +57,8 @@ class Front:
     def arguments(self) -> dict[str, Any]:
         """What the builder is told."""
         keys = {"keys": self.keys} if self.keys else {}
-        return keys | ({"insecure": True} if self.insecure else {}) | {"batches": self.batches}
+        origins = {"allow_origins": self.allow_origins} if self.allow_origins else {}
+        return keys | ({"insecure": True} if self.insecure else {}) | {"batches": self.batches} | origins
 
 
 def serve_config(plans: Iterable[WorkerPlan], config: str, front: Front) -> dict[str, Any]:

@@ -180,7 +180,7 @@ class Replica:
         """Wait until every address of `monitoring.tcp_probes` accepts a connection."""
         for address in self._plan.worker.monitoring.tcp_probes:
             host, _, port = address.rpartition(":")
-            while not await _accepts(host, int(port)):
+            while not await _accepts(host.strip("[]"), int(port)):
                 logger.warning("%s: waiting for tcp_probes %s", self._plan.name, address)
                 await asyncio.sleep(PROBE_PAUSE_SECONDS)
 

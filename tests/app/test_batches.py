@@ -300,7 +300,7 @@ EXPIRY = (
         (b"nonsense", FORM, 400, "body"),
         (b"--b--\r\n", FORM, 400, "file"),
         (form().replace(b'"file"', b'"data"'), FORM, 400, "file"),
-        (form() + b"", FORM | {"content-encoding": "gzip"}, 400, "content-encoding"),
+        (form() + b"", FORM | {"content-encoding": "gzip"}, 400, "body"),
         (form(content="x" * MAX_FILE_BYTES), FORM, 413, "body"),
         (form(more=form("batch")[: -len("--b--\r\n")].decode()), FORM, 400, "file"),
     ],

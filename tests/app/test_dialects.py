@@ -148,7 +148,6 @@ CONTROLLED = [{"type": "text", "data": "x", "controls": [{"start": 0, "length": 
         ("/embed", {}, "invalid_request", "inputs"),
         ("/embed", {"inputs": [1, "x"]}, "invalid_request", "inputs"),
         ("/embed", {"inputs": "x", "truncation_direction": "Up"}, "invalid_request", "truncation_direction"),
-        ("/v2/embed", {"texts": ["x"]}, "invalid_request", "input_type"),
         ("/v2/embed", {"input_type": "search_query"}, "invalid_request", "texts"),
         (
             "/v2/embed",

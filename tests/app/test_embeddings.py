@@ -44,7 +44,7 @@ async def test_texts_come_back_in_order(client: httpx.AsyncClient) -> None:
 async def test_usage_counts_every_token(client: httpx.AsyncClient) -> None:
     """The fake tokenizer makes one token of a byte."""
     response = await client.post("/embeddings", json={"model": "a", "input": ["abc", "de"]})
-    assert response.json()["usage"] == {"prompt_tokens": 5, "total_tokens": 5}
+    assert response.json()["usage"] == {"prompt_tokens": 5, "total_tokens": 5, "completion_tokens": 0}
     assert response.json()["model"] == "a"
 
 

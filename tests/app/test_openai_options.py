@@ -30,7 +30,7 @@ async def test_the_answer_says_which_inputs_were_cut(client: httpx.AsyncClient) 
     """By index, beside the usage, which counts what the model read; where none was, nothing is said."""
     answer = await post(client, input=["abcdef", "ab", "uvwxyz"], truncate_prompt_tokens=3)
     assert answer["truncated"] == [0, 2]
-    assert answer["usage"] == {"prompt_tokens": 8, "total_tokens": 8}
+    assert answer["usage"] == {"prompt_tokens": 8, "total_tokens": 8, "completion_tokens": 0}
     assert "truncated" not in await post(client, input=["abc"], truncate_prompt_tokens=3)
     assert (await post(client, model="texts", input=["x", "y" * 600]))["truncated"] == [1]
 
@@ -93,7 +93,10 @@ async def test_cl100k_ids_are_read_as_the_text_that_they_were(client: httpx.Asyn
     assert np.array_equal(got, expected(texts))
     answer = await post(client, model="foreign", input=ids[0], input_type="query")
     assert np.allclose(answer["data"][0]["embedding"], expected(["find: Hello world"])[0])
-    for beyond in (100_256, 100_257, 2**40):
+    answer = await post(client, model="foreign", input=[[*ids[0], 100_257], [100_276]])
+    got = np.array([item["embedding"] for item in answer["data"]], np.float32)
+    assert np.array_equal(got, expected(["Hello world<|endoftext|>", "<|endofprompt|>"]))
+    for beyond in (100_256, 100_261, 100_277, 2**40):
         assert await refused(client, model="foreign", input=[beyond]) == (400, "invalid_request", "input")
 
 

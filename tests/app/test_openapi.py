@@ -26,7 +26,7 @@ from pydantic import create_model
 from starlette.requests import Request
 
 from deployments import api
-from deployments.api import batches, pharia
+from deployments.api import batches, tei, vllm
 from deployments.batches.desk import BatchAccess
 from deployments.batches.serving import DEFAULT_BATCHES, FORM_EXPIRY, MAX_BATCHES, MAX_FILES
 from deployments.batches.serving import _expiry as batches_form
@@ -110,8 +110,9 @@ def test_every_answer_is_a_documented_one(address: str, tmp_path: Path) -> None:
 
 PARSERS: dict[str, Callable[[bytes], object]] = {
     **{f"/v1{route.path}": route.parse for route in EMBEDDING_ROUTES},
-    "/v1/tokenize": pharia.parse_tokenize,
-    "/v1/detokenize": pharia.parse_detokenize,
+    "/v1/tokenize": vllm.parse_tokenize,
+    "/v1/detokenize": vllm.parse_detokenize,
+    "/v1/decode": tei.parse_decode,
     "/v1/batches": batches.parse_create,
 }
 # JSON Schema calls 1.0 an integer. We don't, and no such number stands here.
@@ -261,7 +262,7 @@ def test_no_field_is_read_that_the_document_doesnt_name(described: dict[str, Any
     content, parse = bodies(described)[path], PARSERS[path]
     allowed = allows(content["schema"], described)
     folder = Path(api.__file__).parent
-    known = [node for file in folder.glob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    known = [node for file in folder.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
     names = {node.value for node in known if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     for example in content["examples"].values():
         body = copy.deepcopy(example["value"])

@@ -9,9 +9,17 @@ from deployments.errors import EngineStartError
 
 
 def test_the_table_holds_every_tokens_bytes() -> None:
-    """And no special token's."""
+    """Special ones as the text that stands for them; an id without a token holds nothing."""
     table = read_cl100k()
-    assert len(table) == 100_256
+    assert len(table) == 100_277
+    special = {token: table[token] for token in range(100_256, 100_277) if table[token]}
+    assert special == {
+        100_257: b"<|endoftext|>",
+        100_258: b"<|fim_prefix|>",
+        100_259: b"<|fim_middle|>",
+        100_260: b"<|fim_suffix|>",
+        100_276: b"<|endofprompt|>",
+    }
     assert b"".join(table[token] for token in (9906, 1917)) == b"Hello world"
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from deployments import app
 from deployments.api import upload
 from deployments.api.batch_objects import WINDOW_SECONDS
 from deployments.app import BuildArguments
@@ -17,6 +16,7 @@ from deployments.command import embed
 from deployments.config.worker import Limits
 from deployments.dispatch import admission, pace, prepare, work
 from deployments.http import serving as requests
+from deployments.http.dialects import tei
 from deployments.jobs import columns, lines
 from deployments.jobs.run import PART_ROWS, SLICES_PER_PART
 from deployments.transport import outcome
@@ -45,7 +45,7 @@ CALLER_SHARE = {8: "eight ninths"}
             f"{requests.LARGEST_BODIES} of the largest:"
             f" {requests.LARGEST_BODIES * BUILD.max_body_bytes // MIB} MiB",
         ),
-        ("requests under way, of one ingress replica", f"{app.MAX_INGRESS_REQUESTS}"),
+        ("requests under way, of one ingress replica", f"{tei.MAX_INGRESS_REQUESTS}"),
         ("tokens that wait for a model", f"{admission.FIRST_BOUND_TOKENS} until that is known"),
         ("what one caller has of these", CALLER_SHARE[int(admission.CALLER_SHARE)]),
         ("inputs of one call to a replica", f"{work.MAX_CALL_INPUTS}"),

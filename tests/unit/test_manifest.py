@@ -68,6 +68,17 @@ def test_batches_are_deployed_where_a_place_is_named(
         assert [each.name for each in application.deployments][: -len(list(folder.iterdir()))] == names
 
 
+def test_origins_are_deployed_where_some_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what is none is told before anything is printed."""
+    for arguments, named in (((), None), (("--allow-origins", "https://a.example"), "https://a.example")):
+        (document,) = documents(capsys, str(folder), "--format", "serve", *arguments)
+        assert document["applications"][0]["args"].get("allow_origins") == named
+    assert main(["plan", str(folder), "--allow-origins", "a.example"]) == 2
+    assert capsys.readouterr().err == (
+        "allow_origins: `a.example` is no origin, such as https://app.example.com, and not `*`\n"
+    )
+
+
 def test_the_place_of_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of the user's data on one node; on several only what is named; never what can't be written."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deployments.api import fields, openai, pharia, tei
+from deployments.api import fields, openai, pharia, tei, vllm
 from deployments.api.request import EmbeddingResult
 from deployments.dispatch.work import Input, Lane, Pending, split
 from deployments.errors import EmbeddingError, InvalidRequestError
@@ -85,8 +85,12 @@ def test_no_body_breaks_a_parser(fields: Any) -> None:
         pharia.parse_semantic,
         pharia.parse_batch,
         pharia.parse_instructable,
-        pharia.parse_tokenize,
-        pharia.parse_detokenize,
+        vllm.parse_tokenize,
+        vllm.parse_detokenize,
+        vllm.parse_pooling,
+        vllm.parse_invocation,
+        tei.parse_similarity,
+        tei.parse_decode,
     ):
         try:
             parse(body)

@@ -12,7 +12,14 @@ import orjson
 
 from deployments.api import fields as read
 from deployments.api.encoding import json_rows
-from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt
+from deployments.api.known import (
+    PHARIA_BATCH,
+    PHARIA_DETOKENIZE,
+    PHARIA_INSTRUCTABLE,
+    PHARIA_SEMANTIC,
+    PHARIA_TOKENIZE,
+)
+from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Reader, TokensRequest
 from deployments.errors import InvalidRequestError, MissingCapabilityError, TooManyInputsError
 
 MAX_PROMPTS = 100
@@ -48,6 +55,7 @@ class PhariaRequest(EmbeddingRequest):
 def parse_semantic(body: read.Body) -> PhariaRequest:
     """Parse a body of `POST /semantic_embed`."""
     fields = read.read_object(body)
+    PHARIA_SEMANTIC.check(fields)
     texts, ids = _read_prompt(fields.get("prompt"), "prompt", "prompt")
     return PhariaRequest(texts=texts, token_ids=ids, **_semantic(fields, "prompt"))
 
@@ -55,6 +63,7 @@ def parse_semantic(body: read.Body) -> PhariaRequest:
 def parse_batch(body: read.Body) -> PhariaRequest:
     """Parse a body of `POST /batch_semantic_embed`."""
     fields = read.read_object(body)
+    PHARIA_BATCH.check(fields)
     prompts = read.not_empty(fields.get("prompts"), "prompts")
     if len(prompts) > MAX_PROMPTS:
         raise TooManyInputsError(
@@ -71,6 +80,7 @@ def parse_batch(body: read.Body) -> PhariaRequest:
 def parse_instructable(body: read.Body) -> PhariaRequest:
     """Parse a body of `POST /instructable_embed`."""
     fields = read.read_object(body)
+    PHARIA_INSTRUCTABLE.check(fields)
     texts, ids = _read_prompt(fields.get("input"), "input", "input")
     instruction = read.required_string(fields, "instruction")
     return PhariaRequest(texts=texts, token_ids=ids, instruction=instruction, **_common(fields, "input"))
@@ -87,13 +97,11 @@ def refuse_raw(fields: Mapping[str, Any]) -> None:
 def _common(fields: Mapping[str, Any], input_field: str) -> dict[str, Any]:
     """Return what every request may hold."""
     read.refuse(fields, "contextual_control_threshold")
-    read.flag(fields, "control_log_additive")
-    read.any_string(fields, "hosting")
     return {
         "model": read.string(fields, "model"),
         "input_field": input_field,
         "own_ids": True,  # they come from our own /tokenize
-        "normalize": read.flag(fields, "normalize") or False,
+        "normalize": read.flag(fields, "normalize") or None,  # absent is false, by its API
         "tags": read.tags(fields),
     }
 
@@ -154,70 +162,55 @@ def _read_item(item: Any, name: str, param: str) -> str | list[int]:
 # --- tokens ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TokenizeRequest:
+@dataclass(frozen=True, kw_only=True)
+class TokenizeRequest(TokensRequest):
     """A body of `POST /tokenize`: which of the two lists are wanted."""
 
-    model: str | None
-    prompt: str
     tokens: bool
     token_ids: bool
-    tags: frozenset[str]
+
+    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
+        """Return the lists that were asked for, special tokens included."""
+        encoding = reader.read(texts[0])
+        answer: dict[str, Any] = {}
+        if self.tokens:
+            answer["tokens"] = encoding.tokens
+        if self.token_ids:
+            answer["token_ids"] = encoding.ids
+        return orjson.dumps(answer)
 
 
-def parse_tokenize(body: read.Body) -> TokenizeRequest:
-    """Parse a body of `POST /tokenize`."""
-    fields = read.read_object(body)
-    read.any_string(fields, "hosting")
-    prompt = fields.get("prompt")
-    if not isinstance(prompt, str):
-        raise InvalidRequestError("`prompt` must be a string", "prompt")
+def parse_tokenize(fields: read.Fields) -> TokenizeRequest:
+    """Parse the fields of a body of `POST /tokenize`."""
+    PHARIA_TOKENIZE.check(fields)
     wanted = {name: read.flag(fields, name) for name in ("tokens", "token_ids")}
     for name, value in wanted.items():
         if value is None:
             raise InvalidRequestError(f"`{name}` is missing", name)
     return TokenizeRequest(
-        read.string(fields, "model"),
-        prompt,
-        bool(wanted["tokens"]),
-        bool(wanted["token_ids"]),
-        read.tags(fields),
+        model=read.string(fields, "model"),
+        texts=[read.text(fields, "prompt")],
+        tokens=bool(wanted["tokens"]),
+        token_ids=bool(wanted["token_ids"]),
+        tags=read.tags(fields),
     )
 
 
-def answer_tokenize(request: TokenizeRequest, ids: Sequence[int], tokens: Sequence[str]) -> bytes:
-    """Return the lists that were asked for."""
-    answer: dict[str, Any] = {}
-    if request.tokens:
-        answer["tokens"] = tokens
-    if request.token_ids:
-        answer["token_ids"] = ids
-    return orjson.dumps(answer)
-
-
-@dataclass(frozen=True)
-class DetokenizeRequest:
+class DetokenizeRequest(TokensRequest):
     """A body of `POST /detokenize`."""
 
-    model: str | None
-    token_ids: Sequence[int]
-    tags: frozenset[str]
+    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
+        """Return the text, special tokens left out."""
+        return orjson.dumps({"result": reader.decode(self.ids[0])})
 
 
-def parse_detokenize(body: read.Body) -> DetokenizeRequest:
-    """Parse a body of `POST /detokenize`."""
-    fields = read.read_object(body)
-    read.any_string(fields, "hosting")
-    ids = fields.get("token_ids")
-    if ids is None:
-        raise InvalidRequestError("`token_ids` is missing", "token_ids")
-    known = read.token_ids(ids, "token_ids", "token_ids") if ids != [] else []
-    return DetokenizeRequest(read.string(fields, "model"), known, read.tags(fields))
-
-
-def answer_detokenize(text: str) -> bytes:
-    """Return the text."""
-    return orjson.dumps({"result": text})
+def parse_detokenize(fields: read.Fields) -> DetokenizeRequest:
+    """Parse the fields of a body of `POST /detokenize`."""
+    PHARIA_DETOKENIZE.check(fields)
+    ids = [read.few_or_no_ids(fields, "token_ids")]
+    return DetokenizeRequest(
+        model=read.string(fields, "model"), ids=ids, field="token_ids", tags=read.tags(fields)
+    )
 
 
 # --- listings --------------------------------------------------------------------------------------

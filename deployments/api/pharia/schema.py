@@ -5,6 +5,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api.fields import Text, TokenId, TokenIds
+from deployments.api.known import (
+    PHARIA_BATCH,
+    PHARIA_DETOKENIZE,
+    PHARIA_INSTRUCTABLE,
+    PHARIA_SEMANTIC,
+    PHARIA_TOKENIZE,
+)
 from deployments.api.pharia import MAX_PROMPTS
 
 MODEL = "One of the names that `GET /models` lists; may be left out where there is only one."
@@ -41,7 +48,6 @@ class Common(BaseModel):
     """What every body may hold. Fields that are null count as absent."""
 
     model: Text | None = Field(None, description=MODEL)
-    hosting: str | None = Field(None, description="Accepted and not used.")
     tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
 
 
@@ -49,7 +55,6 @@ class Embed(Common):
     """What every body that embeds may hold."""
 
     normalize: bool | None = Field(False, description="Ask for unit length from a model that gives others.")
-    control_log_additive: bool | None = Field(None, description="Accepted and not used.")
     contextual_control_threshold: Literal[0] | None = Field(None, description="No model here supports it.")
 
 
@@ -67,9 +72,9 @@ class SemanticBody(Semantic):
 
     model_config = ConfigDict(
         title="SemanticEmbeddingRequest",
-        json_schema_extra={
-            "examples": [{"model": "all-minilm-l6-v2", "prompt": "Hello", "representation": "document"}]
-        },
+        json_schema_extra=PHARIA_SEMANTIC.describe(
+            examples=[{"model": "all-minilm-l6-v2", "prompt": "Hello", "representation": "document"}]
+        ),
     )
 
     prompt: TextPrompt | IdsPrompt
@@ -80,9 +85,9 @@ class BatchSemanticBody(Semantic):
 
     model_config = ConfigDict(
         title="BatchSemanticEmbeddingRequest",
-        json_schema_extra={
-            "examples": [{"model": "all-minilm-l6-v2", "prompts": ["a", "b"], "representation": "symmetric"}]
-        },
+        json_schema_extra=PHARIA_BATCH.describe(
+            examples=[{"model": "all-minilm-l6-v2", "prompts": ["a", "b"], "representation": "symmetric"}]
+        ),
     )
 
     prompts: (
@@ -96,9 +101,9 @@ class InstructableBody(Embed):
 
     model_config = ConfigDict(
         title="InstructableEmbeddingRequest",
-        json_schema_extra={
-            "examples": [{"model": "all-minilm-l6-v2", "input": "Hello", "instruction": "Find greetings"}]
-        },
+        json_schema_extra=PHARIA_INSTRUCTABLE.describe(
+            examples=[{"model": "all-minilm-l6-v2", "input": "Hello", "instruction": "Find greetings"}]
+        ),
     )
 
     input: TextPrompt | IdsPrompt
@@ -126,9 +131,9 @@ class TokenizeBody(Common):
 
     model_config = ConfigDict(
         title="TokenizationRequest",
-        json_schema_extra={
-            "examples": [{"model": "all-minilm-l6-v2", "prompt": "Hello", "tokens": True, "token_ids": True}]
-        },
+        json_schema_extra=PHARIA_TOKENIZE.describe(
+            examples=[{"model": "all-minilm-l6-v2", "prompt": "Hello", "tokens": True, "token_ids": True}]
+        ),
     )
 
     prompt: str
@@ -148,7 +153,9 @@ class DetokenizeBody(Common):
 
     model_config = ConfigDict(
         title="DetokenizationRequest",
-        json_schema_extra={"examples": [{"model": "all-minilm-l6-v2", "token_ids": [101, 7592, 102]}]},
+        json_schema_extra=PHARIA_DETOKENIZE.describe(
+            examples=[{"model": "all-minilm-l6-v2", "token_ids": [101, 7592, 102]}]
+        ),
     )
 
     token_ids: list[TokenId]

@@ -1,0 +1,1 @@
+"""What clients write in other ways: addresses, methods, and bodies that are compressed."""

@@ -1,0 +1,268 @@
+"""What clients, probes and gateways write in other ways: methods, addresses, encodings, marks, origins."""
+
+import gzip
+import json
+import zlib
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from deployments.config.origins import allowed_origins
+from deployments.errors import ConfigError
+from deployments.http.app import make_app
+from deployments.http.edge.origins import add_origins
+from tests.app.conftest import MAX_BODY_BYTES, LocalHandle, expected, make_serving
+
+BODY = json.dumps({"model": "a", "input": "x"}).encode()
+
+
+async def ask(client: httpx.AsyncClient, content: bytes, path: str = "/embeddings", **headers: str) -> Any:
+    """Return the answer to a body as it is on the wire."""
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    return await client.post(path, content=content, headers={"content-type": "application/json", **sent})
+
+
+def is_vector(response: httpx.Response) -> bool:
+    """Whether a response holds the right vector of `x`."""
+    assert response.status_code == 200, response.text
+    vector = response.json()["data"][0]["embedding"]
+    return np.array_equal(np.array(vector, np.float32), expected(["x"])[0])
+
+
+def message(response: httpx.Response) -> str:
+    """Return an error's whole text."""
+    text: str = response.json()["error"]["message"]
+    return text
+
+
+# --- methods --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/ready", "/models", "/models/a", "/metrics", "/docs", "/version"]
+)
+async def test_a_head_is_answered_as_a_get(client: httpx.AsyncClient, path: str) -> None:
+    """The same status and headers; the server leaves the body out (RFC 9110)."""
+    shown, headers = await client.get(path), await client.head(path)
+    assert headers.status_code == shown.status_code
+    assert headers.headers["content-type"] == shown.headers["content-type"]
+    assert headers.content == b""
+
+
+async def test_a_method_that_a_path_hasnt_names_those_it_has(client: httpx.AsyncClient) -> None:
+    """HEAD among them where GET is."""
+    for path, method, allowed in (
+        ("/embeddings", "HEAD", "POST"),
+        ("/embeddings", "DELETE", "POST"),
+        ("/models", "POST", "GET, HEAD"),
+    ):
+        response = await client.request(method, path)
+        assert response.status_code == 405
+        assert response.headers["allow"] == allowed
+        if method != "HEAD":
+            assert message(response) == f"this path takes {allowed}"
+
+
+# --- addresses ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/v1/embeddings",
+        "/v1/v1/v1/embeddings",
+        "//embeddings",
+        "//v1/embeddings",
+        "/v1//embeddings",
+        "/v1/embeddings/",
+        "/embeddings//",
+        "/openai/v1/embeddings",
+    ],
+)
+async def test_base_addresses_that_end_otherwise_are_served(client: httpx.AsyncClient, path: str) -> None:
+    """As clients make them of one with `/v1`, with a slash, or with neither."""
+    assert is_vector(await ask(client, BODY, f"http://cluster{path}"))
+    listed = await client.get(f"http://cluster{path}".replace("embeddings", "models"))
+    assert listed.json()["object"] == "list"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "told"),
+    [
+        ("POST", "/api/v1/embeddings", "did you mean POST /v1/embeddings?"),
+        ("POST", "/v1/embeddings/embeddings", "did you mean POST /embeddings?"),
+        ("POST", "/V1/Embeddings", "did you mean POST /v1/embeddings?"),
+        ("POST", "/v1/embedding", "did you mean POST /v1/embeddings?"),
+        ("GET", "//metrics", "did you mean GET /metrics?"),
+        ("GET", "/v1/v1/metrics", "did you mean GET /v1/metrics?"),
+        ("GET", "/v1/chat/completions", "/docs shows them all"),
+        ("GET", "/" + "x/" * 3000, "/docs shows them all"),
+    ],
+)
+async def test_other_addresses_are_told_what_was_meant(
+    client: httpx.AsyncClient, method: str, path: str, told: str
+) -> None:
+    """Operators' routes among them: another spelling opens nothing."""
+    response = await client.request(method, f"http://cluster{path}")
+    assert (response.status_code, response.json()["code"]) == (404, "not_found")
+    assert message(response) == f"no route has this path; {told}"
+
+
+# --- bytes before and inside bodies ---------------------------------------------------------------
+
+
+async def test_a_byte_order_mark_is_skipped(client: httpx.AsyncClient) -> None:
+    """PowerShell writes one into its files; what is wrong behind it is told as without."""
+    assert is_vector(await ask(client, b"\xef\xbb\xbf" + BODY))
+    assert is_vector(await ask(client, gzip.compress(b"\xef\xbb\xbf" + BODY), content_encoding="gzip"))
+    response = await ask(client, b"\xef\xbb\xbf{")
+    assert message(response).startswith("the body isn't valid JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"),
+    [
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16"),
+        ("utf-16-be", "UTF-16"),
+        ("utf-32", "UTF-32"),
+        ("utf-32-be", "UTF-32"),
+        ("latin-1", "another encoding (byte 24 isn't UTF-8)"),
+        ("cp1252", "another encoding (byte 24 isn't UTF-8)"),
+    ],
+)
+async def test_an_encoding_that_isnt_utf_8_is_named(
+    client: httpx.AsyncClient, encoding: str, name: str
+) -> None:
+    """With the place where it shows, and without what stands there."""
+    response = await ask(client, '{"model":"a","input":"é"}'.encode(encoding))
+    assert response.status_code == 400
+    assert message(response) == f"the body is in {name}; JSON is sent in UTF-8".replace("24", "22")
+
+
+# --- Content-Encoding -----------------------------------------------------------------------------
+
+
+def raw_deflate(data: bytes) -> bytes:
+    """Return data as clients send it that leave zlib's header out."""
+    stream = zlib.compressobj(wbits=-15)
+    return stream.compress(data) + stream.flush()
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        (gzip.compress(BODY), "gzip"),
+        (gzip.compress(BODY), "GZIP, identity"),
+        (gzip.compress(BODY), "x-gzip"),
+        (gzip.compress(BODY[:5]) + gzip.compress(BODY[5:]), "gzip"),
+        (zlib.compress(BODY), "deflate"),
+        (raw_deflate(BODY), "deflate"),
+        *((BODY, plain) for plain in ("identity", "", "utf-8", "UTF8", "identity, identity", ",", "none")),
+    ],
+)
+async def test_compressed_bodies_are_read(client: httpx.AsyncClient, content: bytes, encoding: str) -> None:
+    """Gzip in one part or several, deflate with a header or without; a charset is no encoding."""
+    assert is_vector(await ask(client, content, content_encoding=encoding))
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, gzip", "deflate, gzip", "x" * 500])
+async def test_other_encodings_are_refused_with_those_that_are_read(
+    client: httpx.AsyncClient, encoding: str
+) -> None:
+    """415, and Accept-Encoding, as RFC 9110 has it."""
+    response = await ask(client, BODY, content_encoding=encoding)
+    assert (response.status_code, response.json()["code"]) == (415, "unsupported_encoding")
+    assert response.headers["accept-encoding"] == "gzip, deflate"
+    assert message(response) == "bodies may be encoded with gzip or deflate, once"
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "told"),
+    [
+        (BODY, "gzip", "the body isn't valid gzip"),
+        (BODY, "deflate", "the body isn't valid deflate"),
+        (gzip.compress(BODY)[:-9], "gzip", "the body's gzip ends too early"),
+        (gzip.compress(BODY)[:-4], "gzip", "the body's gzip ends too early"),
+        (gzip.compress(BODY) + b"xx", "gzip", "the body isn't valid gzip"),
+        (zlib.compress(BODY) + BODY, "deflate", "the body isn't valid deflate"),
+    ],
+)
+async def test_what_isnt_compressed_as_it_says_is_refused(
+    client: httpx.AsyncClient, content: bytes, encoding: str, told: str
+) -> None:
+    """Cut off, followed by something else, or not compressed at all."""
+    response = await ask(client, content, content_encoding=encoding)
+    assert (response.status_code, message(response)) == (400, told)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])
+async def test_a_body_may_be_no_larger_for_being_compressed(client: httpx.AsyncClient, pack: Any) -> None:
+    """A bomb of a hundred times the limit is given up at the limit."""
+    kind = "gzip" if pack is gzip.compress else "deflate"
+    response = await ask(client, pack(b" " * (100 * MAX_BODY_BYTES)), content_encoding=kind)
+    assert (response.status_code, message(response)) == (413, "the body is over the limit of 1000000 bytes")
+    assert is_vector(
+        await ask(client, pack(b" " * (MAX_BODY_BYTES - len(BODY)) + BODY), content_encoding=kind)
+    )
+
+
+# --- browsers -------------------------------------------------------------------------------------
+
+
+async def test_no_origin_is_allowed_unless_one_is_named(handles: dict[str, LocalHandle]) -> None:
+    """Then its preflights are answered without a key, and its answers may be read by the page."""
+    preflight = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization, content-type, x-stainless-lang",
+    }
+    for origins, origin, allowed in (
+        ((), "https://app.example", False),
+        (("https://app.example",), "https://app.example", True),
+        (("https://app.example",), "https://app.example.evil", False),
+        (("*",), "https://any.example", True),
+    ):
+        serving = make_serving(handles)
+        app = make_app(serving, list)  # type: ignore[arg-type]
+        add_origins(app, origins)
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://cluster/v1", headers={"origin": origin}
+        ) as page:
+            asked = await page.options("/embeddings", headers=preflight)
+            response = await page.post("/embeddings", json={"model": "a", "input": "x"})
+            refused = await page.post("/embeddings", json={})
+        assert is_vector(response)
+        if allowed:
+            assert asked.status_code == 200
+            assert asked.headers["access-control-allow-origin"] in (origin, "*")
+            assert "authorization" in asked.headers["access-control-allow-headers"]
+            assert response.headers["access-control-allow-origin"] in (origin, "*")
+            assert refused.headers["access-control-allow-origin"] in (origin, "*")
+            assert "x-request-id" in response.headers["access-control-expose-headers"]
+        else:
+            assert asked.status_code == (400 if origins else 405)
+            assert asked.json()["error"]["message"] == (
+                "this origin may not ask here; `allow_origins` names those that may"
+                if origins
+                else "this path takes POST"
+            )
+            assert "access-control-allow-origin" not in response.headers
+
+
+def test_what_is_no_origin_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path behind it would never be met; the environment stands in for the option."""
+    assert allowed_origins("") == ()
+    assert allowed_origins("https://a.example, http://localhost:3000,,https://a.example") == (
+        "https://a.example",
+        "http://localhost:3000",
+    )
+    monkeypatch.setenv("EMBEDDING_CLUSTER_ALLOW_ORIGINS", "*")
+    assert allowed_origins("") == ("*",)
+    for wrong in ("https://a.example/", "a.example", "https://*.example", "null"):
+        with pytest.raises(ConfigError) as caught:
+            allowed_origins(wrong)
+        assert caught.value.message == (
+            f"allow_origins: `{wrong}` is no origin, such as https://app.example.com, and not `*`"
+        )
