@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.harness import workers
 from tests.harness.fake import expected
 from tests.harness.faults import FAULTS, FakeTexts, Fault, Load, Traffic, client, run
+from tests.harness.prometheus import metric_of, names
 from tests.harness.server import MARK, Server, free_port, program, serve, wait_for
 
 pytestmark = pytest.mark.cluster
@@ -117,6 +118,9 @@ def test_metrics_agree_with_what_was_sent(server: Server) -> None:
     calls = after["embedding_call_inputs_count a"] - before.get("embedding_call_inputs_count a", 0)
     assert calls / 2 < local <= calls
     assert after["embedding_replicas a"] == after["embedding_replica_states a running"] == 2
+    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=30).text)
+    told = {family.name for family in families}
+    assert {metric_of(name) for name in names("embedding_")} <= told  # what the dashboard asks for
     own = counts(f"http://127.0.0.1:{server.metrics_port}/metrics")
     assert own["embedding_inputs_total a"] == after["embedding_inputs_total a"]
     assert not any(name.endswith(" b") for name in own)
