@@ -27,6 +27,7 @@ The rooms, in the order in which they know of each other:
 ``replica``     one engine in a Ray Serve replica
 ``dispatch``    from texts to vectors, for anybody who asks
 ``bulk``        patience and windows: what jobs, clients and batches share
+``status``      what the processes count, as the last minutes of each model
 ``http``        all that knows HTTP
 ``batches``     OpenAI's files and batches
 ``client``      handles for Ray programs; ``jobs`` files and tables, row by row

@@ -37,9 +37,9 @@ def add_dashboard_command(commands: "argparse._SubParsersAction[argparse.Argumen
     command = commands.add_parser("dashboard", help="write a Grafana dashboard and Prometheus alert rules")
     command.add_argument("folder", type=Path, help="where to write them; what has their names is replaced")
     what = "the cluster's address (default: %(default)s)"
-    command.add_argument("--url", type=_address, default="http://127.0.0.1:8000", help=what)
+    command.add_argument("--url", type=address, default="http://127.0.0.1:8000", help=what)
     what = "Prometheus's address, for Grafana (default: %(default)s)"
-    command.add_argument("--prometheus", type=_address, default="http://127.0.0.1:9090", help=what)
+    command.add_argument("--prometheus", type=address, default="http://127.0.0.1:9090", help=what)
     what = "a file that holds an operator's key, which Prometheus reads"
     command.add_argument("--key-file", type=Path, metavar="FILE", help=what)
     command.set_defaults(command=_dashboard)
@@ -198,7 +198,7 @@ def _yaml(content: dict[str, Any]) -> str:
     return text
 
 
-def _address(text: str) -> str:
+def address(text: str) -> str:
     """Return an address as it was written. Raises ArgumentTypeError where it isn't one of HTTP."""
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.netloc:

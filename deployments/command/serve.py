@@ -24,7 +24,7 @@ from deployments.command.summary import ServeArguments, table
 from deployments.config.load import load_workers
 from deployments.config.worker import INGRESS_NAME, Worker
 from deployments.engine.available import require_vllm
-from deployments.errors import ConfigError, EngineStartError
+from deployments.errors import ConfigError, EngineStartError, reason_of
 from deployments.front.guard import haproxies, stop_guards
 from deployments.front.switches import prepare_environment
 from deployments.plan.plan import ingress_replicas, make_plans, unplaceable
@@ -169,7 +169,7 @@ def _watch(started: float, stop: threading.Event) -> "ApplicationStatusOverview"
             counts = ", ".join(f"{n} {state.lower()}" for state, n in deployment.replica_states.items())
             state = "ready" if _is_up(deployment) else counts or "waiting"
             if _cant_start(deployment):
-                state = f"can't start: {_reason(deployment.message)}"
+                state = f"can't start: {reason_of(deployment.message)}"
             line = f"{name}: {state}"
             if told.get(name) != line:
                 told[name] = line
@@ -184,7 +184,7 @@ def _watch(started: float, stop: threading.Event) -> "ApplicationStatusOverview"
 
 def _failed(status: "ApplicationStatusOverview") -> dict[str, str]:
     """Return why each deployment that isn't up isn't."""
-    return {name: _reason(each.message) for name, each in status.deployments.items() if not _is_up(each)}
+    return {name: reason_of(each.message) for name, each in status.deployments.items() if not _is_up(each)}
 
 
 def _is_up(deployment: Any) -> bool:
@@ -195,13 +195,6 @@ def _is_up(deployment: Any) -> bool:
 def _cant_start(deployment: Any) -> bool:
     """Whether the engine of one that isn't up has said why it can't start."""
     return not _is_up(deployment) and EngineStartError.__name__ in deployment.message
-
-
-def _reason(message: str) -> str:
-    """Return the last line of Serve's message that says something: our own one-line error."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    ours = [line for line in lines if "Error: " in line]
-    return (ours or lines or ["no reason given"])[-1].rpartition("Error: ")[2]
 
 
 def _wait_for_port(arguments: ServeArguments, stop: threading.Event) -> bool:

@@ -1,7 +1,7 @@
 """What an operator is told once the cluster serves: models, addresses, keys."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from deployments.config.worker import Worker
@@ -21,22 +21,25 @@ class ServeArguments:
     batches: str = ""
 
 
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line for each row, its cells in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
 def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str, str]) -> str:
     """Return what an operator wants to see first: models, addresses, keys."""
     rows = [("MODEL", "WORKER", "VERSION", "STATE")]
     for worker in workers:
         state = f"failed: {failed[worker.name]}" if worker.name in failed else "ready"
         rows += [(name, worker.name, str(worker.queue.version), state) for name in worker.queue.models]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
-        for row in rows
-    ]
     base = f"http://{arguments.host}:{arguments.port}"
     return "\n".join(
         [
             "",
-            *lines,
+            *columns(rows),
             "",
             f"OpenAI API  {base}/v1",
             f"Docs        {base}/docs",

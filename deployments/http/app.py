@@ -21,6 +21,7 @@ from deployments.http.routes import embedding_routes, usage_route
 from deployments.http.serving import Serving
 from deployments.http.table import Entry, register
 from deployments.keys.usage import Counts
+from deployments.status.look import GatherCounts
 
 # Returns what a key has used, of every ingress replica.
 GatherUsage = Callable[[str], Awaitable[list[dict[str, Counts]]]]
@@ -51,11 +52,11 @@ def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application 
     access: Access | None = None,
     gather_usage: GatherUsage | None = None,
     batches: Extension | None = None,
+    gather_counts: GatherCounts | None = None,
 ) -> FastAPI:
     """Return the application over a catalog of models, and the workers' own metrics ports.
 
-    Without `access` there are no keys, and anybody who reaches it may ask. Without `batches` there is no
-    storage for them.
+    Without `access` anybody who reaches it may ask; without `batches` there is no storage for them.
     """
     ports = {} if ports is None else ports
     app = _bare_app(ports)
@@ -72,7 +73,7 @@ def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application 
     entries = [
         *embedding_routes(serving),
         *pharia_routes(PhariaServing(serving)),
-        *cluster_routes(Cluster(serving, gather, ports)),
+        *cluster_routes(Cluster(serving, gather, ports, gather_counts)),
         *(batches.routes(serving) if batches is not None else ()),
     ]
     if access is not None:

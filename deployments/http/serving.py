@@ -34,6 +34,7 @@ from deployments.keys.file import Key
 from deployments.keys.rates import REQUESTS, TOKENS, Rates
 from deployments.keys.usage import Usage
 from deployments.metrics import CANCELLED, NO_MODEL, SUCCESS, Metrics
+from deployments.status.history import History
 
 T = TypeVar("T")
 # Reads a dialect's body.
@@ -101,6 +102,7 @@ class Serving:
         """Keep what every request needs; `rates` where there are keys."""
         self.rates = rates
         self.usage = Usage(metrics)
+        self.history = History(metrics)
         self.catalog = catalog
         self.metrics = metrics
         self.in_hand = BytesInHand(LARGEST_BODIES * max_body_bytes)

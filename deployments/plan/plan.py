@@ -157,11 +157,15 @@ def ingress_config(plans: Iterable[WorkerPlan]) -> dict[str, Any]:
     """
     plans = tuple(plans)
     without = {"generator": {"engine_args"}, "queue": {"token"}}
+    workers = {
+        plan.name: plan.worker.model_dump(mode="json", exclude_defaults=True, exclude=without)
+        for plan in plans
+    }
+    for plan in plans:
+        if plan.worker.generator.type != plan.engine:  # the one that the model's files asked for
+            workers[plan.name]["generator"]["engine"] = plan.engine
     return {
-        "workers": {
-            plan.name: plan.worker.model_dump(mode="json", exclude_defaults=True, exclude=without)
-            for plan in plans
-        },
+        "workers": workers,
         "packages": {plan.name: plan.package for plan in plans},
     }
 

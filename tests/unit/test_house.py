@@ -30,6 +30,7 @@ ORDER = [
     "replica",
     "dispatch",
     "bulk",
+    "status",
     "http",
     "batches",
     "client",
