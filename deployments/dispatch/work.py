@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from deployments.errors import EmbeddingError
+from deployments.logs import spent
 
 # Beyond this the engine gains nothing from a larger call, and some thousands have crashed it.
 MAX_CALL_INPUTS = 1024
@@ -28,6 +29,7 @@ class Pending:
     def __init__(self, count: int, future: "asyncio.Future[np.ndarray]") -> None:
         """Wait for `count` vectors."""
         self.future = future
+        self.spent = spent.get()
         self.inputs: list[Input] = []
         self._missing = count
         self._count = count
@@ -98,6 +100,12 @@ class Part:
     def drop_unwanted(self) -> None:
         """Take out the inputs that nobody waits for any more."""
         self.inputs = [each for each in self.inputs if each.waiters]
+
+    def tell(self, **seconds: float) -> None:
+        """Tell all requests that wait for it how long its call took, by stage."""
+        for pending in {waiter[0] for each in self.inputs for waiter in each.waiters}:
+            if pending.spent is not None:
+                pending.spent.update(seconds)
 
     @property
     def is_awaited(self) -> bool:

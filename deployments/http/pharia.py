@@ -101,7 +101,7 @@ class PhariaServing:
     ) -> AsyncIterator[tuple[Asked, tuple[ModelCard, TextTokenizer]]]:
         """Charge, read and count a request of tokens; give what it asks, and the model that it asks."""
         arrival = asyncio.get_running_loop().time()
-        with self._serving.counted(arrival) as counted, self._serving.in_hand.hold() as take:
+        with self._serving.counted(arrival, request) as counted, self._serving.in_hand.hold() as take:
             await self._serving.charge(key_of(request.scope), REQUESTS)
             deadline = arrival + min(BODY_SECONDS, wanted_seconds(request))
             wanted = await self._serving.parse(parse, await self._serving.read(request, deadline, take))
