@@ -224,7 +224,7 @@ class Calls:
                     self._pace.learn(seconds, part.tokens, embedded.tokens_per_second)
                     self._observe("call", seconds)
                     self._observe("engine", embedded.engine_seconds)
-                    part.tell(wait=begun - part.since, call=seconds, engine=embedded.engine_seconds)
+                    part.tell(begun - part.since, seconds, embedded.engine_seconds)
                     return embedded
                 if self._router is not None and self._router.suspect(call_id):
                     self._metrics.cuts.labels(self.worker.name).inc()
