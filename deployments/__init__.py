@@ -16,7 +16,7 @@ The life of a request:
 
 The rooms, in the order in which they know of each other:
 
-``errors``, ``metrics``, ``priority``, ``machine``, ``durable``   what everybody shares
+``errors``, ``metrics``, ``logs``, ``priority``, ``machine``, ``durable``   what everybody shares
 ``config``      worker files, and what a model's folder says of it
 ``front``       what stands before Ray Serve: HAProxy, its guard, the spare, Ray's switches
 ``keys``        the key file, the ring, rate limits, what was used
@@ -27,6 +27,7 @@ The rooms, in the order in which they know of each other:
 ``replica``     one engine in a Ray Serve replica
 ``dispatch``    from texts to vectors, for anybody who asks
 ``bulk``        patience and windows: what jobs, clients and batches share
+``status``      what the processes count, as the last minutes of each model
 ``http``        all that knows HTTP
 ``batches``     OpenAI's files and batches
 ``client``      handles for Ray programs; ``jobs`` files and tables, row by row

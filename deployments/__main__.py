@@ -1,4 +1,4 @@
-"""The command line: `embedding-cluster check|plan|init|verify|serve|embed|keys`."""
+"""The command line: `embedding-cluster check|plan|init|verify|serve|status|dashboard|embed|keys`."""
 
 import argparse
 import json
@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deployments.command.dashboard import add_dashboard_command
 from deployments.command.embed import add_embed_command
 from deployments.command.keys import add_keys_command
 from deployments.command.models import add_model_commands
+from deployments.command.status import add_status_command
 from deployments.config.load import load_files
 from deployments.config.origins import ORIGINS_VARIABLE, allowed_origins
 from deployments.config.worker import MAX_PORT, NO_BATCHES
@@ -68,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--batches", default=NO_BATCHES, metavar="URL", help=place.format("off"))
     serve.set_defaults(command=_serve)
     add_model_commands(commands)
+    add_status_command(commands)
+    add_dashboard_command(commands)
     add_embed_command(commands)
     add_keys_command(commands)
     what = "worker file, folder of them, or a model (default: the bundled file)"

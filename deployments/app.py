@@ -29,6 +29,7 @@ from deployments.http.dialects.tei import MAX_INGRESS_REQUESTS
 from deployments.http.ingress import AccessSettings, Ingress
 from deployments.keys.rates import RateServer
 from deployments.keys.ring import key_source
+from deployments.logs import RequestLog
 from deployments.machine import cores_here
 from deployments.plan.placement import Machine
 from deployments.plan.plan import WorkerPlan, ingress_config, make_plans
@@ -147,14 +148,15 @@ def ask_packages(application: str) -> dict[str, tuple[int | str, str]]:
 
 
 def logging_config() -> LoggingConfig:
-    """Return Ray Serve's logging at the level that `LOG_LEVEL` names, without a line for each request.
+    """Return Ray Serve's logging at the level and in the format that the environment names.
 
-    Raises ConfigError for a level that isn't one.
+    Serve's own line for each request has neither model nor outcome, and is left out. Raises ConfigError for a
+    level or a format that isn't one.
     """
     level = os.environ.get("LOG_LEVEL", "INFO").upper()
     if level not in logging.getLevelNamesMapping():
         raise ConfigError(f"LOG_LEVEL: no such level: {level}")
-    return LoggingConfig(enable_access_log=False, log_level=level)
+    return LoggingConfig(enable_access_log=False, log_level=level, encoding=RequestLog().encoding)
 
 
 def bind_replica(plan: WorkerPlan) -> serve.Application:

@@ -40,6 +40,13 @@ def as_raised(error: BaseException) -> BaseException:
     return cause if isinstance(cause, EmbeddingError) else error
 
 
+def reason_of(message: str) -> str:
+    """Return the last line of Serve's message on a deployment that says something: our own one-line error."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    ours = [line for line in lines if "Error: " in line]
+    return (ours or lines or ["no reason given"])[-1].rpartition("Error: ")[2]
+
+
 # --- the client can mend these ---------------------------------------------------------------
 
 

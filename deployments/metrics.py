@@ -38,7 +38,7 @@ NO_MODEL = "unknown"
 # Ray Serve's names for what a replica may be doing.
 REPLICA_STATES = ("STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING", "PENDING_MIGRATION")
 # Every process sees all the replicas; a share of several processes isn't the sum of theirs.
-NOT_ADDED = {"embedding_replicas", "vllm:kv_cache_usage_perc"}
+NOT_ADDED = {"embedding_replicas", "embedding_capacity_tokens_per_second", "vllm:kv_cache_usage_perc"}
 
 
 class Metrics:
@@ -100,6 +100,9 @@ class Metrics:
         self.outstanding = gauge("outstanding_tokens", "Tokens let in and not yet answered")
         self.queued = gauge("queued_tokens", "Tokens that wait for a place in flight")
         self.replicas = gauge("replicas", "Replicas that this process can choose from")
+        self.capacity = gauge(
+            "capacity_tokens_per_second", "What the replicas can do together, as measured; 0 until it is"
+        )
         self.cache_bytes = gauge("cache_bytes", "Memory that the cache takes")
 
     def watch(self, worker: str, gauges: Mapping[Gauge, Callable[[], float]]) -> None:

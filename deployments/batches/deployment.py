@@ -17,6 +17,7 @@ from deployments.http.serving import Serving
 from deployments.keys.usage import Counts
 from deployments.metrics import Metrics
 from deployments.priority import in_background
+from deployments.status.history import Minutes
 
 
 class BatchRunner:
@@ -38,6 +39,7 @@ class BatchRunner:
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Take over the worker files as they are now; see `Ingress.reconfigure`."""
         self._workers.take(config)
+        self._serving.history.start()
         if self._task is None:
             self._task = asyncio.create_task(self._runner.serve())
 
@@ -53,6 +55,10 @@ class BatchRunner:
     async def usage(self, key: str) -> dict[str, Counts]:
         """Return what a key's batches have used."""
         return self._serving.usage.of(key)
+
+    async def counts(self) -> Minutes:
+        """Return the last minutes of this process."""
+        return self._serving.history.minutes()
 
     async def metrics(self) -> bytes:
         """Return the metrics of this process as text."""

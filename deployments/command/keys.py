@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from deployments.command.summary import columns
 from deployments.errors import ConfigError
 from deployments.keys.file import Key, create_key, read_keys, revoke_key, rotate_key
 
@@ -86,9 +87,7 @@ def _list(parsed: argparse.Namespace) -> int:
                 f"{key.expires:%Y-%m-%d %H:%M}" if key.expires else "-",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(columns(rows)))
     return 0
 
 

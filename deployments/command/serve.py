@@ -23,7 +23,7 @@ from deployments.command.summary import ServeArguments, table
 from deployments.config.load import load_workers
 from deployments.config.worker import INGRESS_NAME, Worker
 from deployments.engine.available import require_vllm
-from deployments.errors import ConfigError, EngineStartError
+from deployments.errors import ConfigError, EngineStartError, reason_of
 from deployments.front.address import bracketed, try_to_listen
 from deployments.front.guard import haproxies, inner_host, stop_guards
 from deployments.front.switches import prepare_environment
@@ -166,7 +166,7 @@ def _watch(started: float, stop: threading.Event) -> dict[str, str]:
             counts = ", ".join(f"{n} {state.lower()}" for state, n in deployment.replica_states.items())
             state = "ready" if _is_up(deployment) else counts or "waiting"
             if _cant_start(deployment):
-                failed[name] = _reason(deployment.message)
+                failed[name] = reason_of(deployment.message)
             if name in failed and not _is_up(deployment):
                 state = f"can't start: {failed[name]}"
             line = f"{name}: {state}"
@@ -180,7 +180,7 @@ def _watch(started: float, stop: threading.Event) -> dict[str, str]:
         if status.deployments and not updating:
             break
     down = {name: each.message for name, each in status.deployments.items() if not _is_up(each)}
-    return {name: failed.get(name) or _reason(message) for name, message in down.items()}
+    return {name: failed.get(name) or reason_of(message) for name, message in down.items()}
 
 
 def _is_up(deployment: Any) -> bool:
@@ -191,13 +191,6 @@ def _is_up(deployment: Any) -> bool:
 def _cant_start(deployment: Any) -> bool:
     """Whether the engine of one that isn't up has said why it can't start."""
     return not _is_up(deployment) and EngineStartError.__name__ in deployment.message
-
-
-def _reason(message: str) -> str:
-    """Return the last line of Serve's message that says something: our own one-line error."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    ours = [line for line in lines if "Error: " in line]
-    return (ours or lines or ["no reason given"])[-1].rpartition("Error: ")[2]
 
 
 def _wait_for_port(arguments: ServeArguments, stop: threading.Event) -> bool:

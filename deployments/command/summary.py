@@ -41,7 +41,7 @@ def table(arguments: ServeArguments, workers: Iterable[Worker], failed: dict[str
     return "\n".join(
         [
             "",
-            grid(rows),
+            *columns(rows),
             "",
             f"OpenAI API  {base}/v1",
             f"Docs        {base}/docs",
@@ -67,18 +67,18 @@ def plan_table(plans: Iterable[WorkerPlan]) -> str:
         models = ", ".join(plan.worker.queue.models)
         rows.append((plan.name, models, plan.engine, plan.device, ranks, most, ", ".join(takes), length))
         notes.append(f"{plan.name}: {plan.engine}: {plan.engine_reason}; {wanted.model_path}")
-    return "\n".join([grid(rows), "", *notes])
+    return "\n".join([*columns(rows), "", *notes])
 
 
-def grid(rows: Iterable[Sequence[str]]) -> str:
-    """Return rows as text, in columns."""
+def columns(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return a line for each row, its cells in columns."""
     table = Table.grid(padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*map(escape, row))
     console = Console(width=WIDTH, color_system=None)
     with console.capture() as captured:
         console.print(table, soft_wrap=True)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    return [line.rstrip() for line in captured.get().splitlines()]
 
 
 def _ray_variables() -> str:

@@ -54,11 +54,7 @@ class Calls:
     """One worker's replicas. Embeddings are pure, so a call that a replica took along may be repeated."""
 
     def __init__(
-        self,
-        worker: Worker,
-        handle: DeploymentHandle[Any],
-        metrics: Metrics,
-        settle: Settle,
+        self, worker: Worker, handle: DeploymentHandle[Any], metrics: Metrics, settle: Settle
     ) -> None:
         """Remember the handle; nothing is called yet."""
         self.worker = worker
@@ -91,6 +87,11 @@ class Calls:
     def known_replicas(self) -> int:
         """How many replicas there are, as far as this process knows."""
         return self._router.num_replicas if self._router is not None else 0
+
+    @property
+    def capacity(self) -> float:
+        """Tokens per second that they can do together, whoever sends them; 0 until measured."""
+        return self._pace.speed * self.known_replicas
 
     @property
     def queued_tokens(self) -> int:
@@ -223,6 +224,7 @@ class Calls:
                     self._pace.learn(seconds, part.tokens, embedded.tokens_per_second)
                     self._observe("call", seconds)
                     self._observe("engine", embedded.engine_seconds)
+                    part.tell(begun - part.since, seconds, embedded.engine_seconds)
                     return embedded
                 if self._router is not None and self._router.suspect(call_id):
                     self._metrics.cuts.labels(self.worker.name).inc()

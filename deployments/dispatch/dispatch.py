@@ -59,6 +59,7 @@ class Dispatch:
             metrics.outstanding: lambda: self._outstanding.tokens,
             metrics.queued: lambda: self._calls.queued_tokens,
             metrics.replicas: lambda: self._calls.known_replicas,
+            metrics.capacity: lambda: self._calls.capacity,
             metrics.cache_bytes: lambda: self._cache.size if self._cache else 0,
         }
         metrics.watch(worker.name, gauges)

@@ -33,8 +33,13 @@ class Pace:
             return
         self._speeds.append(speed)
         # Not the drain rate: that takes large calls to be known, and includes the way there and back.
-        part_tokens = int(max(self._speeds) * PART_SECONDS)
+        part_tokens = int(self.speed * PART_SECONDS)
         self.part_tokens = min(max(part_tokens, MIN_PART_TOKENS), MAX_PART_TOKENS)
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second of one replica where it has enough to do; 0 until one has told."""
+        return max(self._speeds, default=0.0)
 
     def is_large(self, part: Part) -> bool:
         """Whether a call is at least half of what one may hold."""

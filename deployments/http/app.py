@@ -23,6 +23,7 @@ from deployments.http.routes import embedding_routes, usage_route
 from deployments.http.serving import Serving
 from deployments.http.table import Entry, register
 from deployments.keys.usage import Counts
+from deployments.status.look import GatherCounts
 
 # Returns what a key has used, of every ingress replica.
 GatherUsage = Callable[[str], Awaitable[list[dict[str, Counts]]]]
@@ -53,11 +54,11 @@ def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application 
     access: Access | None = None,
     gather_usage: GatherUsage | None = None,
     batches: Extension | None = None,
+    gather_counts: GatherCounts | None = None,
 ) -> FastAPI:
     """Return the application over a catalog of models, and the workers' own metrics ports.
 
-    Without `access` there are no keys, and anybody who reaches it may ask. Without `batches` there is no
-    storage for them.
+    Without `access` anybody who reaches it may ask; without `batches` there is no storage for them.
     """
     ports = {} if ports is None else ports
     app = _bare_app(ports)
@@ -71,7 +72,10 @@ def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application 
         # Outside of the errors: an answer that refuses says what is left of the key's limits too.
         app.add_middleware(Auth, access=access, refuse=refuse)
     app.add_exception_handler(HTTPException, http_exception)
-    entries = [*_entries(serving, gather, ports), *(batches.routes(serving) if batches is not None else ())]
+    entries = [
+        *_entries(serving, Cluster(serving, gather, ports, gather_counts)),
+        *(batches.routes(serving) if batches is not None else ()),
+    ]
     if access is not None:
         entries.append(usage_route(gather_usage or (lambda key: _alone(serving.usage.of(key)))))
     bodies = list(dict.fromkeys(model for each in entries for model in each.bodies))
@@ -83,13 +87,13 @@ def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application 
     return app
 
 
-def _entries(serving: Serving, gather: Gather, ports: Mapping[str, MetricsPort]) -> Iterator[Entry]:
+def _entries(serving: Serving, cluster: Cluster) -> Iterator[Entry]:
     """Yield the routes that every application has."""
     yield from embedding_routes(serving)
     yield from tokens_routes(serving)
     yield from pharia_routes(PhariaServing(serving))
     yield info_route(serving)
-    yield from cluster_routes(Cluster(serving, gather, ports))
+    yield from cluster_routes(cluster)
 
 
 def _bare_app(ports: Mapping[str, MetricsPort]) -> FastAPI:

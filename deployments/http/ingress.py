@@ -19,7 +19,9 @@ from deployments.config.worker import Worker
 from deployments.dispatch.catalog import Catalog
 from deployments.dispatch.workers import Workers
 from deployments.errors import (
+    EngineStartError,
     IncompleteError,
+    reason_of,
 )
 from deployments.front.spare import add_spare, http_options
 from deployments.http.app import Desk, make_app
@@ -31,6 +33,9 @@ from deployments.keys.rates import Grant, LeasedRates, LocalRates
 from deployments.keys.ring import KeySource, require_keys
 from deployments.keys.usage import Counts
 from deployments.metrics import Metrics, states_text
+from deployments.status.history import Minutes
+from deployments.status.look import Counted
+from deployments.status.report import Replicas
 from deployments.transport.broadcast import answer_of, broadcast
 
 # How long one ingress replica waits for the others' metrics.
@@ -101,6 +106,7 @@ class Ingress:
         require_keys(self._access_settings.keys, self._access_settings.insecure, (await http_options()).host)
         workers = self._workers.take(config)
         self._files = config["workers"]
+        self._serving.history.start()
         self._open_ports(workers.values())
         self._packages = {
             name: (worker.queue.version, config["packages"][name]) for name, worker in workers.items()
@@ -128,7 +134,15 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application; Ray Serve asks for it once the constructor is done."""
         batches = self._batches.access() if self._batches else None
-        app = make_app(self._serving, self._gather, self._ports, self._access, self._gather_usage, batches)
+        app = make_app(
+            self._serving,
+            self._gather,
+            self._ports,
+            self._access,
+            self._gather_usage,
+            batches,
+            self._gather_counts,
+        )
         add_origins(app, self._access_settings.origins)
         add_spare(app)
         return app
@@ -141,6 +155,19 @@ class Ingress:
         """Return what a key has used of all ingress replicas, and what its batches have."""
         return [*await ask_ingresses("usage", key), *await self._ask_runner("usage", key)]
 
+    async def counts(self) -> Minutes:
+        """Return the last minutes of this ingress replica; the others ask for it."""
+        return self._serving.history.minutes()
+
+    async def _gather_counts(self) -> Counted:
+        """Return the last minutes of all ingress replicas and of the runner, and Ray Serve's view."""
+        ingresses, others, replicas = await asyncio.gather(
+            ask_ingresses("counts"),
+            self._ask_runner("counts"),
+            asyncio.to_thread(replicas_of, serve.get_replica_context().app_name),
+        )
+        return Counted(ingresses, others, replicas)
+
     async def metrics(self) -> bytes:
         """Return this ingress replica's metrics as text; the others ask for it."""
         return self._serving.metrics.text()
@@ -149,13 +176,13 @@ class Ingress:
         """Return the metrics of all ingress replicas and engines, and Ray Serve's view: any may be asked."""
         application = serve.get_replica_context().app_name
         catalog = self._serving.catalog
-        texts, batches, states, *engines = await asyncio.gather(
+        texts, batches, replicas, *engines = await asyncio.gather(
             ask_ingresses("metrics"),
             self._ask_runner("metrics"),
-            asyncio.to_thread(replica_states, application),
+            asyncio.to_thread(replicas_of, application),
             *(dispatch.engine_metrics(GATHER_SECONDS) for dispatch in catalog.dispatches.values()),
         )
-        known = {name: states.get(name, {}) for name in catalog.dispatches}
+        known = {name: replicas.get(name, Replicas()).states for name in catalog.dispatches}
         return [*texts, *batches, states_text(known), *itertools.chain.from_iterable(engines)]
 
     async def _ask_runner(self, method: str, *arguments: Any) -> list[Any]:
@@ -180,8 +207,14 @@ async def ask_ingresses(method: str, *arguments: Any) -> list[Any]:
         raise IncompleteError("an ingress replica doesn't answer", None, GATHER_SECONDS) from None
 
 
-def replica_states(application: str) -> dict[str, dict[str, int]]:
-    """Return how many replicas of each deployment are in which state, as Ray Serve's controller sees it."""
+def replicas_of(application: str) -> dict[str, Replicas]:
+    """Return what Ray Serve's controller sees of each deployment's replicas."""
     status = serve.status().applications.get(application)
     deployments = status.deployments if status is not None else {}
-    return {name: {str(s): n for s, n in d.replica_states.items()} for name, d in deployments.items()}
+    return {
+        name: Replicas(
+            {str(s): n for s, n in each.replica_states.items()},
+            reason_of(each.message) if EngineStartError.__name__ in each.message else "",
+        )
+        for name, each in deployments.items()
+    }

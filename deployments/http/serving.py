@@ -34,7 +34,9 @@ from deployments.http.edge.content import encoding_of, inflate
 from deployments.keys.file import Key
 from deployments.keys.rates import REQUESTS, TOKENS, Rates
 from deployments.keys.usage import Usage
-from deployments.metrics import CANCELLED, NO_MODEL, SUCCESS, Metrics
+from deployments.logs import Record, RequestLog, spent
+from deployments.metrics import CANCELLED, SUCCESS, Metrics
+from deployments.status.history import History
 
 T = TypeVar("T")
 # Reads a dialect's body.
@@ -102,6 +104,8 @@ class Serving:
         """Keep what every request needs; `rates` where there are keys."""
         self.rates = rates
         self.usage = Usage(metrics)
+        self.history = History(metrics)
+        self._log = RequestLog()
         self.catalog = catalog
         self.metrics = metrics
         self.in_hand = BytesInHand(LARGEST_BODIES * max_body_bytes)
@@ -128,7 +132,7 @@ class Serving:
     async def embed(self, request: Request, parse: Parse) -> bytes:
         """Return the answer in the dialect that `parse` reads, or raise an EmbeddingError."""
         arrival = asyncio.get_running_loop().time()
-        with self.counted(arrival) as counted, self.in_hand.hold() as take:
+        with self.counted(arrival, request) as counted, self.in_hand.hold() as take:
             patience = wanted_seconds(request)
             key = key_of(request.scope)
             await self.charge(key, REQUESTS)
@@ -141,9 +145,10 @@ class Serving:
             served.check_embeds()
             worker = served.dispatch.worker
             self.metrics.stage_seconds.labels(worker.name, "parse").observe(parsing.seconds)
+            counted.stages["parse"] = parsing.seconds
             deadline = arrival + min(worker.limits.request_timeout_s, patience)
             client = Client(key, caller_of(request), lane_of(request))
-            answer, _ = await self.answer(wanted, served, client, deadline)
+            answer, counted.tokens = await self.answer(wanted, served, client, deadline)
             return answer
 
     async def answer(
@@ -212,9 +217,11 @@ class Serving:
             raise DeadlineExceededError("the body took too long to arrive", "body") from None
 
     @contextmanager
-    def counted(self, arrival: float) -> Iterator["_Counted"]:
-        """Count the request by model and outcome, however it ends."""
-        counted = _Counted()
+    def counted(self, arrival: float, request: Request) -> Iterator[Record]:
+        """Count the request by model and outcome, however it ends, and log it where it is to be logged."""
+        key = key_of(request.scope)
+        counted = Record(key.name if key else None)
+        before = spent.set(counted.stages)
         outcome = EmbeddingError.code
         try:
             yield counted
@@ -229,6 +236,8 @@ class Serving:
             seconds = asyncio.get_running_loop().time() - arrival
             self.metrics.requests.labels(counted.model, outcome).inc()
             self.metrics.request_seconds.labels(counted.model).observe(seconds)
+            spent.reset(before)
+            self._log.write(counted, outcome, seconds)
 
     @contextmanager
     def _timed(self, worker: str | None = None, stage: str = "") -> Iterator["_Timed"]:
@@ -239,12 +248,8 @@ class Serving:
         timed.seconds = time.perf_counter() - begun
         if worker is not None:
             self.metrics.stage_seconds.labels(worker, stage).observe(timed.seconds)
-
-
-class _Counted:
-    """What is known of a request's model so far."""
-
-    model = NO_MODEL
+            if (stages := spent.get()) is not None:
+                stages[stage] = timed.seconds
 
 
 class _Timed:

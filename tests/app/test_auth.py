@@ -144,6 +144,7 @@ PATHS = [
     "/docs/index.html",
     "/metrics",
     "/usage",
+    "/v1/status",
     "/v1/model-settings",
     "/v1/models_available",
     "/v1/tokenize",

@@ -40,6 +40,7 @@ FAMILIES = {
     "embedding_cuts": "counter",
     "embedding_outstanding_tokens": "gauge",
     "embedding_replicas": "gauge",
+    "embedding_capacity_tokens_per_second": "gauge",
     "embedding_key_requests": "counter",
     "embedding_key_tokens": "counter",
     "embedding_denied": "counter",

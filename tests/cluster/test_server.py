@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -21,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.harness import workers
 from tests.harness.fake import expected
 from tests.harness.faults import FAULTS, FakeTexts, Fault, Load, Traffic, client, run
+from tests.harness.prometheus import metric_of, names
 from tests.harness.server import MARK, Server, free_port, program, serve, wait_for
 
 pytestmark = pytest.mark.cluster
@@ -99,6 +101,46 @@ def counts(url: str) -> dict[str, float]:
     return found
 
 
+def status(server: Server) -> dict[str, Any]:
+    """Return what is told of `a`, with the whole answer as `told`, once all ingress replicas can tell."""
+    answers: list[httpx.Response] = []
+
+    def are_told() -> bool:
+        answers.append(httpx.get(f"{server.url}/v1/status", timeout=30))
+        return answers[-1].is_success
+
+    wait_for(are_told, 60, lambda: answers[-1].text)
+    told = answers[-1].json()
+    (found,) = (each for each in told["models"] if each["deployment"] == "a")
+    return {**found, "told": told}
+
+
+def test_the_status_is_that_of_all_ingress_replicas(server: Server) -> None:
+    """To the request; the command prints it, and says by its exit status that all is well."""
+    before = status(server)["requests"]
+
+    def send(number: int) -> None:
+        body = {"model": "a", "input": f"{number} of the status"}
+        httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60).raise_for_status()
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(send, range(60)))
+    wait_for(lambda: status(server)["requests"] >= before + 60, 30, lambda: str(status(server)))
+    found = status(server)
+    assert found["requests"] == before + 60
+    assert (found["engine"], found["replicas"], found["ready"]) == ("fake", {"running": 2}, True)
+    assert found["capacity_tokens_per_second"] > 0
+    assert 0 < found["p50_seconds"] <= found["p99_seconds"]
+    assert found["told"]["ingress_replicas"] == 2
+    assert found["told"]["problems"] == []
+    # Each ingress replica keeps its slots by itself.
+    wait_for(lambda: sum(status(server)["series"]["requests"]) >= 60, 30, lambda: str(status(server)))
+    command = [program("embedding-cluster"), "status", server.url]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["MODEL", "a", "b", "c"]
+
+
 def test_metrics_agree_with_what_was_sent(server: Server) -> None:
     """To the request, over both ingress replicas: on `/metrics`, and of one worker on its own port."""
     before = counts(f"{server.url}/metrics")
@@ -117,6 +159,9 @@ def test_metrics_agree_with_what_was_sent(server: Server) -> None:
     calls = after["embedding_call_inputs_count a"] - before.get("embedding_call_inputs_count a", 0)
     assert calls / 2 < local <= calls
     assert after["embedding_replicas a"] == after["embedding_replica_states a running"] == 2
+    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=30).text)
+    told = {family.name for family in families}
+    assert {metric_of(name) for name in names("embedding_")} <= told  # what the dashboard asks for
     own = counts(f"http://127.0.0.1:{server.metrics_port}/metrics")
     assert own["embedding_inputs_total a"] == after["embedding_inputs_total a"]
     assert not any(name.endswith(" b") for name in own)

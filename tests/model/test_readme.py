@@ -101,7 +101,7 @@ def test_commands_of_the_console_blocks_exist(tmp_path: Path) -> None:
         program, *arguments = shlex.split(line, comments=True)
         if program == "make":
             assert arguments[0] in targets
-        elif program == "embedding-cluster" and arguments[0] == "embed":
+        elif program == "embedding-cluster" and arguments[0] in ("embed", "status"):
             assert _parser().parse_args(arguments)
         elif program == "embedding-cluster" and arguments[0] != "serve":
             command = [sys.executable, "-m", "deployments", *arguments]

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
 from tests.harness import checkpoints
+from tests.harness.prometheus import names
 from tests.harness.server import Server
 from tests.model.conftest import MINILM, cosines, encode
 
@@ -138,6 +139,9 @@ def test_what_vllm_counts_is_passed_on(two_models: Server, client: openai.OpenAI
     ).usage.prompt_tokens
     assert tokens <= counted(MODEL) - before < 2 * tokens
     assert 0 < counted("sre") < before + tokens
+    text = httpx.get(f"{two_models.url}/metrics", timeout=30).text
+    for name in names("vllm:"):  # that the dashboard asks for
+        assert f"\n{name}{{" in text, name
 
 
 def test_the_default_dtype_is_close_to_float32(

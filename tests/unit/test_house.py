@@ -18,6 +18,7 @@ ROOT = Path(deployments.__file__).parent
 ORDER = [
     "errors",
     "metrics",
+    "logs",
     "priority",
     "machine",
     "durable",
@@ -31,6 +32,7 @@ ORDER = [
     "replica",
     "dispatch",
     "bulk",
+    "status",
     "http",
     "batches",
     "client",

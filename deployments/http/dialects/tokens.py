@@ -70,7 +70,7 @@ def _tokens(serving: Serving, parse: Parse) -> Callable[[Request], Awaitable[Res
 async def read_tokens(serving: Serving, request: Request, parse: Parse) -> bytes:
     """Charge, read and count a request of tokens, and return its answer."""
     arrival = asyncio.get_running_loop().time()
-    with serving.counted(arrival) as counted, serving.in_hand.hold() as take:
+    with serving.counted(arrival, request) as counted, serving.in_hand.hold() as take:
         await serving.charge(key_of(request.scope), REQUESTS)
         deadline = arrival + min(BODY_SECONDS, wanted_seconds(request))
         wanted = await serving.parse(parse, await serving.read(request, deadline, take))
