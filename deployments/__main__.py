@@ -24,6 +24,13 @@ from deployments.plan.placement import Machine
 from deployments.plan.plan import make_plans
 
 BUNDLED = Path(__file__).parent / "workers"
+OTHERS = (
+    add_model_commands,
+    add_status_command,
+    add_dashboard_command,
+    add_embed_command,
+    add_keys_command,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,17 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="check worker files; every mistake with file and key")
     check.set_defaults(command=_check)
-    plan = commands.add_parser("plan", help="print what would be deployed")
-    plan.add_argument("--cpus", type=int, default=0, help="cores of the node (default: this one's)")
-    plan.add_argument("--gpus", type=int, default=1, help="GPUs of the cluster (default: %(default)s)")
-    plan.add_argument(
-        "--format",
-        choices=("table", "json", "serve", "rayservice"),
-        default="table",
-        help="for people; in full; for `serve deploy`; for KubeRay (default: %(default)s)",
-    )
-    plan.add_argument("--image", default="embedding-cluster:latest", help="container image, for rayservice")
-    plan.set_defaults(command=_plan)
+    plan = _plan_parser(commands)
     serve = commands.add_parser("serve", help="serve on this machine, on the fast data plane")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=_port, default=8000, help="port (default: %(default)s)")
@@ -69,15 +66,34 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--batches", default="", metavar="URL", help=place.format("a folder of your data"))
     plan.add_argument("--batches", default=NO_BATCHES, metavar="URL", help=place.format("off"))
     serve.set_defaults(command=_serve)
-    add_model_commands(commands)
-    add_status_command(commands)
-    add_dashboard_command(commands)
-    add_embed_command(commands)
-    add_keys_command(commands)
+    others = (
+        add_model_commands,
+        add_status_command,
+        add_dashboard_command,
+        add_embed_command,
+        add_keys_command,
+    )
+    for add in others:
+        add(commands)
     what = "worker file, folder of them, or a model (default: the bundled file)"
     for command in (check, plan, serve):
         command.add_argument("path", nargs="?", default=str(BUNDLED), help=what)
     return parser
+
+
+def _plan_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+    plan = commands.add_parser("plan", help="print what would be deployed")
+    plan.add_argument("--cpus", type=int, default=0, help="cores of the node (default: this one's)")
+    plan.add_argument("--gpus", type=int, default=1, help="GPUs of the cluster (default: %(default)s)")
+    plan.add_argument(
+        "--format",
+        choices=("table", "json", "serve", "rayservice"),
+        default="table",
+        help="for people; in full; for `serve deploy`; for KubeRay (default: %(default)s)",
+    )
+    plan.add_argument("--image", default="embedding-cluster:latest", help="container image, for rayservice")
+    plan.set_defaults(command=_plan)
+    return plan
 
 
 def _check(parsed: argparse.Namespace) -> int:

@@ -1,7 +1,6 @@
 """What text-embeddings-inference's clients ask of a model before they send texts."""
 
 import asyncio
-import os
 from importlib import metadata
 
 from fastapi import Request, Response
@@ -11,6 +10,7 @@ from deployments.http.dialects.pharia import model_of
 from deployments.http.errors import as_json
 from deployments.http.serving import Serving
 from deployments.http.table import Entry, answers
+from deployments.machine import cores_here
 
 # Requests that one ingress replica holds at a time; each costs a body and a coroutine.
 MAX_INGRESS_REQUESTS = 4096
@@ -49,7 +49,7 @@ def info_route(serving: Serving) -> Entry:
             "max_batch_requests": limits.max_inputs,
             "max_client_batch_size": limits.max_inputs,
             "auto_truncate": task.truncation != "none",
-            "tokenization_workers": len(os.sched_getaffinity(0)),
+            "tokenization_workers": cores_here(),
             "version": metadata.version("embedding-cluster"),
         }
         return as_json(INFO | told)
