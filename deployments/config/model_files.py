@@ -224,6 +224,11 @@ class ModelFiles:
         return self.prompts.get(str(self.sentence_transformers_config.get("default_prompt_name")), "")
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether its weights are others than the model's by name and shape."""
+        return "quantization_config" in self.config
+
+    @property
     def truncates_start(self) -> bool:
         """Whether its tokenizer drops the start of what is too long."""
         return self.tokenizer_config.get("truncation_side") == "left"

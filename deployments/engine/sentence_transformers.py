@@ -13,7 +13,7 @@ import numpy as np
 from deployments.engine import ModelCard
 from deployments.engine.available import cpu_dtype
 from deployments.engine.batch import TokenBatch
-from deployments.engine.thread import ThreadEngine, Way, odd_weights
+from deployments.engine.thread import ThreadEngine, Way, lacking, odd_weights
 from deployments.engine.tokenizer import check_vocabulary, serialized
 from deployments.errors import EngineStartError
 
@@ -95,8 +95,7 @@ def _check_complete(model: Any) -> None:
     marks = {name: getattr(tensor, READ_MARK, False) for name, tensor in model.named_parameters()}
     missing = [name for name, read in marks.items() if not read and "pooler." not in name]
     if missing and any(marks.values()):
-        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise EngineStartError(f"generator.model_path: the files of weights lack `{missing[0]}`{others}")
+        raise EngineStartError(lacking(missing))
 
 
 class Padded:

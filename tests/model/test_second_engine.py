@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from deployments.config.load import load_workers
 from deployments.config.model_files import ModelFiles
+from deployments.engine.vllm import check_weights
+from deployments.errors import EngineStartError
 from deployments.replica.texts import TEXTS
 from tests.cluster.test_server import start
 from tests.harness import checkpoints, gallery, layouts, workers
@@ -97,13 +99,8 @@ def test_a_folder_that_cant_be_loaded_is_told_in_a_line(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    said = {
-        "vllm": "vLLM can't start: Following weights were not initialized from checkpoint:"
-        " {'encoder.layer.1.output.dense.weight'}; `generator.engine` names another engine,"
-        " LOG_LEVEL=DEBUG shows more",
-        "sentence-transformers": "generator.model_path: the files of weights lack"
-        " `encoder.layer.1.output.dense.weight`",
-    }
+    lack = "generator.model_path: the files of weights lack `encoder.layer.1.output.dense.weight`"
+    said = {"vllm": lack, "sentence-transformers": lack}
     for engine in said:
         worker_file(config, engine, folder, f'\nengine = "{engine}"')
     (config / "good.toml").write_text(workers.fake("good"))
@@ -114,6 +111,19 @@ def test_a_folder_that_cant_be_loaded_is_told_in_a_line(tmp_path: Path) -> None:
             assert f"{engine}: can't start: worker {engine}: {reason}" in told
         body = {"model": "good", "input": "x"}
         assert httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).status_code == 200
+
+
+def test_weights_of_other_shapes_than_the_config_has_are_refused(tmp_path: Path) -> None:
+    """VLLM would take their first rows."""
+    folder = layouts.make(tmp_path / "model", gallery.VLLM["bert-cls"])
+    check_weights(folder)
+    layouts.update(folder / "config.json", intermediate_size=7)
+    with pytest.raises(EngineStartError) as refused:
+        check_weights(folder)
+    assert refused.value.message == (
+        "generator.model_path: `encoder.layer.0.intermediate.dense.weight` is [128, 64] in the files of"
+        " weights, by config.json [7, 64]"
+    )
 
 
 def test_verify_shows_the_models_vectors_beside_their_authors(tmp_path: Path) -> None:
