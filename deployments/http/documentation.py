@@ -75,7 +75,7 @@ def _restore_examples(route: APIRoute, operations: dict[str, Any]) -> None:
 
 def _errors_are_json(content: dict[str, Any]) -> None:
     """FastAPI puts an error's schema under the type of the route's answer; ours are JSON on every route."""
-    if len(content) > 1:
+    if len(content) > 1 and "text/plain" in content:
         json, other = content["application/json"], content.pop("text/plain")
         json["schema"] = other["schema"]
 

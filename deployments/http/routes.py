@@ -137,6 +137,8 @@ EMBEDDING_ROUTES = (
         [0.71, 0.33],
     ),
 )
+# vLLM's `encoding_format` of `bytes`.
+SPEAK_BYTES = {"/embeddings", "/pooling", "/invocations"}
 # The same under other paths, which clients make themselves.
 HIDDEN: dict[str, Parse] = {
     "/": tei.parse_any,
@@ -155,7 +157,7 @@ def embedding_routes(serving: Serving) -> Iterator[Entry]:
             method="POST",
             summary=route.summary,
             name=route.path.strip("/"),
-            responses=answers(route.example, *EMBEDDING, model=route.answer),
+            responses=answers(route.example, *EMBEDDING, model=route.answer, raw=route.path in SPEAK_BYTES),
             bodies=route.bodies,
             document={"parameters": [NICE]},
         )

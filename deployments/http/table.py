@@ -156,9 +156,13 @@ class Audiences:
 # --- what the document says of a route -------------------------------------------------------------
 
 
-def answers(example: Any, *kinds: type[errors.EmbeddingError], model: Any = None) -> dict[int | str, Any]:
-    """Return a route's `responses`: the answer with an example, and each kind of error with one."""
+def answers(
+    example: Any, *kinds: type[errors.EmbeddingError], model: Any = None, raw: bool = False
+) -> dict[int | str, Any]:
+    """Return a route's `responses`: the answer with an example, or `raw`; each kind of error with one."""
     ok: dict[str, Any] = {"content": {"application/json": {"example": example}}}
+    if raw:
+        ok["content"]["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
     if model is not None:
         ok["model"] = model
     found: dict[int | str, Any] = {200: ok}
