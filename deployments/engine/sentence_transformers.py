@@ -13,8 +13,8 @@ import numpy as np
 from deployments.engine import ModelCard
 from deployments.engine.available import cpu_dtype
 from deployments.engine.batch import TokenBatch
-from deployments.engine.thread import ThreadEngine, Way, lacking, odd_weights
-from deployments.engine.tokenizer import check_vocabulary, serialized
+from deployments.engine.thread import ThreadEngine, Way, odd_weights
+from deployments.engine.tokenizer import check_vocabulary, lacking, serialized
 from deployments.errors import EngineStartError
 
 # A forward pads its inputs to the longest of them, and holds no more tokens than this when it has.

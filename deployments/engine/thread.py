@@ -196,12 +196,6 @@ def odd_weights(weights: Iterable[tuple[str, Any]], vocab_size: int) -> list[str
     return found
 
 
-def lacking(names: Sequence[str]) -> str:
-    """Say that no file gives these weights."""
-    others = f" and {len(names) - 1} others" if len(names) > 1 else ""
-    return f"generator.model_path: the files of weights lack `{names[0]}`{others}"
-
-
 def one_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its name."""
     text = str(error).strip()

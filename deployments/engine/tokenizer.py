@@ -1,10 +1,15 @@
-"""Text → token ids, outside the engine: once per request, all texts in one call into Rust."""
+"""Text → token ids, outside the engine: once per request, all texts in one call into Rust.
+
+And what else transformers alone knows of a model's folder: which weights, of which shapes, there should be.
+"""
 
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from deployments.config.model_files import ModelFiles
@@ -105,6 +110,53 @@ def check_vocabulary(serialized: str, vocab_size: int) -> None:
     if max(tokenizer.encode("a").ids, default=0) >= vocab_size:
         raise EngineStartError(f"{what}: no text can be embedded")
     logger.warning("%s: texts with ids beyond it are refused", what)
+
+
+def check_weights(folder: Path) -> None:
+    """Hold names and shapes of a folder's safetensors against the model that transformers would make of it.
+
+    vLLM starts without a weight that no file gives, and takes the first rows of one that is too large. Nobody
+    here reads a pooler's. Raises EngineStartError.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    shapes = _shapes(folder)
+    if not shapes:  # PyTorch's own files have to be loaded to be read
+        return
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    missing = []
+    for name, weight in model.named_parameters():
+        wanted = list(weight.shape)
+        # A file may have the name of a head's model before it.
+        found = shapes.get(name) or next((s for key, s in shapes.items() if key.endswith(f".{name}")), None)
+        if found is None and "pooler." not in name:
+            missing.append(name)
+        elif found is not None and found != wanted:
+            raise EngineStartError(
+                f"generator.model_path: `{name}` is {found} in the files of weights, by config.json {wanted}"
+            )
+    if missing:
+        raise EngineStartError(lacking(missing))
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """Return the shape of each weight, by the name that today's models give it."""
+    shapes = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it is no mapping
+                known = name.replace("LayerNorm.gamma", "LayerNorm.weight")  # in old files of BERT
+                known = known.replace("LayerNorm.beta", "LayerNorm.bias")
+                shapes[known] = list(weights.get_slice(name).get_shape())
+    return shapes
+
+
+def lacking(names: Sequence[str]) -> str:
+    """Say that no file gives these weights."""
+    others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+    return f"generator.model_path: the files of weights lack `{names[0]}`{others}"
 
 
 def byte_tokenizer() -> str:

@@ -11,15 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from deployments.config.modules import PROVEN, transformer_folder
 from deployments.engine import ModelCard
 from deployments.engine.available import cpu_dtype, require_vllm
 from deployments.engine.choice import choose
-from deployments.engine.thread import ThreadEngine, Way, lacking
-from deployments.engine.tokenizer import check_vocabulary, read_tokenizer
-from deployments.errors import EngineStartError
+from deployments.engine.thread import ThreadEngine, Way
+from deployments.engine.tokenizer import check_vocabulary, check_weights, read_tokenizer
 from deployments.metrics import vllm_text
 from deployments.plan.engine_args import as_published, joined
 
@@ -83,44 +80,3 @@ class VllmEngine(ThreadEngine):
             pooling=str(config.pooler_config.seq_pooling_type or "").lower(),
         )
         return engine, card
-
-
-def check_weights(folder: Path) -> None:
-    """Hold names and shapes of a folder's safetensors against the model that transformers would make of it.
-
-    vLLM starts without a weight that no file gives, and takes the first rows of one that is too large. Nobody
-    here reads a pooler's. Raises EngineStartError.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModel
-
-    shapes = _shapes(folder)
-    if not shapes:  # PyTorch's own files have to be loaded to be read
-        return
-    with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
-    missing = []
-    for name, weight in model.named_parameters():
-        wanted = list(weight.shape)
-        # A file may have the name of a head's model before it.
-        found = shapes.get(name) or next((s for key, s in shapes.items() if key.endswith(f".{name}")), None)
-        if found is None and "pooler." not in name:
-            missing.append(name)
-        elif found is not None and found != wanted:
-            raise EngineStartError(
-                f"generator.model_path: `{name}` is {found} in the files of weights, by config.json {wanted}"
-            )
-    if missing:
-        raise EngineStartError(lacking(missing))
-
-
-def _shapes(folder: Path) -> dict[str, list[int]]:
-    """Return the shape of each weight, by the name that today's models give it."""
-    shapes = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="numpy") as weights:
-            for name in weights.keys():  # noqa: SIM118 - it is no mapping
-                known = name.replace("LayerNorm.gamma", "LayerNorm.weight")  # in old files of BERT
-                known = known.replace("LayerNorm.beta", "LayerNorm.bias")
-                shapes[known] = list(weights.get_slice(name).get_shape())
-    return shapes

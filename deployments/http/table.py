@@ -162,7 +162,10 @@ def answers(
     """Return a route's `responses`: the answer with an example, or `raw`; each kind of error with one."""
     ok: dict[str, Any] = {"content": {"application/json": {"example": example}}}
     if raw:
-        ok["content"]["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
+        ok["content"]["application/octet-stream"] = {
+            "schema": {"type": "string", "format": "binary"},
+            "example": "the bytes of each vector, one after the other",
+        }
     if model is not None:
         ok["model"] = model
     found: dict[int | str, Any] = {200: ok}

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from deployments.api.encoding import convert, truncate
+from deployments.http.routes import SPEAK_BYTES
 from tests.app.conftest import NAMES, LocalHandle, expected
 
 
@@ -306,7 +307,11 @@ async def test_every_route_is_documented_with_examples(client: httpx.AsyncClient
         for operation in operations.values():
             assert operation["summary"], path
             for status, response in operation["responses"].items():
-                (content,) = response["content"].values()
+                kinds = dict(response["content"])
+                raw = kinds.pop("application/octet-stream", None)
+                assert (raw is not None) == (status == "200" and path.removeprefix("/v1") in SPEAK_BYTES)
+                assert raw is None or raw["example"], path
+                (content,) = kinds.values()
                 assert content.get("example") is not None or content["examples"], (path, status)
             if "requestBody" in operation:
                 assert operation["requestBody"]["content"]["application/json"]["examples"], path

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from deployments.config.load import load_workers
 from deployments.config.model_files import ModelFiles
-from deployments.engine.vllm import check_weights
+from deployments.engine.tokenizer import check_weights
 from deployments.errors import EngineStartError
 from deployments.replica.texts import TEXTS
 from tests.cluster.test_server import start
