@@ -59,10 +59,7 @@ def worker_file(folder: Path, name: str, model: Path, more: str = "") -> str:
 
 
 def test_every_layout_gives_its_authors_vectors(tmp_path: Path) -> None:
-    """Alone and beside others, with each prompt, and cut where the model's own length is; the same tokens.
-
-    A model of a third witness's alone is served by it; which one serves is seen in the files.
-    """
+    """Alone and beside others, with each prompt, and cut where the model's own length is; the same tokens."""
     made = [layouts.make(tmp_path / name, layout) for name, layout in gallery.GALLERY.items()]
     files = [worker_file(tmp_path, folder.name, folder) for folder in made]
     files.append(worker_file(tmp_path, "forced", checkpoints.minilm(), '\nengine = "sentence-transformers"'))

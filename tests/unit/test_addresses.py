@@ -4,6 +4,7 @@ import asyncio
 import socket
 from pathlib import Path
 
+import httpx
 import pytest
 
 from deployments.command.summary import ServeArguments, table
@@ -55,7 +56,13 @@ def test_an_address_without_brackets_is_refused(tmp_path: Path, probe: str) -> N
 
 async def test_a_probe_of_ipv6_is_waited_for() -> None:
     """Until it accepts."""
-    server = await asyncio.start_server(lambda _, writer: writer.close(), "::1", 0)
+    asked = []
+
+    def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(writer.get_extra_info("peername")[0])
+        writer.close()
+
+    server = await asyncio.start_server(accept, "::1", 0)
     port = server.sockets[0].getsockname()[1]
 
     class Plan:
@@ -72,6 +79,7 @@ async def test_a_probe_of_ipv6_is_waited_for() -> None:
     replica._plan = Plan  # type: ignore[assignment]
     await asyncio.wait_for(replica._await_probes(), 10)
     server.close()
+    assert asked == ["::1"]
 
 
 async def test_a_metrics_port_opens_on_ipv6(tmp_path: Path) -> None:
@@ -86,6 +94,9 @@ async def test_a_metrics_port_opens_on_ipv6(tmp_path: Path) -> None:
     opened = MetricsPort(worker, "::1", gather)
     opened.open()
     await asyncio.to_thread(wait_for, lambda: not is_free("::1", port), 10, "no metrics port")
+    async with httpx.AsyncClient() as client:
+        answer = await client.get(f"http://[::1]:{port}/metrics")
+    assert answer.status_code == 200
     opened.close()
 
 

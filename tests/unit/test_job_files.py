@@ -51,6 +51,14 @@ def rows_of(
     return table, refused
 
 
+def assert_read(file: Path, content: bytes, texts: list[str], refused: Refused) -> None:
+    """Assert what is read out of a file of these bytes, and what is refused."""
+    file.write_bytes(content)
+    table, told = rows_of(file)
+    assert table["text"].to_pylist() == texts
+    assert told == refused
+
+
 def refusal(source: Path, keep: list[str] | None = None, output: str = "out.parquet") -> str:
     """Return why a job is refused, which it must be before anything is embedded, in one line."""
     client = Client()
@@ -97,10 +105,7 @@ def test_lines_as_other_programs_write_them(
     tmp_path: Path, content: bytes, texts: list[str], refused: Refused
 ) -> None:
     """Marks, blank lines, other line ends, Python's NaN, PowerShell's UTF-16; one bad line is one error."""
-    (tmp_path / "in.jsonl").write_bytes(content)
-    table, told = rows_of(tmp_path / "in.jsonl")
-    assert table["text"].to_pylist() == texts
-    assert told == refused
+    assert_read(tmp_path / "in.jsonl", content, texts, refused)
 
 
 def test_a_line_without_end_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,10 +428,7 @@ def test_csv_as_other_programs_write_it(
     tmp_path: Path, content: bytes, texts: list[str], refused: Refused
 ) -> None:
     """Empty lines of one column are rows; a row that isn't like the header is one error."""
-    (tmp_path / "in.csv").write_bytes(content)
-    table, told = rows_of(tmp_path / "in.csv")
-    assert table["text"].to_pylist() == texts
-    assert told == refused
+    assert_read(tmp_path / "in.csv", content, texts, refused)
 
 
 def test_long_cells_are_read(tmp_path: Path) -> None:
