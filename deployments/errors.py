@@ -40,6 +40,11 @@ def as_raised(error: BaseException) -> BaseException:
     return cause if isinstance(cause, EmbeddingError) else error
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def reason_of(message: str) -> str:
     """Return the last line of Serve's message on a deployment that says something: our own one-line error."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]

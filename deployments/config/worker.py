@@ -114,6 +114,11 @@ class Generator(Table):
         return self
 
     @property
+    def served_by(self) -> str:
+        """The engine: of a plan's worker the one that was chosen."""
+        return self.engine or self.type
+
+    @property
     def world_size(self) -> int:
         """Number of ranks of one replica: TP times PP."""
         return self.tensor_parallel_size * self.pipeline_parallel_size

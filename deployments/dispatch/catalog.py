@@ -43,7 +43,7 @@ class Served:
             "created": 0,
             "owned_by": worker.name,
             "version": worker.queue.version,
-            "engine": worker.generator.engine or worker.generator.type,
+            "engine": worker.generator.served_by,
             "description": self.model.description,
             "maximum_completion_tokens": self.model.maximum_completion_tokens,
             "max_model_len": worker.generator.max_model_len,

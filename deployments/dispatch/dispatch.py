@@ -197,7 +197,7 @@ class Dispatch:
         if self._model is not None:
             card, _ = self._model
             shown |= {"dimension": card.dimension, "max_model_len": card.max_model_len}
-            shown |= {"engine": card.engine, "steps": card.steps}
+            shown |= {"engine": self.worker.generator.served_by, "steps": card.steps}
         return {"ready": True, **shown, "replicas": self._calls.replicas}
 
     async def engine_metrics(self, seconds: float) -> list[bytes]:

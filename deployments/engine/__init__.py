@@ -23,7 +23,7 @@ class ModelCard:
     named; one that `truncates_start` drops what is too long there. It `normalizes` its vectors to unit
     length, and has shorter ones of other `dimensions`; `pooling` says how they are made of the tokens'.
     `cl100k` holds the bytes of each of its tokens where clients send those. Replicas of one `version` give
-    the same vectors. `engine` computes them, `steps` says how, and why so; `dtype` in which numbers.
+    the same vectors. `steps` says how they are computed, and why so; `dtype` in which numbers.
     """
 
     tokenizer: str
@@ -35,7 +35,6 @@ class ModelCard:
     truncates_start: bool = False
     normalizes: bool = True
     dimensions: tuple[int, ...] = ()
-    engine: str = ""
     cl100k: tuple[bytes, ...] = ()
     version: str = ""
     steps: str = ""

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import numpy as np
 
 from deployments.engine.batch import TokenBatch, cosines
-from deployments.engine.thread import Way, odd_weights, one_line
+from deployments.engine.thread import Way, odd_weights
 from deployments.engine.tokenizer import TextTokenizer
-from deployments.errors import EngineError, EngineStartError
+from deployments.errors import EngineError, EngineStartError, first_line
 
 # Both ways embed one batch of as many words as these.
 WORD_COUNTS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144)
@@ -45,7 +45,7 @@ class Scheduled:
                 self._next_id += 1
         except ValueError as error:
             self._engine.abort_request([str(number) for number in range(first, self._next_id)])
-            raise EngineError(f"vLLM refused an input: {one_line(error)}") from error
+            raise EngineError(f"vLLM refused an input: {first_line(error)}") from error
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 # A view into the step's buffer, which the next one writes over.
@@ -99,7 +99,7 @@ class StepExtension:
 
             self._packed_step = PackedStep(self)
         except Exception as error:  # as where a name of vLLM's has moved
-            return one_line(error)
+            return first_line(error)
         return ""
 
     def packed_step(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
@@ -145,10 +145,10 @@ def choose(engine: Any, tokenizer: str, max_model_len: int, wanted: Wanted) -> t
     except Exception as error:  # as where a private name has moved: the scheduler serves all the same
         if wanted == "packed":
             raise EngineStartError(
-                f"generator.steps: no packed steps for this model: {one_line(error)}"
+                f"generator.steps: no packed steps for this model: {first_line(error)}"
             ) from error
         scheduled.clean()
-        return scheduled, f"vLLM's scheduler; no packed steps for this model: {one_line(error)}"
+        return scheduled, f"vLLM's scheduler; no packed steps for this model: {first_line(error)}"
     times = (
         f"a lone input {lone * 1e3:.1f} ms (by vLLM's scheduler {their_lone * 1e3:.1f}),"
         f" {batches[2].tokens} tokens {step * 1e3:.1f} ms ({their_full * 1e3:.1f})"

@@ -49,9 +49,7 @@ class FakeEngine(StepEngine):
         time.sleep(self._arguments.start_seconds)
         if self._arguments.start_error:
             raise EngineStartError(self._arguments.start_error)
-        return ModelCard(
-            byte_tokenizer(), self._arguments.dimension, self._max_model_len, VOCAB_SIZE, engine="fake"
-        )
+        return ModelCard(byte_tokenizer(), self._arguments.dimension, self._max_model_len, VOCAB_SIZE)
 
     async def embed(self, batch: TokenBatch, bulk: bool = False, alone: bool = False) -> np.ndarray:
         """Return `fake_vectors` after the service time; NaN for an input with `nan_token` in it."""

@@ -14,7 +14,7 @@ from deployments.engine import ModelCard
 from deployments.engine.available import cpu_dtype
 from deployments.engine.batch import TokenBatch
 from deployments.engine.thread import ThreadEngine, Way, odd_weights
-from deployments.engine.tokenizer import check_vocabulary, lacking, serialized
+from deployments.engine.tokenizer import check_vocabulary, hub_options, lacking, serialized
 from deployments.errors import EngineStartError
 
 # A forward pads its inputs to the longest of them, and holds no more tokens than this when it has.
@@ -79,9 +79,8 @@ def load(folder: str, device: str, dtype: str, arguments: Mapping[str, Any]) -> 
             "this model needs sentence-transformers, which isn't installed: install the extra"
             " `sentence-transformers` of embedding-cluster"
         ) from error
-    options = {name: arguments[name] for name in {"revision", "trust_remote_code"} & set(arguments)}
     model = SentenceTransformer(
-        folder, device=device, model_kwargs={"dtype": getattr(torch, dtype)}, **options
+        folder, device=device, model_kwargs={"dtype": getattr(torch, dtype)}, **hub_options(arguments)
     )
     _check_complete(model[0].auto_model)
     return model.eval()

@@ -16,7 +16,7 @@ from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
 from deployments.engine.cores import CoreClaim, sharers
 from deployments.engine.steps import Step, StepEngine
-from deployments.errors import EngineError, EngineStartError
+from deployments.errors import EngineError, EngineStartError, first_line
 from deployments.plan.plan import WorkerPlan, objections
 from deployments.priority import behind_requests
 
@@ -74,7 +74,7 @@ class ThreadEngine(StepEngine, ABC):
             if isinstance(self._failure, EngineStartError):
                 raise self._failure
             advice = "`generator.engine` names another engine, LOG_LEVEL=DEBUG shows more"
-            reason = f"{self.name} can't start: {one_line(self._failure)}; {advice}"
+            reason = f"{self.name} can't start: {first_line(self._failure)}; {advice}"
             raise EngineStartError(reason) from self._failure
         return self._card
 
@@ -105,7 +105,7 @@ class ThreadEngine(StepEngine, ABC):
             self._serve(way)
         except BaseException as failure:
             self._failure = failure
-            self._queue.close(f"the engine has ended: {one_line(failure)}")
+            self._queue.close(f"the engine has ended: {first_line(failure)}")
         finally:
             self._queue.fail_all(self._step)
             self._unload()
@@ -153,14 +153,13 @@ class ThreadEngine(StepEngine, ABC):
     def _published(self, files: ModelFiles | None) -> dict[str, Any]:
         """Return what a model's own files say on its card; of a hub's id the plan knows the prompts."""
         if files is None:
-            return {"prompts": self._plan.prompts, "engine": self._plan.engine}
+            return {"prompts": self._plan.prompts}
         return {
             "prompts": files.prompts,
             "default_prompt": files.default_prompt,
             "truncates_start": files.truncates_start,
             "normalizes": files.normalizes,
             "dimensions": files.dimensions,
-            "engine": self._plan.engine,
         }
 
     def _model_folder(self) -> tuple[str, ModelFiles | None]:
@@ -194,9 +193,3 @@ def odd_weights(weights: Iterable[tuple[str, Any]], vocab_size: int) -> list[str
             if zeros > 1:
                 found.append(f"{zeros} tokens of `{name}` hold nothing but zeros")
     return found
-
-
-def one_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its name."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

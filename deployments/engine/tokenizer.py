@@ -13,12 +13,13 @@ from safetensors import safe_open
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from deployments.config.model_files import ModelFiles
-from deployments.errors import EngineStartError, InvalidRequestError
+from deployments.errors import EngineStartError, InvalidRequestError, first_line
 
 logger = logging.getLogger("ray.serve")
 
 # OpenAI's vocabulary, for clients that send its token ids to a model with another tokenizer.
 ENCODING = "cl100k_base"
+HUB_OPTIONS = {"revision", "trust_remote_code"}
 # Special tokens stand behind these, not each id among them.
 TOKENS = 100_256
 # tiktoken asks OpenAI's host where it finds no copy, and waits for it without end.
@@ -78,13 +79,16 @@ def read_tokenizer(folder: str, files: ModelFiles | None, arguments: Mapping[str
     """
     from transformers import AutoTokenizer
 
-    options = {name: arguments[name] for name in {"revision", "trust_remote_code"} & set(arguments)}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options).backend_tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(folder, **hub_options(arguments)).backend_tokenizer
     except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EngineStartError(f"no fast tokenizer in {folder}: {reason}") from error
+        raise EngineStartError(f"no fast tokenizer in {folder}: {first_line(error)}") from error
     return serialized(tokenizer, files)
+
+
+def hub_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of an engine's arguments that say what is taken from a hub."""
+    return {name: arguments[name] for name in HUB_OPTIONS & set(arguments)}
 
 
 def serialized(tokenizer: Tokenizer, files: ModelFiles | None) -> str:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deployments.config.modules import PROVEN, transformer_folder
+from deployments.config.modules import PROVEN
 from deployments.engine import ModelCard
 from deployments.engine.available import cpu_dtype, require_vllm
 from deployments.engine.choice import choose
@@ -52,7 +52,7 @@ class VllmEngine(ThreadEngine):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         folder, files = self._model_folder()
         if files and files.text_config.get("model_type") in PROVEN and not files.is_quantized:
-            check_weights(transformer_folder(Path(folder)))
+            check_weights(Path(folder))
         from vllm.config import PoolerConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine

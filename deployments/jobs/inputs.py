@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.fs
 
-from deployments.errors import JobError
+from deployments.errors import JobError, first_line
 
 PARQUET, ARROW, CSV, LINES = "Parquet", "Arrow", "CSV", "JSON lines"
 FORMATS = {
@@ -136,8 +136,3 @@ def text_stream(file: InputFile) -> pa.NativeFile:
         mark = beginning.read(2)
     content = pa.input_stream(str(file.path), compression="detect")
     return pa.transcoding_input_stream(content, "utf-16", "utf-8") if mark in UTF16 else content
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

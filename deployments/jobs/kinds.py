@@ -10,8 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute
 
-from deployments.errors import InvalidRequestError
-from deployments.jobs.inputs import first_line
+from deployments.errors import InvalidRequestError, first_line
 
 # What pyarrow raises for a value that a type can't hold.
 UNFIT = (pa.ArrowException, OverflowError, TypeError, ValueError)

@@ -6,6 +6,7 @@ A byte order mark is skipped, blank lines are no rows, and `NaN` and infinities 
 import io
 import json
 from bisect import bisect
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,6 @@ TYPED_ROWS = 10_000
 # As a batch's lines.
 MAX_LINE_BYTES = 32 * 2**20
 BUFFER_BYTES = 2**20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A row, or what is wrong with its line.
 Row = dict[str, Any] | InvalidRequestError
 
@@ -135,8 +135,8 @@ def _values(rows: list[Row], name: str) -> list[Any]:
 def _objects(file: InputFile) -> Iterator[Row]:
     """Yield a file's rows: objects, or an error in place of a line that is none."""
     with text_stream(file) as stream, io.BufferedReader(stream, BUFFER_BYTES) as lines:
-        if lines.peek(len(BYTE_ORDER_MARK)).startswith(BYTE_ORDER_MARK):
-            lines.read(len(BYTE_ORDER_MARK))
+        if lines.peek(len(BOM_UTF8)).startswith(BOM_UTF8):
+            lines.read(len(BOM_UTF8))
         while line := lines.readline(MAX_LINE_BYTES):
             is_cut = len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")
             while is_cut and (rest := lines.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):

@@ -13,8 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from deployments.errors import JobError
-from deployments.jobs.inputs import InputFile, Inputs, first_line
+from deployments.errors import JobError, first_line
+from deployments.jobs.inputs import InputFile, Inputs
 
 WITHOUT = "name the columns to keep without it"
 

@@ -130,7 +130,7 @@ def _model(look: Look, worker: Worker, names: list[str], columns: _Columns) -> d
     return {
         "deployment": worker.name,
         "models": names,
-        "engine": worker.generator.engine or worker.generator.type,
+        "engine": worker.generator.served_by,
         "version": worker.queue.version,
         "ready": state["ready"],
         "replicas": {each.lower(): replicas[each] for each in REPLICA_STATES if replicas.get(each)},
