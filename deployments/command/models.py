@@ -108,20 +108,19 @@ def embed(plan: WorkerPlan) -> Embedded:
         texts: dict[str, Text] = {what: (text, None) for what, text in TEXTS.items()}
         texts.update({f"prompt `{use}`": (TEXTS["a sentence"], use) for use in card.prompts})
         tokenizer = TextTokenizer(card.tokenizer)
-        inputs = [
-            tokenizer.truncate(ids, card.max_model_len, card.truncates_start, framed=True)
-            for ids in tokenizer.encode(
-                [
-                    (card.default_prompt if use is None else card.prompts[use]) + text
-                    for text, use in texts.values()
-                ]
+        inputs = []
+        for text, use in texts.values():
+            prompt = card.default_prompt if use is None else card.prompts[use]
+            (ids,) = tokenizer.encode([prompt + text])
+            one = TokenBatch.of(
+                [tokenizer.truncate(ids, card.max_model_len, card.truncates_start, framed=True)]
             )
-        ]
-        together = asyncio.run(engine.embed(TokenBatch.of(inputs)))
-        alone = [asyncio.run(engine.embed(TokenBatch.of([ids]))) for ids in inputs]
+            inputs.append(one if card.pools_prompt else one.unpooled(tokenizer.count_prompt(prompt)))
+        together = asyncio.run(engine.embed(TokenBatch.join([each.ids for each in inputs])))
+        alone = [asyncio.run(engine.embed(each)) for each in inputs]
     finally:
         engine.stop()
-    counts = list(map(len, inputs))
+    counts = [each.tokens for each in inputs]
     return Embedded(card.dtype, card.max_model_len, texts, together, np.concatenate(alone), counts)
 
 

@@ -292,7 +292,7 @@ class ModelFiles:
         device: str | None = None,
     ) -> list[tuple[str, str]]:
         """Return (key, reason) for each setting that this model makes impossible."""
-        reasons = list(broken(self.folder, self.prompts))
+        reasons = list(broken(self.folder))
         if engine == "vllm":
             reasons += self.unfaithful(device)
         found = [("generator.model_path", reason) for reason in reasons]

@@ -45,7 +45,7 @@ POINTER = b"version https://git-lfs"
 TOKENIZERS = ("tokenizer*.json", "*.model", "vocab*", "tokenization_*.py", "*.tiktoken")
 
 
-def broken(folder: Path, prompts: dict[str, str]) -> Iterator[str]:
+def broken(folder: Path) -> Iterator[str]:
     """Yield why no engine can embed as the model's authors do, as `FILE: KEY: REASON`."""
     transformer = transformer_folder(folder)
     modules = (folder / str(module.get("path", "")) for module in modules_of(folder))
@@ -65,9 +65,6 @@ def broken(folder: Path, prompts: dict[str, str]) -> Iterator[str]:
     for name, pooling in _poolings(folder):
         if pooling is None:
             yield f"{name}: is missing or broken"
-        elif pooling.get("include_prompt") is False and any(prompts.values()):
-            # Engines get token ids, and don't see where a prompt ends.
-            yield f"{name}: include_prompt: a prompt can't be left out of the pooling"
 
 
 def unfaithful(folder: Path, config: dict[str, Any], head_size: int | None) -> Iterator[str]:
@@ -138,6 +135,8 @@ def _pooling(file: str, pooling: dict[str, Any]) -> Iterator[str]:
     for key, mode in modes.items():
         if mode not in POOLINGS:
             yield f"{file}: {key}: vLLM can't pool by `{mode}`"
+    if pooling.get("include_prompt") is False:
+        yield f"{file}: include_prompt: vLLM's pooling takes in the prompt"
 
 
 def _unreadable(file: Path) -> str | None:

@@ -61,9 +61,10 @@ async def prepare(
     inputs: list[list[int]] = []
     truncated: list[int] = []
     total = 0
+    prompt = _prompt_of(request, task, card) if texts else ""
     if texts:
         encode = functools.partial(tokenizer.encode, special=request.special_tokens)
-        groups = _tokenise(_with_prompt(texts, request, task, card), encode, card, field)
+        groups = _tokenise([prompt + text for text in texts] if prompt else texts, encode, card, field)
     else:
         groups = _as_group(await offload(sent, _check_token_ids, request, task, card))
     cut = functools.partial(tokenizer.truncate, framed=bool(texts) and request.special_tokens)
@@ -74,6 +75,8 @@ async def prepare(
         inputs += kept
     batch = await offload(total, TokenBatch.of, inputs)
     _check_vocabulary(batch, card.vocab_size, field)
+    if prompt and not card.pools_prompt:
+        batch = batch.unpooled(tokenizer.count_prompt(prompt, request.special_tokens))
     return Prepared(batch, tuple(truncated))
 
 
@@ -99,18 +102,14 @@ async def _as_group(inputs: list[list[int]]) -> AsyncIterator[list[list[int]]]:
     yield inputs
 
 
-def _with_prompt(
-    texts: Sequence[str], request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard
-) -> Sequence[str]:
-    """Return the texts with what the request and the model want before each."""
+def _prompt_of(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> str:
+    """Return what the request and the model want before each text."""
     if request.prompt is None and request.instruction is None:
-        return [card.default_prompt + text for text in texts] if card.default_prompt else texts
+        return card.default_prompt
     prompts = card.prompts | task.prompts
     if request.instruction is not None:
-        prompt = _instruct(request.instruction, prompts)
-    else:
-        prompt = prompt_text(request.prompt, prompts)
-    return [prompt + text for text in texts]
+        return _instruct(request.instruction, prompts)
+    return prompt_text(request.prompt, prompts)
 
 
 def prompt_text(prompt: Prompt | None, prompts: dict[str, str]) -> str:

@@ -21,7 +21,8 @@ class ModelCard:
     length of a vector; `max_model_len` the most tokens of an input; ids go from 0 to `vocab_size` - 1.
     `prompts` maps a use to the text put before each input, and `default_prompt` is that where no use is
     named; one that `truncates_start` drops what is too long there. It `normalizes` its vectors to unit
-    length, and has shorter ones of other `dimensions`; `pooling` says how they are made of the tokens'.
+    length, and has shorter ones of other `dimensions`; `pooling` says how they are made of the tokens',
+    those of a prompt among them where it `pools_prompt`.
     `cl100k` holds the bytes of each of its tokens where clients send those. Replicas of one `version` give
     the same vectors. `steps` says how they are computed, and why so; `dtype` in which numbers.
     """
@@ -33,6 +34,7 @@ class ModelCard:
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str = ""
     truncates_start: bool = False
+    pools_prompt: bool = True
     normalizes: bool = True
     dimensions: tuple[int, ...] = ()
     cl100k: tuple[bytes, ...] = ()

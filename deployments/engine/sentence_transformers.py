@@ -19,6 +19,8 @@ from deployments.errors import EngineStartError
 
 # A forward pads its inputs to the longest of them, and holds no more tokens than this when it has.
 PADDED_TOKENS = 4096
+# What one more forward costs a CPU, in tokens: more padding than this makes one worth it.
+FORWARD_TOKENS = 64
 READ_MARK = "_is_hf_initialized"
 
 
@@ -42,11 +44,12 @@ class SentenceTransformersEngine(ThreadEngine):
             )
         card = ModelCard(
             tokenizer=tokenizer,
-            dimension=int(model.get_sentence_embedding_dimension()),
+            dimension=int(model.get_embedding_dimension()),
             max_model_len=min(int(longest), plan.worker.generator.max_model_len or int(longest)),
             vocab_size=int(table),
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             pooling=next((str(m.pooling_mode) for m in model if hasattr(m, "pooling_mode")), ""),
+            pools_prompt=all(getattr(module, "include_prompt", True) for module in model),
             steps=f"sentence-transformers: {plan.engine_reason}",
             **self._published(files),
         )
@@ -104,6 +107,8 @@ class Padded:
         """Take a `SentenceTransformer`."""
         self._model = model
         self._padding = model.tokenizer.pad_token_id or 0
+        # A GPU hardly feels the padding, and every forward.
+        self._padding_tokens = FORWARD_TOKENS if model.device.type == "cpu" else PADDED_TOKENS
 
     def embed(self, batch: TokenBatch) -> np.ndarray:
         """See `Way`."""
@@ -113,21 +118,31 @@ class Padded:
         rows: list[np.ndarray] = []
         order: list[int] = []
         with torch.inference_mode():
-            for group in groups(batch.lengths):
+            for unpooled, group in self._groups(batch):
                 shape = len(group), int(batch.lengths[group].max())
                 ids, mask = np.full(shape, self._padding, np.int64), np.zeros(shape, np.int64)
                 for row, number in enumerate(group):
-                    ids[row, : len(inputs[number])] = inputs[number]
-                    mask[row, : len(inputs[number])] = 1
-                given = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-                given = {name: tensor.to(self._model.device) for name, tensor in given.items()}
-                vectors = self._model(given)["sentence_embedding"]
+                    given = inputs[number]
+                    ids[row, : len(given)] = np.where(given < 0, ~given, given)
+                    mask[row, : len(given)] = 1
+                tensors = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+                features = {name: tensor.to(self._model.device) for name, tensor in tensors.items()}
+                vectors = self._model(features | {"prompt_length": unpooled})["sentence_embedding"]
                 rows.append(vectors.to(device="cpu", dtype=torch.float32).numpy())
                 order += group
         sorted_rows = np.concatenate(rows)
         found: np.ndarray = np.empty_like(sorted_rows)
         found[order] = sorted_rows
         return found
+
+    def _groups(self, batch: TokenBatch) -> Iterator[tuple[int, list[int]]]:
+        """Yield how many tokens the pooling leaves out, and the numbers of inputs that go together."""
+        starts = np.cumsum(batch.lengths) - batch.lengths
+        unpooled = np.add.reduceat(batch.ids < 0, starts, dtype=np.int64)
+        for count in np.unique(unpooled).tolist():
+            numbers = np.flatnonzero(unpooled == count)
+            for group in groups(batch.lengths[numbers], self._padding_tokens):
+                yield count, numbers[group].tolist()
 
     def clean(self) -> None:
         """Do nothing: it keeps nothing from step to step."""
@@ -152,13 +167,16 @@ def reference(
     return np.stack(vectors), list(map(len, ids))
 
 
-def groups(lengths: np.ndarray) -> Iterator[list[int]]:
-    """Yield the numbers of inputs that go together, the longest first, with little padding between them."""
+def groups(lengths: np.ndarray, padding: int) -> Iterator[list[int]]:
+    """Yield the numbers of inputs that go together, the longest first, with so much padding at most."""
     group: list[int] = []
+    tokens = 0
     for number in np.argsort(-lengths, kind="stable").tolist():
-        if group and (len(group) + 1) * lengths[group[0]] > PADDED_TOKENS:
+        tokens += int(lengths[number])
+        padded = (len(group) + 1) * int(lengths[group[0]]) if group else 0
+        if padded > PADDED_TOKENS or padded - tokens > padding:
             yield group
-            group = []
+            group, tokens = [], int(lengths[number])
         group.append(number)
     if group:
         yield group

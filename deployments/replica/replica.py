@@ -87,7 +87,8 @@ class Replica:
         """
         if call.version and call.version != self._plan.engine_version:
             raise ModelChangedError("the model has changed")
-        if batch.tokens and not 0 <= batch.ids.min() <= batch.ids.max() < self._card.vocab_size:
+        lowest = 0 if self._card.pools_prompt else -self._card.vocab_size
+        if batch.tokens and not lowest <= batch.ids.min() <= batch.ids.max() < self._card.vocab_size:
             # Whoever asks by a handle of their own has no dispatch that checks; and it would end the engine.
             raise EngineError(f"a token id is beyond the vocabulary of {self._card.vocab_size}")
         self._load.begin(call)

@@ -84,6 +84,25 @@ SECOND_ENGINE = {
     "bert-max": Layout("BertModel", "BertConfig", ENCODER, "max_tokens"),
     "bert-mean-and-max": Layout("BertModel", "BertConfig", ENCODER, more_pooling=("max_tokens",)),
     "bert-mean-sqrt": Layout("BertModel", "BertConfig", ENCODER, "mean_sqrt_len_tokens"),
+    "instructor": Layout(
+        "T5EncoderModel",
+        "T5Config",
+        T5,
+        dense=((HIDDEN, IDENTITY),),
+        prompts={"query": "Represent the question: ", "document": "Represent the document: "},
+        pools_prompt=False,
+    ),
+    "default-prompt-left-out": Layout(
+        "BertModel",
+        "BertConfig",
+        ENCODER,
+        prompts={"passage": "passage: "},
+        default_prompt="passage",
+        pools_prompt=False,
+    ),
+    "cls-prompt-left-out": Layout(
+        "BertModel", "BertConfig", ENCODER, "cls_token", prompts=QUERIES, pools_prompt=False
+    ),
     "bert-layer-norm": Layout("BertModel", "BertConfig", ENCODER, edit=edits.layer_norm),
     "bert-dense-after-normalize": Layout("BertModel", "BertConfig", ENCODER, edit=edits.dense_last),
     "bert-in-a-folder": Layout("BertModel", "BertConfig", ENCODER, edit=edits.nested),

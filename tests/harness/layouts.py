@@ -32,7 +32,7 @@ class Layout:
     `dense` has each layer's size and activation; `extra` goes into the model's config as it is. Where
     transformers takes no tokenizer but a model's own, it has that of `bytes`, in that form; else MiniLM's.
     A `bare` one has nothing of sentence-transformers; `default_prompt` is the prompt put before each text for
-    which none is named. `edit` changes the folder at last.
+    which none is named, and with `pools_prompt` among what is pooled. `edit` changes the folder at last.
     """
 
     model: str
@@ -46,6 +46,7 @@ class Layout:
     bare: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str = ""
+    pools_prompt: bool = True
     more_pooling: tuple[str, ...] = ()
     edit: Callable[[Path], None] | None = None
 
@@ -133,6 +134,7 @@ def write_modules(folder: Path, layout: Layout) -> None:
     write_json(folder / "modules.json", [module(0, "Transformer", "")])
     pooled = {layout.pooling, *layout.more_pooling}
     pooling = {f"pooling_mode_{mode}": mode in pooled for mode in MODES}
+    pooling["include_prompt"] = layout.pools_prompt
     add_module(folder, "Pooling", {"word_embedding_dimension": HIDDEN, **pooling})
     size = HIDDEN * len(pooled)
     for wide, activation in layout.dense:

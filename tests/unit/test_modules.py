@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no pooling file": ({"1_Pooling/config.json": None}, "1_Pooling/config.json: is missing or broken"),
     "prompt left out": (
         PROMPTS | {"1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "include_prompt": False}},
-        "1_Pooling/config.json: include_prompt: a prompt can't be left out of the pooling",
+        "1_Pooling/config.json: include_prompt: vLLM's pooling takes in the prompt",
     ),
     "layer norm": (
         {"modules.json": modules(*MODULES[:2], ("LayerNorm", "2_LayerNorm"))},
@@ -144,7 +144,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 # No engine can serve these.
 BROKEN = {
     "no pooling file",
-    "prompt left out",
     "git lfs",
     "git lfs, a module's",
     "git lfs, the tokenizer",
@@ -194,7 +193,7 @@ def test_the_second_engine_says_what_it_cant_do(tmp_path: Path) -> None:
         {},
         PROMPTS,
         {"modules.json": modules(*MODULES[:2], DENSE, ("Dense", "3_Dense"), ("Normalize", "4_Normalize"))},
-        {"1_Pooling/config.json": {"pooling_mode": "lasttoken", "include_prompt": False}},
+        {"1_Pooling/config.json": {"pooling_mode": "lasttoken", "include_prompt": True}},
         {"modules.json": None},
     ],
 )
