@@ -1,8 +1,9 @@
 """What an engine costs beside its model: `make bench-host`.
 
-The bundled model as a replica loads it, its forward replaced by nothing: what is left is the host's work for
-each input, by vLLM's scheduler and by packed steps in turn. Then servers with a model that costs next to
-nothing, ours and vLLM's own, which so show what getting texts in and vectors out costs.
+The bundled model as a replica loads it, by each of the two engines in turn. Then with its forward replaced by
+nothing: what is left is the host's work for each input, by vLLM's scheduler and by packed steps. Then servers
+with a model that costs next to nothing, ours and vLLM's own, which so show what getting texts in and vectors
+out costs.
 """
 
 import argparse
@@ -15,14 +16,16 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.subjects import bundled
-from deployments.engine.batch import TokenBatch
+from deployments.engine.batch import TokenBatch, cosines
 from deployments.engine.choice import Packed, Scheduled
+from deployments.engine.sentence_transformers import Padded, load
 from deployments.engine.thread import Way
 from deployments.engine.vllm import VllmEngine
 
 COUNTS = (1, 16, 64, 256)
 TOKENS = 20
 ROUNDS, ROUND_SECONDS = 9, 0.2
+SAME = 0.999
 
 
 def without_forward(worker: Any) -> None:
@@ -44,9 +47,24 @@ def seconds_of(way: Way, batch: TokenBatch) -> float:
     return least
 
 
-def host_costs(rounds: int) -> Iterator[str]:
-    """Yield the lines of the table: medians over the rounds of the least time in each."""
-    engine, _ = VllmEngine(bundled().plan())._load_engine()
+def whole_steps(engine: Any, folder: str, rounds: int) -> Iterator[str]:
+    """Yield the lines of a table of both engines: medians over the rounds of the least time in each."""
+    dtype = str(engine.vllm_config.model_config.dtype).removeprefix("torch.")
+    ways: tuple[Way, Way] = Packed(engine), Padded(load(folder, "cpu", dtype, {}))
+    yield f"| 64 inputs in {dtype} | vLLM, ms | sentence-transformers, ms | ratio |"
+    yield "|---|---|---|---|"
+    mixed = np.random.default_rng(0).integers(6, 60, 64).tolist()
+    for what, lengths in (("20 tokens each", [TOKENS] * 64), ("6 to 59 tokens", mixed)):
+        batch = TokenBatch.of([[101, *range(2000, 2000 + length - 2), 102] for length in lengths])
+        assert cosines(*(way.embed(batch) for way in ways)).min() > SAME
+        seconds = np.array([[seconds_of(way, batch) for way in ways] for _ in range(rounds)])
+        theirs, second = 1e3 * np.median(seconds, axis=0)
+        ratio = np.median(seconds[:, 1] / seconds[:, 0])
+        yield f"| {what} | {theirs:,.0f} | {second:,.0f} | {ratio:.2f} |"
+
+
+def host_costs(engine: Any, rounds: int) -> Iterator[str]:
+    """Yield the lines of the table of one engine: medians over the rounds of the least time in each."""
     ways: tuple[Way, Way] = Scheduled(engine), Packed(engine)
     engine.collective_rpc(without_forward)
     yield "| inputs of 20 tokens in a step | by vLLM's scheduler, µs an input | packed, µs an input | ratio |"
@@ -57,19 +75,22 @@ def host_costs(rounds: int) -> Iterator[str]:
         theirs, ours = 1e6 * np.median(seconds, axis=0) / count
         ratio = np.median(seconds[:, 0] / seconds[:, 1])
         yield f"| {count} | {theirs:,.1f} | {ours:,.1f} | {ratio:.1f} |"
-    engine.engine_core.shutdown()
 
 
 def main() -> int:
-    """Print the table."""
+    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--keep", action="store_true", help="put the table into benchmarks/README.md")
     given = parser.parse_args()
+    plan = bundled().plan()
+    engine, _ = VllmEngine(plan)._load_engine()
     lines = []
-    for line in host_costs(given.rounds):
+    folder = plan.worker.generator.model_path
+    for line in (*whole_steps(engine, folder, given.rounds), "", *host_costs(engine, given.rounds)):
         print(line, flush=True)
         lines.append(line)
+    engine.engine_core.shutdown()
     if given.keep:
         report.insert(report.NOTES, "host", "\n".join(lines))
     return 0

@@ -75,7 +75,7 @@ async def prepare(
         inputs += kept
     batch = await offload(total, TokenBatch.of, inputs)
     _check_vocabulary(batch, card.vocab_size, field)
-    if prompt and not card.pools_prompt:
+    if not card.pools_prompt:
         batch = batch.unpooled(tokenizer.count_prompt(prompt, request.special_tokens))
     return Prepared(batch, tuple(truncated))
 

@@ -52,7 +52,7 @@ class TextTokenizer:
     def count_prompt(self, prompt: str, special: bool = True) -> int:
         """Return how many tokens a prompt puts before a text, as sentence-transformers counts them."""
         found = self.read(prompt, special)
-        return len(found.ids) - found.special_tokens_mask[-1] if found.ids else 0
+        return len(found.ids) - found.special_tokens_mask[-1] if prompt and found.ids else 0
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """Return the text of token ids, with `special` ones or without."""
