@@ -38,17 +38,17 @@ from deployments.metrics import Metrics
 from deployments.transport.router import TokenRouter
 from tests.harness import workers
 
-REQUESTS = 20_000
+REQUESTS = 5_000
 LOAD = 0.8
 # No more of a request's time in the ingress, 99 times in 100, than this.
 P99_SECONDS = 0.02
 STEP_TOKENS = 16_384
-# What vLLM's scheduler, its input and output processing and our engine's thread take for one input, in Python
-# and so one after the other, as `make profile` shows it for requests of 64.
-ENGINE_INPUT_SECONDS = 150e-6
+# What the host takes for a packed step and each of its inputs before the GPU has them, one after the other:
+# `make bench-host`, from steps of 1 and of 256.
+ENGINE_STEP_SECONDS, ENGINE_INPUT_SECONDS = 490e-6, 12e-6
 ROUTED = (1, 10, 100, 1000)
 # Engine processes that share one GPU.
-ENGINES = (1, 8)
+ENGINES = (1, 2, 4)
 REPEATS = 5
 
 
@@ -65,11 +65,12 @@ class Model:
 # give (small matrices fill a GPU less), Qwen3's 40% of the chip's bf16 peak. Parameters are those that
 # multiply for each token: all but the vocabulary's.
 PUBLISHED_TOKENS_PER_SECOND = 1.6e6
-BGE_PARAMETERS, MINILM_PARAMETERS, QWEN_PARAMETERS = 85e6, 10.6e6, 6.95e9
+BGE_PARAMETERS, MINILM_PARAMETERS, SMALL_QWEN_PARAMETERS, QWEN_PARAMETERS = 85e6, 10.6e6, 0.44e9, 6.95e9
 H100_PEAK, QWEN_SHARE_OF_PEAK = 989e12, 0.4  # dense bf16, FLOP/s
 MODELS = (
     Model("all-MiniLM-L6-v2", PUBLISHED_TOKENS_PER_SECOND * BGE_PARAMETERS / MINILM_PARAMETERS / 2, 384),
     Model("bge-base", PUBLISHED_TOKENS_PER_SECOND, 768),
+    Model("Qwen3-Embedding-0.6B", QWEN_SHARE_OF_PEAK * H100_PEAK / (2 * SMALL_QWEN_PARAMETERS), 1024),
     Model("Qwen3-Embedding-8B", QWEN_SHARE_OF_PEAK * H100_PEAK / (2 * QWEN_PARAMETERS), 4096),
 )
 
@@ -82,6 +83,11 @@ class Traffic:
     tokens: int
     base64: bool
 
+    @property
+    def requests_in_a_step(self) -> int:
+        """The most that one takes."""
+        return max(1, STEP_TOKENS // (self.inputs * self.tokens))
+
     def __str__(self) -> str:
         """Say it."""
         how = "base64" if self.base64 else "float"
@@ -91,8 +97,8 @@ class Traffic:
 TRAFFICS = (
     Traffic(1, 20, True),
     Traffic(64, 20, True),
-    Traffic(64, 20, False),
-    Traffic(64, 500, True),
+    Traffic(64, 128, True),
+    Traffic(64, 512, True),
 )
 
 
@@ -107,6 +113,7 @@ class Costs:
     float_number: float
     base64_number: float
     replica_call: float
+    replica_step: float
     replica_input: float
 
     def before(self, traffic: Traffic) -> float:
@@ -157,6 +164,7 @@ def measured_costs() -> Costs:
         float_number=best(lambda: embedding_texts(vectors, "float")) / vectors.size,
         base64_number=best(lambda: embedding_texts(vectors, "base64")) / vectors.size,
         replica_call=roles["replica"] / 1e6,
+        replica_step=ENGINE_STEP_SECONDS,
         replica_input=ENGINE_INPUT_SECONDS,
     )
 
@@ -192,7 +200,7 @@ def dispatched(ids: list[list[int]], vectors: np.ndarray) -> None:
 def routing_seconds(replicas: int) -> float:
     """Return the CPU seconds that the choice among so many replicas takes, for one call."""
     router: Any = TokenRouter.__new__(TokenRouter)
-    router._outstanding, router._suspects, router._node_id = {}, {}, "here"
+    router._outstanding, router._suspects, router._ended, router._node_id = {}, {}, set(), "here"
     candidates = [SimpleNamespace(replica_id=f"replica-{n}", node_id=f"node-{n}") for n in range(replicas)]
     router._versions = {each.replica_id: "version" for each in candidates}
     calls = max(1, 10_000 // replicas)
@@ -263,7 +271,8 @@ class Cluster:
     def capacity(self) -> float:
         """Requests per second that all engines can do. Those of one GPU share it evenly, busy or not."""
         gpu = self.traffic.inputs * self.traffic.tokens / self.model.tokens_per_second
-        python = self.costs.replica_call + self.traffic.inputs * self.costs.replica_input
+        step = self.costs.replica_step / self.traffic.requests_in_a_step
+        python = self.costs.replica_call + step + self.traffic.inputs * self.costs.replica_input
         return self.gpus * self.engines_per_gpu / (python + self.engines_per_gpu * gpu)
 
     def at(self, when: float, what: Callable[[float], None]) -> None:
@@ -320,11 +329,12 @@ class Cluster:
 
     def _step(self, replica: _Replica, now: float) -> None:
         traffic = self.traffic
-        most = max(1, STEP_TOKENS // (traffic.inputs * traffic.tokens))
-        batch = [replica.waiting.popleft() for _ in range(min(most, len(replica.waiting)))]
+        most = min(traffic.requests_in_a_step, len(replica.waiting))
+        batch = [replica.waiting.popleft() for _ in range(most)]
         inputs = len(batch) * traffic.inputs
         gpu = inputs * traffic.tokens / self.model.tokens_per_second
-        python = len(batch) * self.costs.replica_call + inputs * self.costs.replica_input
+        calls = len(batch) * self.costs.replica_call
+        python = calls + self.costs.replica_step + inputs * self.costs.replica_input
         self._gpu_seconds += gpu
         replica.running = True
         end = now + python + gpu * self.engines_per_gpu

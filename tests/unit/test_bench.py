@@ -13,12 +13,12 @@ from benchmarks import report, rivals
 from benchmarks.budget import shares
 from benchmarks.results import MEMORY, Results, Value
 from benchmarks.sender import Result, Task, body_of
-from benchmarks.simulation import MODELS, Cluster, Costs, Traffic
+from benchmarks.simulation import MODELS, Cluster, Costs, Traffic, answers, tables
 from benchmarks.subjects import SHAPES
 from benchmarks.workloads import WORKLOADS, Checker, reference_texts
 
 SINGLES = WORKLOADS[1]
-COSTS = Costs(1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-9, 1e-3, 1e-4)
+COSTS = Costs(1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-9, 1e-3, 1e-3, 1e-4)
 
 
 @pytest.fixture
@@ -124,12 +124,22 @@ def test_simulated_requests_take_their_own_time_and_no_less() -> None:
     traffic = Traffic(64, 20, True)
     cluster = Cluster(MODELS[1], traffic, COSTS, ingresses=4, gpus=1)
     own = COSTS.ingress(traffic, MODELS[1].dimension)
-    alone = own + COSTS.replica_call + 64 * COSTS.replica_input + 64 * 20 / MODELS[1].tokens_per_second
+    python = COSTS.replica_call + COSTS.replica_step + 64 * COSTS.replica_input
+    alone = own + python + 64 * 20 / MODELS[1].tokens_per_second
     calm = cluster.run(0.01 * cluster.capacity, 500)
     assert calm.p50 == pytest.approx(alone)
     busy = cluster.run(0.9 * cluster.capacity, 5000)
     assert busy.p99 > 2 * alone
     assert busy.gpu_busy == pytest.approx(0.9 * cluster.capacity * 1280 / 1.6e6, rel=0.1)
+
+
+def test_the_simulation_answers_for_every_model() -> None:
+    """A small case of the whole: the least ingress replicas, more GPUs, the choice among replicas."""
+    shown = answers(COSTS, 20)
+    assert {need["model"] for need in shown["needs"]} == {model.name for model in MODELS}
+    assert all(need["ingresses"] >= 1 and 0 < need["gpu"] <= 1 for need in shown["needs"])
+    assert all(routed["seconds"] > 0 for routed in shown["routing"])
+    assert tables(COSTS, shown).count("\n") > len(shown["needs"])
 
 
 def test_shapes_have_the_parameters_of_their_names() -> None:
