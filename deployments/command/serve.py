@@ -28,6 +28,7 @@ from deployments.front.address import bracketed, try_to_listen
 from deployments.front.guard import haproxies, inner_host, stop_guards
 from deployments.front.switches import prepare_environment
 from deployments.plan.plan import ingress_replicas, make_plans, unplaceable
+from deployments.tracing import objection
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -47,6 +48,8 @@ def run(arguments: ServeArguments) -> int:
         return 1
     # A short path: Ray adds 56 characters to it, and a socket's path may have 97.
     folder = Path(tempfile.mkdtemp(prefix="embeddings-", dir="/tmp"))
+    if reason := objection():
+        print(reason, file=sys.stderr)
     prepare_environment(folder, arguments.host)
     stop, reload = threading.Event(), threading.Event()
     _install(stop, reload)

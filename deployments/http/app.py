@@ -1,5 +1,6 @@
 """One FastAPI application, every route at `/` and at `/v1`."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from deployments.http.serving import Serving
 from deployments.http.table import Entry, register
 from deployments.keys.usage import Counts
 from deployments.status.look import GatherCounts
+from deployments.tracing import flush
 
 # Returns what a key has used, of every ingress replica.
 GatherUsage = Callable[[str], Awaitable[list[dict[str, Counts]]]]
@@ -104,6 +106,7 @@ def _bare_app(ports: Mapping[str, MetricsPort]) -> FastAPI:
         yield
         for port in ports.values():
             port.close()
+        await asyncio.to_thread(flush)
 
     return FastAPI(
         title="Embedding cluster",
