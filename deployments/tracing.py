@@ -63,15 +63,13 @@ def objection(environ: Mapping[str, str] = os.environ) -> str:
     except ModuleNotFoundError:
         found = None
     if found is None:
-        return (
-            f"no traces: {endpoint} is set, and the extra `traces` isn't installed: embedding-cluster[traces]"
-        )
+        return f"no traces: {endpoint} is set, and embedding-cluster[traces] isn't installed"
     return ""
 
 
 def _is_wanted(environ: Mapping[str, str]) -> bool:
     disabled = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    return not disabled and environ.get("OTEL_TRACES_EXPORTER", "otlp") == "otlp"
+    return not disabled and "otlp" in environ.get("OTEL_TRACES_EXPORTER", "otlp")
 
 
 def _protocol(environ: Mapping[str, str]) -> str:
@@ -118,7 +116,7 @@ def flush() -> None:
 class Call:
     """A call to a replica, shared by the traces of all requests that wait for it.
 
-    `engine_seconds` is what the replica's engine took of it, `error` why it failed.
+    `engine_seconds` is what the replica's engine took of it, `error` the class of that which it failed with.
     """
 
     attributes: Attributes
@@ -261,6 +259,12 @@ def stage(name: str) -> AbstractContextManager[None]:
     """Note the block as a stage of this task's request, where that is traced."""
     trace = current.get()
     return _NOTHING if trace is None else trace.stage(name)
+
+
+def describe(attributes: Attributes) -> None:
+    """Say more of this task's request, where it is traced."""
+    if (trace := current.get()) is not None:
+        trace.describe(attributes)
 
 
 def traced(name: str, attributes: Attributes) -> AbstractContextManager[None]:

@@ -32,7 +32,7 @@ from deployments.errors import (
     InvalidRequestError,
     ModelUnavailableError,
 )
-from deployments.tracing import WAIT, Attributes, stage, traced
+from deployments.tracing import WAIT, Attributes, describe, stage, traced
 
 # Chunks are as large as what flies, times this: the parts that they are cut into lose little by rounding.
 CHUNK_FLIGHTS = 2
@@ -148,6 +148,7 @@ class Connection:
             finally:
                 for task in tasks:
                     task.cancel()
+            describe({"gen_ai.usage.input_tokens": sum(attempt.tokens for attempt in attempts)})
         begin = 0
         for attempt in attempts:
             errors |= {int(good[begin + row]): error for row, error in attempt.errors.items()}

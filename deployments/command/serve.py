@@ -41,6 +41,8 @@ END_SECONDS = 30.0
 
 def run(arguments: ServeArguments) -> int:
     """Serve until SIGINT or SIGTERM; return the exit status."""
+    if reason := objection():
+        print(reason, file=sys.stderr)
     try:
         try_to_listen(arguments.host, arguments.port)
     except OSError as error:
@@ -48,8 +50,6 @@ def run(arguments: ServeArguments) -> int:
         return 1
     # A short path: Ray adds 56 characters to it, and a socket's path may have 97.
     folder = Path(tempfile.mkdtemp(prefix="embeddings-", dir="/tmp"))
-    if reason := objection():
-        print(reason, file=sys.stderr)
     prepare_environment(folder, arguments.host)
     stop, reload = threading.Event(), threading.Event()
     _install(stop, reload)

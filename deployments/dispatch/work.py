@@ -164,7 +164,7 @@ async def _noted(answer: Awaitable[Embedded], part: Part) -> Embedded:
         call.engine_seconds = embedded.engine_seconds
         return embedded
     except Exception as error:
-        call.error = error.code if isinstance(error, EmbeddingError) else type(error).__name__
+        call.error = type(error).__name__
         raise
     finally:
         call.ended = time.perf_counter()

@@ -31,7 +31,7 @@ from deployments.errors import (
 )
 from deployments.http.auth import key_of
 from deployments.http.edge.content import body_chunks
-from deployments.http.edge.traces import begin_trace, describe
+from deployments.http.edge.traces import begin_trace, describe_inputs
 from deployments.http.errors import CLIENT_CLOSED_REQUEST
 from deployments.keys.file import Key
 from deployments.keys.rates import REQUESTS, TOKENS, Rates
@@ -169,7 +169,7 @@ class Serving:
                 task = served.model.embedding_task
                 prepared = await prepare(wanted, task, worker.limits, card, tokenizer)
             truncated, unit = prepared.truncated, card.normalizes
-            describe(served, prepared.batch)
+            describe_inputs(served, prepared.batch)
             return prepared.batch
 
         async def charge(tokens: int) -> None:

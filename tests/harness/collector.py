@@ -21,8 +21,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 )
 from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as Message
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 Times = tuple[int, int]
+INTERNAL, SERVER, CLIENT = Message.SPAN_KIND_INTERNAL, Message.SPAN_KIND_SERVER, Message.SPAN_KIND_CLIENT
+ERROR = Status.STATUS_CODE_ERROR
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def begin_trace(request: Request, key: Key | None) -> Trace | None:
     return trace
 
 
-def describe(served: Served, batch: TokenBatch) -> None:
+def describe_inputs(served: Served, batch: TokenBatch) -> None:
     """Say in the trace of this task's request, where it has one, for which model it is, and how large."""
     if (trace := current.get()) is not None:
         trace.describe(
