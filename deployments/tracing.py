@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deployments.errors import EmbeddingError
+from deployments.errors import EmbeddingError, first_line
 from deployments.metrics import CANCELLED
 
 if TYPE_CHECKING:
@@ -78,20 +78,30 @@ def _protocol(environ: Mapping[str, str]) -> str:
 
 @functools.cache
 def _provider() -> "TracerProvider | None":
-    """Return what sends this process's spans; None where the environment doesn't ask for it."""
+    """Return what sends this process's spans; None where the environment asks for none, or wrongly."""
     if not any(map(os.environ.get, ENDPOINTS)) or not _is_wanted(os.environ):
         return None
     if reason := objection():
         logger.warning(reason)
         return None
+    try:
+        return _made_provider()
+    except Exception as error:  # whatever a variable holds, requests are worth more than their traces
+        logger.warning("no traces: %s", first_line(error))
+        return None
+
+
+def _made_provider() -> "TracerProvider":
+    """Return what sends spans, as OpenTelemetry's variables say."""
+    from opentelemetry import propagate  # noqa: F401 - reads which headers there are as it is imported
     from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
+    exporter = importlib.import_module(EXPORTERS[_protocol(os.environ)]).OTLPSpanExporter()
     # What the variables say of it goes before what we say.
     resource = Resource.create({SERVICE_NAME: SERVICE}).merge(OTELResourceDetector().detect())
     provider = TracerProvider(resource=resource)
-    exporter = importlib.import_module(EXPORTERS[_protocol(os.environ)]).OTLPSpanExporter()
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider
 

@@ -30,7 +30,7 @@ from deployments.errors import (
     TooManyInputsError,
 )
 from deployments.http.auth import key_of
-from deployments.http.edge.content import body_chunks
+from deployments.http.edge.bodies import body_chunks
 from deployments.http.edge.traces import begin_trace, describe_inputs
 from deployments.http.errors import CLIENT_CLOSED_REQUEST
 from deployments.keys.file import Key
@@ -39,7 +39,7 @@ from deployments.keys.usage import Usage
 from deployments.logs import Record, RequestLog, spent
 from deployments.metrics import CANCELLED, SUCCESS, Metrics
 from deployments.status.history import History
-from deployments.tracing import WAIT, current, stage
+from deployments.tracing import WAIT, current, stage, tracer
 
 T = TypeVar("T")
 # Reads a dialect's body.
@@ -109,6 +109,7 @@ class Serving:
         self.usage = Usage(metrics)
         self.history = History(metrics)
         self._log = RequestLog()
+        tracer()  # what is wrong with it is told now, and what it needs is loaded
         self.catalog = catalog
         self.metrics = metrics
         self.in_hand = BytesInHand(LARGEST_BODIES * max_body_bytes)

@@ -211,6 +211,16 @@ def test_serve_says_why_there_are_none(
     )
 
 
+def test_a_wrong_variable_stops_no_request() -> None:
+    """What the SDK says of it is told."""
+    found = run(
+        "from deployments.tracing import tracer; print(tracer())", ON | {"OTEL_PROPAGATORS": "none of ours"}
+    )
+    assert found.stdout == "None\n"
+    what = "no traces: Propagator none of ours not found. It is either misspelled or not installed.\n"
+    assert found.stderr == what
+
+
 def test_a_protocol_that_there_isnt_is_told() -> None:
     """With those that there are."""
     wrong = ON | {"OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"}

@@ -23,7 +23,11 @@ from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as Message
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
+from deployments.metrics import STAGES
+
 Times = tuple[int, int]
+# The spans below a request's own.
+BELOW = {*STAGES, "read"}
 INTERNAL, SERVER, CLIENT = Message.SPAN_KIND_INTERNAL, Message.SPAN_KIND_SERVER, Message.SPAN_KIND_CLIENT
 ERROR = Status.STATUS_CODE_ERROR
 
@@ -68,14 +72,13 @@ class Collector(TraceServiceServicer):
         return ExportTraceServiceResponse()
 
     def traces(self) -> dict[str, list[Span]]:
-        """Return the spans by trace, the root of each first."""
+        """Return the spans of each trace that is whole, the request's own first: it comes last."""
         found: dict[str, list[Span]] = defaultdict(list)
         for span in list(self.spans):
             found[span.trace].append(span)
         for spans in found.values():
-            ours = {each.id for each in spans}
-            spans.sort(key=lambda each: (each.parent in ours, each.times))
-        return found
+            spans.sort(key=lambda each: (each.name in BELOW, each.times))
+        return {trace: spans for trace, spans in found.items() if spans[0].name not in BELOW}
 
 
 @contextmanager

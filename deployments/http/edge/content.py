@@ -1,12 +1,10 @@
-"""Bodies as they come, inflated piece by piece where they are compressed; never beyond what one may have."""
+"""Bodies that are compressed on their way: inflated piece by piece, and never beyond what a body may have."""
 
 import asyncio
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator
 
-from starlette.requests import Request
-
-from deployments.errors import BodyTooLargeError, InvalidRequestError, UnsupportedEncodingError
+from deployments.errors import InvalidRequestError, UnsupportedEncodingError
 
 # What clients write where nothing is encoded: the name of a charset, which has another header, for one.
 PLAIN = frozenset(("", "identity", "none", "utf-8", "utf8", "us-ascii"))
@@ -16,27 +14,6 @@ ACCEPTED = f"{GZIP}, {DEFLATE}"
 PIECE_BYTES = 2**18
 # zlib's names: a gzip header, and no header at all.
 WITH_GZIP, RAW = zlib.MAX_WBITS | 16, -zlib.MAX_WBITS
-
-
-async def body_chunks(request: Request, max_body_bytes: int) -> AsyncIterator[bytes]:
-    """Yield the body as it comes, inflated. Raises BodyTooLargeError before more than the limit is read."""
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > max_body_bytes:
-        raise _too_large(max_body_bytes)
-    chunks: AsyncIterator[bytes] = request.stream()
-    if (header := request.headers.get("content-encoding")) and (encoding := encoding_of(header)):
-        chunks = inflate(chunks, encoding)
-    size = 0
-    async for chunk in chunks:
-        size += len(chunk)
-        if size > max_body_bytes:
-            # Made as it is raised: a name for it here would keep the body until the next full collection.
-            raise _too_large(max_body_bytes)
-        yield chunk
-
-
-def _too_large(max_body_bytes: int) -> BodyTooLargeError:
-    return BodyTooLargeError(f"the body is over the limit of {max_body_bytes} bytes", "body")
 
 
 def encoding_of(header: str) -> str | None:
