@@ -247,6 +247,7 @@ class Serving:
             self._log.write(counted, outcome, seconds)
             if trace is not None:
                 current.set(None)
+                trace.describe({"gen_ai.request.model": counted.model})
                 trace.end("" if outcome == SUCCESS else outcome, status)
 
     @contextmanager

@@ -78,6 +78,7 @@ async def read_tokens(serving: Serving, request: Request, parse: Parse) -> bytes
             body = await serving.read(request, deadline, take)
         with stage("parse"):
             wanted = await serving.parse(parse, body)
+        del body
         served = serving.find(request, wanted.model, wanted.tags)
         counted.model = served.name
         limits = served.dispatch.worker.limits

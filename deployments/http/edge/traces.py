@@ -37,5 +37,6 @@ def describe_inputs(served: Served, batch: TokenBatch) -> None:
                 "gen_ai.request.model": served.name,
                 "gen_ai.usage.input_tokens": batch.tokens,
                 "embedding.inputs": len(batch),
+                "embedding.worker": served.dispatch.worker.name,
             }
         )
