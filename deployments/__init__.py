@@ -16,7 +16,7 @@ The life of a request:
 
 The rooms, in the order in which they know of each other:
 
-``errors``, ``metrics``, ``logs``, ``priority``, ``machine``, ``durable``   what everybody shares
+``errors``, ``metrics``, ``tracing``, ``logs``, ``priority``, ``machine``, ``durable``   what everybody shares
 ``config``      worker files, and what a model's folder says of it
 ``front``       what stands before Ray Serve: HAProxy, its guard, the spare, Ray's switches
 ``keys``        the key file, the ring, rate limits, what was used

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 
 from deployments.errors import ConfigError
 from deployments.metrics import NO_MODEL
+from deployments.tracing import Trace
 
 logger = logging.getLogger("ray.serve")
 
@@ -27,9 +28,10 @@ spent: ContextVar[dict[str, float] | None] = ContextVar("spent", default=None)
 class Record:
     """What is known of a request so far."""
 
-    def __init__(self, key: str | None) -> None:
-        """Know nothing but the name of its key."""
+    def __init__(self, key: str | None, trace: Trace | None = None) -> None:
+        """Know nothing but the name of its key, and its trace where it has one."""
         self.key = key
+        self.trace = trace
         self.model = NO_MODEL
         self.tokens = 0
         self.stages: dict[str, float] = {}
@@ -62,6 +64,8 @@ class RequestLog:
             "milliseconds": round(1000 * seconds, 1),
             "tokens": record.tokens,
         }
+        if record.trace is not None:
+            fields |= record.trace.ids
         if slow:
             fields |= {f"{stage}_ms": round(1000 * each, 1) for stage, each in record.stages.items()}
         level, what = (logging.WARNING, "slow request") if slow else (logging.INFO, "request")

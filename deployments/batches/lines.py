@@ -22,6 +22,7 @@ from deployments.errors import (
 from deployments.http.serving import Client, Serving
 from deployments.keys.file import Key
 from deployments.metrics import NO_MODEL, SUCCESS
+from deployments.tracing import WAIT, stage
 
 # Nobody waits at the other end, so a call may wait long for those of people.
 CALL_SECONDS = 600.0
@@ -47,7 +48,8 @@ class Bulk:
             served = self._serving.find_for(key, wanted.model, wanted.tags)
             model = served.name
             served.check_embeds()
-            answer = await self._persist(wanted, key)
+            with stage(WAIT):
+                answer = await self._persist(wanted, key)
             outcome = SUCCESS
             return answer
         except EmbeddingError as error:

@@ -28,6 +28,7 @@ from deployments.batches.store import Files, batch_folder, load, waiting_path
 from deployments.batches.validation import BatchFailed, RawLine, make_plan, read_lines
 from deployments.errors import EmbeddingError, FileMissingError, StorageUnavailableError
 from deployments.keys.file import Key
+from deployments.tracing import Attributes, traced
 
 logger = logging.getLogger("ray.serve")
 
@@ -213,7 +214,8 @@ class BatchRun:
         if self._ending is not None:
             return self._cut(line)
         try:
-            answer, tokens = await self._embed(parsed.fields, self.key)
+            with traced("batch line", self._attributes(request_id)):
+                answer, tokens = await self._embed(parsed.fields, self.key)
         except EmbeddingError as error:
             return Outcome(error=refused_line(request_id, parsed.custom_id, error))
         except Exception as error:
@@ -221,6 +223,11 @@ class BatchRun:
             logger.error("internal error in a batch: %s", type(error).__name__)
             return Outcome(error=refused_line(request_id, parsed.custom_id, EmbeddingError("internal error")))
         return Outcome(result_line(request_id, parsed.custom_id, answer), tokens=tokens)
+
+    def _attributes(self, request_id: str) -> Attributes:
+        """Return what the trace of a line says of it."""
+        attributes: Attributes = {"embedding.batch.id": self.name, "embedding.request.id": request_id}
+        return attributes | ({"embedding.key": self.key.name} if self.key is not None else {})
 
     def _cut(self, line: RawLine) -> Outcome:
         """Return what becomes of a line that there was no time for."""

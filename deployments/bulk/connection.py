@@ -32,6 +32,7 @@ from deployments.errors import (
     InvalidRequestError,
     ModelUnavailableError,
 )
+from deployments.tracing import WAIT, Attributes, describe, stage, traced
 
 # Chunks are as large as what flies, times this: the parts that they are cut into lose little by rounding.
 CHUNK_FLIGHTS = 2
@@ -136,15 +137,18 @@ class Connection:
             if (error := mistake(text)) is not None:
                 errors[row] = error
         good = np.fromiter((row for row in range(len(texts)) if row not in errors), np.int64)
-        tasks = [
-            asyncio.create_task(self._embed_chunk([texts[row] for row in rows], served, how, caller))
-            for rows in self._cut(texts, good)
-        ]
-        try:
-            attempts = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        about: Attributes = {"gen_ai.request.model": served.name, "embedding.inputs": len(good)}
+        with traced("embed", about | {"gen_ai.operation.name": "embeddings"}), stage(WAIT):
+            tasks = [
+                asyncio.create_task(self._embed_chunk([texts[row] for row in rows], served, how, caller))
+                for rows in self._cut(texts, good)
+            ]
+            try:
+                attempts = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+            describe({"gen_ai.usage.input_tokens": sum(attempt.tokens for attempt in attempts)})
         begin = 0
         for attempt in attempts:
             errors |= {int(good[begin + row]): error for row, error in attempt.errors.items()}
@@ -208,7 +212,8 @@ class Connection:
 
         async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
             nonlocal cut, version, longest, unit
-            batch, cut = await self._prepare(texts, served, how, card, tokenizer)
+            with stage("tokenise"):
+                batch, cut = await self._prepare(texts, served, how, card, tokenizer)
             version, longest, unit = card.version, card.max_model_len, card.normalizes
             return batch
 

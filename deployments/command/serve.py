@@ -28,6 +28,7 @@ from deployments.front.address import bracketed, try_to_listen
 from deployments.front.guard import haproxies, inner_host, stop_guards
 from deployments.front.switches import prepare_environment
 from deployments.plan.plan import ingress_replicas, make_plans, unplaceable
+from deployments.tracing import objection
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -40,6 +41,8 @@ END_SECONDS = 30.0
 
 def run(arguments: ServeArguments) -> int:
     """Serve until SIGINT or SIGTERM; return the exit status."""
+    if reason := objection():
+        print(reason, file=sys.stderr)
     try:
         try_to_listen(arguments.host, arguments.port)
     except OSError as error:

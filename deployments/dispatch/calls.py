@@ -24,7 +24,7 @@ from deployments.config.worker import Worker
 from deployments.dispatch.admission import RETRY_AFTER_SECONDS
 from deployments.dispatch.meter import DrainMeter, RetryBudget
 from deployments.dispatch.pace import Pace
-from deployments.dispatch.work import Apart, Input, Lane, Lanes, Outstanding, Part
+from deployments.dispatch.work import Apart, Input, Lane, Lanes, Outstanding, Part, noted
 from deployments.engine.batch import CallContext, Embedded, TokenBatch
 from deployments.errors import (
     EmbeddingError,
@@ -205,6 +205,7 @@ class Calls:
         for each, result in zip(part.inputs, results, strict=True):
             self._settle(each, result)
 
+    @noted
     async def _ask(self, part: Part) -> Embedded:
         """Call a replica; cut the call off when its replica hangs and there is another one."""
         bulk = part.lane is Lane.BULK

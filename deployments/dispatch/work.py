@@ -2,21 +2,31 @@
 
 import asyncio
 import enum
+import functools
 import itertools
+import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
+from deployments.engine.batch import Embedded
 from deployments.errors import EmbeddingError
 from deployments.logs import spent
+from deployments.tracing import Call, current, tracer
 
 # Beyond this the engine gains nothing from a larger call, and some thousands have crashed it.
 MAX_CALL_INPUTS = 1024
 
 # To tell of a call costs 1 to 3 microseconds for each of its requests: a short one is told to nobody.
 TOLD_SECONDS = 0.05
+
+
+Caller = TypeVar("Caller")
+# Sends a part to a replica.
+Ask = Callable[[Caller, "Part"], Coroutine[Any, Any, Embedded]]
 
 
 class Lane(enum.IntEnum):
@@ -32,7 +42,7 @@ class Pending:
     def __init__(self, count: int, future: "asyncio.Future[np.ndarray]") -> None:
         """Wait for `count` vectors."""
         self.future = future
-        self.spent = spent.get()
+        self.spent, self.trace = spent.get(), current.get()
         self.inputs: list[Input] = []
         self._missing = count
         self._count = count
@@ -108,9 +118,20 @@ class Part:
         """Tell all requests that wait for it how many seconds it waited and its call took, unless few."""
         if wait + call < TOLD_SECONDS:
             return
-        for pending in {waiter[0] for each in self.inputs for waiter in each.waiters}:
+        for pending in self.requests:
             if pending.spent is not None:
                 pending.spent.update(wait=wait, call=call, engine=engine)
+
+    def note(self, call: Call) -> None:
+        """Put a call with it into the traces of all requests that wait for it."""
+        for pending in self.requests:
+            if pending.trace is not None:
+                pending.trace.calls[call] = None
+
+    @property
+    def requests(self) -> set[Pending]:
+        """The requests that wait for any of its inputs."""
+        return {waiter[0] for each in self.inputs for waiter in each.waiters}
 
     @property
     def is_awaited(self) -> bool:
@@ -121,6 +142,33 @@ class Part:
     def tokens(self) -> int:
         """Tokens of all its inputs."""
         return sum(len(each.ids) for each in self.inputs)
+
+
+def noted(ask: "Ask[Caller]") -> "Ask[Caller]":
+    """Let each call that `ask` makes stand in the traces of all requests that wait for it."""
+
+    @functools.wraps(ask)
+    def asking(caller: Caller, part: Part) -> Coroutine[Any, Any, Embedded]:
+        answer = ask(caller, part)
+        return answer if tracer() is None else _noted(answer, part)
+
+    return asking
+
+
+async def _noted(answer: Awaitable[Embedded], part: Part) -> Embedded:
+    sizes = {"inputs": len(part.inputs), "tokens": part.tokens, "requests": len(part.requests)}
+    call = Call.begin(sizes | {"attempt": part.attempts + 1})
+    part.note(call)  # a request may end before it does
+    try:
+        embedded = await answer
+        call.engine_seconds = embedded.engine_seconds
+        return embedded
+    except Exception as error:
+        call.error = type(error).__name__
+        raise
+    finally:
+        call.ended = time.perf_counter()
+        part.note(call)  # others may wait for one of its inputs by now
 
 
 @dataclass(slots=True)

@@ -1,5 +1,7 @@
 """One FastAPI application, every route at `/` and at `/v1`."""
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
@@ -24,7 +26,10 @@ from deployments.http.serving import Serving
 from deployments.http.table import Entry, register
 from deployments.keys.usage import Counts
 from deployments.status.look import GatherCounts
+from deployments.tracing import flush
 
+# How long the end waits for the last spans to be sent.
+FLUSH_SECONDS = 2.0
 # Returns what a key has used, of every ingress replica.
 GatherUsage = Callable[[str], Awaitable[list[dict[str, Counts]]]]
 
@@ -104,6 +109,10 @@ def _bare_app(ports: Mapping[str, MetricsPort]) -> FastAPI:
         yield
         for port in ports.values():
             port.close()
+        # Where nobody takes spans the exporter tries for longer than an end may take.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_SECONDS):
+                await asyncio.to_thread(flush)
 
     return FastAPI(
         title="Embedding cluster",

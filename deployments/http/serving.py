@@ -3,9 +3,10 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -22,7 +23,6 @@ from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.errors import (
-    BodyTooLargeError,
     DeadlineExceededError,
     EmbeddingError,
     InvalidRequestError,
@@ -30,13 +30,16 @@ from deployments.errors import (
     TooManyInputsError,
 )
 from deployments.http.auth import key_of
-from deployments.http.edge.content import encoding_of, inflate
+from deployments.http.edge.bodies import body_chunks
+from deployments.http.edge.traces import begin_trace, describe_inputs
+from deployments.http.errors import CLIENT_CLOSED_REQUEST
 from deployments.keys.file import Key
 from deployments.keys.rates import REQUESTS, TOKENS, Rates
 from deployments.keys.usage import Usage
 from deployments.logs import Record, RequestLog, spent
 from deployments.metrics import CANCELLED, SUCCESS, Metrics
 from deployments.status.history import History
+from deployments.tracing import WAIT, current, stage, tracer
 
 T = TypeVar("T")
 # Reads a dialect's body.
@@ -106,6 +109,7 @@ class Serving:
         self.usage = Usage(metrics)
         self.history = History(metrics)
         self._log = RequestLog()
+        tracer()  # what is wrong with it is told now, and what it needs is loaded
         self.catalog = catalog
         self.metrics = metrics
         self.in_hand = BytesInHand(LARGEST_BODIES * max_body_bytes)
@@ -136,8 +140,9 @@ class Serving:
             patience = wanted_seconds(request)
             key = key_of(request.scope)
             await self.charge(key, REQUESTS)
-            body = await self.read(request, arrival + min(BODY_SECONDS, patience), take)
-            with self._timed() as parsing:
+            with stage("read"):
+                body = await self.read(request, arrival + min(BODY_SECONDS, patience), take)
+            with self._timed("parse") as parsing:
                 wanted = await self.parse(parse, body)
             del body  # its texts are what is worked on
             served = self.find(request, wanted.model, wanted.tags)
@@ -145,10 +150,10 @@ class Serving:
             served.check_embeds()
             worker = served.dispatch.worker
             self.metrics.stage_seconds.labels(worker.name, "parse").observe(parsing.seconds)
-            counted.stages["parse"] = parsing.seconds
             deadline = arrival + min(worker.limits.request_timeout_s, patience)
             client = Client(key, caller_of(request), lane_of(request))
-            answer, counted.tokens = await self.answer(wanted, served, client, deadline)
+            with stage(WAIT):
+                answer, counted.tokens = await self.answer(wanted, served, client, deadline)
             return answer
 
     async def answer(
@@ -161,10 +166,11 @@ class Serving:
 
         async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
             nonlocal truncated, unit
-            with self._timed(worker.name, "tokenise"):
+            with self._timed("tokenise", worker.name):
                 task = served.model.embedding_task
                 prepared = await prepare(wanted, task, worker.limits, card, tokenizer)
             truncated, unit = prepared.truncated, card.normalizes
+            describe_inputs(served, prepared.batch)
             return prepared.batch
 
         async def charge(tokens: int) -> None:
@@ -183,7 +189,7 @@ class Serving:
             version = str(worker.queue.version)
             return wanted.answer(EmbeddingResult(shown, served.name, batch.tokens, truncated, version))
 
-        with self._timed(worker.name, "encode"):
+        with self._timed("encode", worker.name):
             answer = await offload(vectors.size, encode)
         self.metrics.inputs.labels(worker.name).inc(len(batch))
         self.metrics.tokens.labels(worker.name).inc(batch.tokens)
@@ -220,17 +226,18 @@ class Serving:
     def counted(self, arrival: float, request: Request) -> Iterator[Record]:
         """Count the request by model and outcome, however it ends, and log it where it is to be logged."""
         key = key_of(request.scope)
-        counted = Record(key.name if key else None)
+        trace = begin_trace(request, key)
+        counted = Record(key.name if key else None, trace)
         before = spent.set(counted.stages)
-        outcome = EmbeddingError.code
+        outcome, status = EmbeddingError.code, EmbeddingError.status
         try:
             yield counted
-            outcome = SUCCESS
+            outcome, status = SUCCESS, HTTPStatus.OK
         except EmbeddingError as error:
-            outcome = error.code
+            outcome, status = error.code, error.status
             raise
         except (asyncio.CancelledError, ClientDisconnect):
-            outcome = CANCELLED
+            outcome, status = CANCELLED, CLIENT_CLOSED_REQUEST
             raise
         finally:
             seconds = asyncio.get_running_loop().time() - arrival
@@ -238,18 +245,25 @@ class Serving:
             self.metrics.request_seconds.labels(counted.model).observe(seconds)
             spent.reset(before)
             self._log.write(counted, outcome, seconds)
+            if trace is not None:
+                current.set(None)
+                trace.describe({"gen_ai.request.model": counted.model})
+                trace.end("" if outcome == SUCCESS else outcome, status)
 
     @contextmanager
-    def _timed(self, worker: str | None = None, stage: str = "") -> Iterator["_Timed"]:
-        """Time a stage, and record it where the worker is known already."""
+    def _timed(self, stage: str, worker: str | None = None) -> Iterator["_Timed"]:
+        """Time a stage, and count it where the worker is known already."""
         timed = _Timed()
         begun = time.perf_counter()  # uvloop's own clock counts milliseconds
         yield timed
-        timed.seconds = time.perf_counter() - begun
+        ended = time.perf_counter()
+        timed.seconds = ended - begun
         if worker is not None:
             self.metrics.stage_seconds.labels(worker, stage).observe(timed.seconds)
-            if (stages := spent.get()) is not None:
-                stages[stage] = timed.seconds
+        if (stages := spent.get()) is not None:
+            stages[stage] = timed.seconds
+        if (trace := current.get()) is not None:
+            trace.note(stage, begun, ended)
 
 
 class _Timed:
@@ -290,24 +304,3 @@ def caller_of(request: Request) -> str:
         if value := request.headers.get(header):
             return value
     return request.client.host if request.client else ""
-
-
-async def body_chunks(request: Request, max_body_bytes: int) -> AsyncIterator[bytes]:
-    """Yield the body as it comes, inflated. Raises BodyTooLargeError before more than the limit is read."""
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > max_body_bytes:
-        raise _too_large(max_body_bytes)
-    chunks: AsyncIterator[bytes] = request.stream()
-    if (header := request.headers.get("content-encoding")) and (encoding := encoding_of(header)):
-        chunks = inflate(chunks, encoding)
-    size = 0
-    async for chunk in chunks:
-        size += len(chunk)
-        if size > max_body_bytes:
-            # Made as it is raised: a name for it here would keep the body until the next full collection.
-            raise _too_large(max_body_bytes)
-        yield chunk
-
-
-def _too_large(max_body_bytes: int) -> BodyTooLargeError:
-    return BodyTooLargeError(f"the body is over the limit of {max_body_bytes} bytes", "body")

@@ -109,14 +109,18 @@ def make_serving(handles: dict[str, LocalHandle], rates: Rates | None = None) ->
     return Serving(catalog, metrics, MAX_BODY_BYTES, rates)
 
 
-@pytest.fixture
-async def client(handles: dict[str, LocalHandle]) -> AsyncIterator[httpx.AsyncClient]:
-    """An HTTP client of the application."""
-    serving = make_serving(handles)
+def client_of(serving: Serving) -> httpx.AsyncClient:
+    """Return an HTTP client of an application."""
 
     async def gather() -> list[bytes]:
         return [serving.metrics.text()]
 
     transport = httpx.ASGITransport(make_app(serving, gather), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://cluster/v1") as client:
+    return httpx.AsyncClient(transport=transport, base_url="http://cluster/v1")
+
+
+@pytest.fixture
+async def client(handles: dict[str, LocalHandle]) -> AsyncIterator[httpx.AsyncClient]:
+    """An HTTP client of the application."""
+    async with client_of(make_serving(handles)) as client:
         yield client

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.harness import checkpoints, workers
+from tests.harness.collector import Collector, collector
 from tests.harness.server import Server, serve
 
 MINILM = "all-minilm-l6-v2"
@@ -60,14 +61,26 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def two_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def collected() -> Iterator[Collector]:
+    """The traces of `two_models`: those of requests that ask for it."""
+    with collector() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def two_models(collected: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """all-MiniLM and sre-embedding-model, the same shape with other weights, in the default dtype."""
+    variables = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collected.grpc_url,
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+        "OTEL_TRACES_SAMPLER": "parentbased_always_off",
+    }
     folder = tmp_path_factory.mktemp("two")
     config = folder / "workers"
     config.mkdir()
     (config / "minilm.toml").write_text(workers.vllm(MINILM, checkpoints.minilm()))
     (config / "sre.toml").write_text(workers.vllm("sre", checkpoints.sre()))
-    with serve(config, folder) as server:
+    with serve(config, folder, variables) as server:
         yield server
 
 

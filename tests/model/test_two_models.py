@@ -14,8 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
 from tests.harness import checkpoints
+from tests.harness.collector import Collector, covered
 from tests.harness.prometheus import names
-from tests.harness.server import Server
+from tests.harness.server import Server, wait_for
 from tests.model.conftest import MINILM, cosines, encode
 
 pytestmark = pytest.mark.model
@@ -190,3 +191,19 @@ def test_the_longest_input_is_served(two_models: Server) -> None:
     body = {"model": MODEL, "input": "word " * 254}
     response = httpx.post(f"{two_models.url}/v1/embeddings", json=body, timeout=60)
     assert response.json()["usage"]["prompt_tokens"] == 256
+
+
+def test_a_trace_shows_where_the_time_went(
+    two_models: Server, collected: Collector, lee_documents: list[str]
+) -> None:
+    """By gRPC, of the one request whose caller is sampled: most of it is the engine's."""
+    body = {"model": MODEL, "input": lee_documents * 4}
+    for flags in ("00", "01"):
+        headers = {"traceparent": f"00-{int(flags) + 1:032x}-00000000000000ff-{flags}"}
+        httpx.post(f"{two_models.url}/v1/embeddings", json=body, headers=headers, timeout=120)
+    wait_for(collected.traces, 30, "a trace")
+    ((name, (root, *spans)),) = collected.traces().items()
+    assert (name, root.parent) == (f"{2:032x}", "00000000000000ff")
+    assert covered([each.times for each in spans], root.times) >= 0.95
+    assert covered([each.times for each in spans if each.name == "engine"], root.times) >= 0.5
+    assert lee_documents[0][:20].encode() not in collected.raw

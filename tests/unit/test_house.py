@@ -18,6 +18,7 @@ ROOT = Path(deployments.__file__).parent
 ORDER = [
     "errors",
     "metrics",
+    "tracing",
     "logs",
     "priority",
     "machine",

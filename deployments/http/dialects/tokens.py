@@ -19,6 +19,7 @@ from deployments.http.errors import json_response
 from deployments.http.serving import BODY_SECONDS, Serving, wanted_seconds
 from deployments.http.table import BODY, Entry, answers
 from deployments.keys.rates import REQUESTS
+from deployments.tracing import WAIT, stage
 
 Parse = Callable[[Body], TokensRequest]
 
@@ -73,18 +74,24 @@ async def read_tokens(serving: Serving, request: Request, parse: Parse) -> bytes
     with serving.counted(arrival, request) as counted, serving.in_hand.hold() as take:
         await serving.charge(key_of(request.scope), REQUESTS)
         deadline = arrival + min(BODY_SECONDS, wanted_seconds(request))
-        wanted = await serving.parse(parse, await serving.read(request, deadline, take))
+        with stage("read"):
+            body = await serving.read(request, deadline, take)
+        with stage("parse"):
+            wanted = await serving.parse(parse, body)
+        del body
         served = serving.find(request, wanted.model, wanted.tags)
         counted.model = served.name
         limits = served.dispatch.worker.limits
         if len(wanted.texts) + len(wanted.ids) > limits.max_inputs:
             raise TooManyInputsError(f"one request may hold {limits.max_inputs} inputs", wanted.field)
-        card, tokenizer = await model_of(served, request, arrival)
+        with stage(WAIT):
+            card, tokenizer = await model_of(served, request, arrival)
         before = prompt_text(wanted.prompt, card.prompts | served.model.embedding_task.prompts)
         texts = [before + text for text in wanted.texts]
         size = sum(map(len, texts)) + sum(map(len, wanted.ids))
         _check(wanted, size, card)
-        return await offload(size, wanted.answer, texts, tokenizer, card.max_model_len)
+        with stage("tokenise"):
+            return await offload(size, wanted.answer, texts, tokenizer, card.max_model_len)
 
 
 def _check(wanted: TokensRequest, size: int, card: ModelCard) -> None:
