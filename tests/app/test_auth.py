@@ -150,7 +150,7 @@ PATHS = [
     "/v1/tokenize",
     "/embed",
     "/v2/embed",
-    "/",
+    "//ui",
     "*",
     "",
 ]
@@ -174,9 +174,13 @@ async def test_nothing_but_the_public_paths_is_open(
         "/docs",
         "/v1/openapi.json",
         "/docs/swagger-ui.css",
+        "/ui",
+        "/v1/ui/main.js",
     ):
         status, _ = await raw(app, method, path)
         assert status == (200 if method in ("GET", "HEAD") else 405), (method, path)
+    # What leads to the page stands where text-embeddings-inference's clients post.
+    assert (await raw(app, method, "/"))[0] == (200 if method == "GET" else 401)
     with_key, headers = await raw(app, "GET", "/v1/models/", bearer("all"))
     assert with_key == 200
     assert "location" not in headers

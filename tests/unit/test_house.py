@@ -33,6 +33,7 @@ ORDER = [
     "dispatch",
     "bulk",
     "status",
+    "page",
     "http",
     "batches",
     "client",
