@@ -117,7 +117,7 @@ function Batch({ batch, change }) {
         ${total > 0 && html`<progress aria-label="Lines done" max=${total} value=${completed + failed}></progress>`}
         <div>${count(completed)} of ${count(total)}${failed > 0 && html`, <span class="wrong">${count(failed)} failed</span>`}</div>
       </td>
-      <td>${date(batch.created_at)}</td>
+      <td class="date">${date(batch.created_at)}</td>
       <td class="actions">
         ${batch.output_file_id &&
         html`<button type="button" class="quiet" onClick=${() => fetchFile(batch.output_file_id, `${batch.id}.jsonl`)}>
@@ -155,7 +155,7 @@ const Files = ({ files, change }) => html`
                 <td>${file.filename}<div class="faint"><code>${file.id}</code></div></td>
                 <td class="number">${size(file.bytes)}</td>
                 <td>${file.purpose.replace("_", " ")}</td>
-                <td>${date(file.created_at)}</td>
+                <td class="date">${date(file.created_at)}</td>
                 <td class="actions">
                   <button type="button" class="quiet" onClick=${() => change(() => download(file.id, file.filename))}>
                     Download<span class="unseen"> ${file.filename}</span></button>

@@ -159,7 +159,7 @@ function Block({ name, text }) {
   return html`
     <div class="block">
       <div class="row">
-        <h4>${name}</h4>
+        <h3>${name}</h3>
         <span role="status">${told}</span>
         <button type="button" class="quiet" onClick=${copy}>Copy<span class="unseen"> ${name}</span></button>
       </div>

@@ -81,5 +81,5 @@ function ranges(values, numbers, most) {
   const bounds = Array.from({ length: size }, (_, i) => sorted[Math.floor((i * sorted.length) / size)]);
   const names = bounds.map((bound, i) => (i + 1 < size ? `${bound} to ${bounds[i + 1]}` : `${bound} and more`));
   const of = values.map((value) => (value ? bounds.findLastIndex((bound) => Number(value) >= bound) : size));
-  return { of, names: [...names, "(empty)"] };
+  return { of, names: values.includes("") ? [...names, "(empty)"] : names };
 }

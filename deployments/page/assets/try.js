@@ -133,7 +133,7 @@ const Matrix = ({ texts, scores }) => html`
                 <th scope="row"><span class="faint">${row + 1}</span> ${text}</th>
                 ${scores[row].map(
                   (score, column) => html`
-                    <td key=${column} style=${{ "--share": `${Math.max(0, score) * 55}%` }}>${score.toFixed(2)}</td>
+                    <td key=${column} style=${{ "--share": `${Math.max(0, score) * 45}%` }}>${score.toFixed(2)}</td>
                   `,
                 )}
               </tr>
