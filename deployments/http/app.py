@@ -77,7 +77,8 @@ def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application 
         *(batches.routes(serving) if batches is not None else ()),
     ]
     if access is not None:
-        entries.append(usage_route(gather_usage or (lambda key: _alone(serving.usage.of(key)))))
+        gather_usage = gather_usage or (lambda key: _alone(serving.usage.of(key)))
+        entries.append(usage_route(gather_usage, access.ring))
     bodies = list(dict.fromkeys(model for each in entries for model in each.bodies))
     router = APIRouter()
     register(router, [*entries, *documentation_routes(app, bodies), *page_routes()])

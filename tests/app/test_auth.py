@@ -376,7 +376,17 @@ async def test_usage_is_counted_by_key_and_model(client: httpx.AsyncClient) -> N
         {"model": "a", "requests": 2, "inputs": 4, "tokens": 6},
         {"model": "b", "requests": 1, "inputs": 2, "tokens": 2},
     ]
-    assert (await client.get("/usage", headers=bearer("operator"))).json()["models"] == []
+    assert "keys" not in answer
+    told = (await client.get("/usage", headers=bearer("operator"))).json()
+    assert told["models"] == []
+    limits = {"models": ["*"], "requests_per_minute": None, "tokens_per_minute": None, "expires": None}
+    assert told["keys"] == [
+        {"key": "all", "limits": limits},
+        {"key": "operator", "limits": limits},
+        {"key": "requests", "limits": limits | {"requests_per_minute": 3}},
+        {"key": "some", "limits": limits | {"models": ["a", "w*"]}},
+        {"key": "tokens", "limits": limits | {"tokens_per_minute": 10}},
+    ]
     await client.post("/embeddings", json=BODY)
     text = (await client.get("/metrics", headers=bearer("operator"))).text
     found = {

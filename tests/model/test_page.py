@@ -263,6 +263,8 @@ def test_a_key_sees_what_it_has_used_and_an_operator_what_all_have(
     page = visit.enter(secrets[1]["operator"], "keys")
     row = page.get_by_role("region", name="What all keys have used").get_by_role("row", name=f"app {MINILM}")
     expect(row).to_be_visible()
+    row = page.get_by_role("region", name="What all keys may use").get_by_role("row", name="app all-* 600")
+    expect(row).to_be_visible()
     keep(page, pictures, "keys")
     visit.leave()
 

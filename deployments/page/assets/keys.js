@@ -25,9 +25,8 @@ async function look() {
     if (error.status === 404) return { open: true };
     throw error;
   }
-  // It tells of requests without a key to operators alone.
-  const operator = "errors" in (await get("status"));
-  return { usage, all: operator ? used(await (await ask("metrics")).text()) : null };
+  // Operators alone are told of all keys; what those have used stands in the metrics.
+  return { usage, all: usage.keys ? used(await (await ask("metrics")).text()) : null };
 }
 
 /** The view. */
@@ -56,32 +55,40 @@ export function Keys({ active }) {
     html`<p class="notice">This cluster has no keys: whoever reaches it may ask.
       Keys are made by <code>embedding-cluster keys create</code>.</p>`}
     ${told?.usage && html`<${Usage} usage=${told.usage} />`}
-    ${told?.all && html`<${All} rows=${told.all} />`}
+    ${told?.all && html`<${All} keys=${told.usage.keys} rows=${told.all} />`}
   `;
 }
 
-function Usage({ usage }) {
-  const { models, requests_per_minute: requests, tokens_per_minute: tokens, expires } = usage.limits;
-  return html`
-    <section class="card">
-      <h2>${usage.key}</h2>
-      <dl class="facts">
-        <div><dt>May use</dt><dd><b>${models.join(", ")}</b></dd></div>
-        <div><dt>Requests a minute</dt><dd><b>${requests === null ? "no limit" : count(requests)}</b></dd></div>
-        <div><dt>Tokens a minute</dt><dd><b>${tokens === null ? "no limit" : count(tokens)}</b></dd></div>
-        <div><dt>Expires</dt><dd><b>${expires ? new Date(expires).toLocaleString() : "never"}</b></dd></div>
-      </dl>
-      <${Table} caption="What this key has used since the cluster's start" rows=${usage.models}
-        columns=${["model", "requests", "inputs", "tokens"]} />
-    </section>
-  `;
-}
+const perMinute = (most) => (most === null ? "no limit" : count(most));
+const until = (expires) => (expires ? new Date(expires).toLocaleString() : "never");
 
-const All = ({ rows }) => html`
+const Usage = ({ usage: { key, limits, models } }) => html`
+  <section class="card">
+    <h2>${key}</h2>
+    <dl class="facts">
+      <div><dt>May use</dt><dd><b>${limits.models.join(", ")}</b></dd></div>
+      <div><dt>Requests a minute</dt><dd><b>${perMinute(limits.requests_per_minute)}</b></dd></div>
+      <div><dt>Tokens a minute</dt><dd><b>${perMinute(limits.tokens_per_minute)}</b></dd></div>
+      <div><dt>Expires</dt><dd><b>${until(limits.expires)}</b></dd></div>
+    </dl>
+    <${Table} caption="What this key has used since the cluster's start" rows=${models}
+      columns=${["model", "requests", "inputs", "tokens"]} />
+  </section>
+`;
+
+const All = ({ keys, rows }) => html`
   <section class="card">
     <h2>All keys</h2>
     <${Table} caption="What all keys have used, as the metrics tell operators" rows=${rows}
       columns=${["key", "model", "requests", "tokens"]} />
+    <${Table} caption="What all keys may use" columns=${["key", "models", "requests a minute", "tokens a minute", "expires"]}
+      rows=${keys.map(({ key, limits }) => ({
+        key,
+        models: limits.models.join(", "),
+        "requests a minute": perMinute(limits.requests_per_minute),
+        "tokens a minute": perMinute(limits.tokens_per_minute),
+        expires: until(limits.expires),
+      }))} />
   </section>
 `;
 
@@ -107,4 +114,4 @@ const Table = ({ caption, columns, rows }) => html`
   </div>
 `;
 
-const kind = (name) => (name === "key" || name === "model" ? "" : "number");
+const kind = (name) => (["key", "model", "models", "expires"].includes(name) ? "" : "number");
