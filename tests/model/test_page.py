@@ -184,7 +184,7 @@ def test_a_dropped_file_becomes_a_map_in_which_questions_find_their_article(
     page.get_by_role("button", name="Draw the map").click()
     expect(page.locator(".map circle.dot")).to_have_count(300)
     expect(page.locator(".legend li")).to_have_count(8)
-    found = page.locator("section", has=page.get_by_role("heading", name="Nearest to"))
+    found = page.locator("section.card", has=page.get_by_role("heading", name="Nearest to"))
     for question, answer in questions:
         page.get_by_label("Search in these rows").fill(question)
         page.keyboard.press("Enter")
@@ -199,7 +199,8 @@ def test_a_dropped_file_becomes_a_map_in_which_questions_find_their_article(
         page.keyboard.press(key)
     page.keyboard.press("ArrowUp")
     expect(chosen).not_to_have_text(before)
-    page.locator(".map circle.dot").nth(17).hover()
+    page.locator(".map circle.dot").nth(17).hover(force=True)  # others may lie over it
+    expect(chosen).to_have_text(rows[17][0])
     expect(page.locator(".map circle.near")).to_have_count(5)
     expect(page.locator(".cells dd").last).to_contain_text(HOSTILE)
     keep(page, pictures, "map")
