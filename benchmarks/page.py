@@ -23,7 +23,7 @@ from playwright.sync_api import Browser
 import deployments
 from benchmarks.load import Stream
 from deployments.page.assets import assets
-from tests.harness.browser import chromium
+from tests.harness.browser import articles, chromium, drop
 from tests.harness.server import Server, serve
 
 BUNDLED = Path(deployments.__file__).parent / "workers"
@@ -57,7 +57,8 @@ def ingress_share(server: Server, seconds: float) -> float:
     begun, before = time.monotonic(), ingress.cpu_times()
     time.sleep(seconds)
     after, ended = ingress.cpu_times(), time.monotonic()
-    return (after.user + after.system - before.user - before.system) / (ended - begun)
+    share: float = (after.user + after.system - before.user - before.system) / (ended - begun)
+    return share
 
 
 @contextmanager
@@ -104,11 +105,31 @@ def person(url: str, seconds: float, seed: int) -> tuple[float, float]:
     return seen.percentile(50), seen.percentile(99)
 
 
+def keep_pictures(browser: Browser, url: str, folder: Path) -> None:
+    """Keep the README's pictures: the models as they were used meanwhile, and a map of articles."""
+    found, ((question, _), *_) = articles()
+    page = browser.new_context(viewport={"width": 1200, "height": 720}).new_page()
+    page.goto(f"{url}/ui")
+    page.wait_for_selector("article")
+    page.screenshot(path=folder / "page-models.png")
+    page.goto(f"{url}/ui#try-map")
+    drop(page, "articles.csv", "\n".join(["article,section", *(f'"{text}",{kind}' for text, kind in found)]))
+    page.get_by_role("button", name="Draw the map").click()
+    page.get_by_label("Search in these rows").fill(question)
+    page.keyboard.press("Enter")
+    page.get_by_role("heading", name="Nearest to").wait_for()
+    page.get_by_role("heading", name="Nearest to").locator("..").get_by_role("button").first.click()
+    page.get_by_role("search").evaluate("(form) => form.scrollIntoView()")
+    page.screenshot(path=folder / "page-map.png")
+    page.context.close()
+
+
 def main() -> int:
     """Print each number with its bound."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument("--pictures", type=Path, help="a folder for the README's pictures")
     given = parser.parse_args()
     size = sum(len(asset.compressed) for asset in assets().values())
     print(f"all files, compressed: {size / 2**10:.1f} KiB (bound: 300)", flush=True)
@@ -135,6 +156,9 @@ def main() -> int:
             people["alone"].append(person(server.url, given.seconds, 2 * seed))
             with lookers(server.url, PAGES):
                 people[f"beside {PAGES} pages"].append(person(server.url, given.seconds, 2 * seed + 1))
+        if given.pictures:
+            with chromium() as browser:
+                keep_pictures(browser, server.url, given.pictures)
     for who, times in people.items():
         p50, p99 = (statistics.median(each) for each in zip(*times, strict=True))
         told = ", ".join(f"{each[1]:.1f}" for each in times)

@@ -81,6 +81,19 @@ def grave_faults(page: Page) -> list[str]:
     ]
 
 
+def drop(page: Page, name: str, content: str) -> None:
+    """Drop a file where files are dropped."""
+    data = page.evaluate_handle(
+        """([name, content]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([content], name, { type: "text/csv" }));
+            return data;
+        }""",
+        [name, content],
+    )
+    page.locator(".drop").dispatch_event("drop", {"dataTransfer": data})
+
+
 def keep(page: Page, folder: Path, name: str) -> None:
     """Keep pictures of what is shown, at every width; nothing may stand out at its side."""
     for width in WIDTHS:

@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from deployments.keys.file import Key, create_key
 from tests.harness import checkpoints, workers
-from tests.harness.browser import HOSTILE, Visit, articles, chromium, grave_faults, keep, needs_chromium
+from tests.harness.browser import HOSTILE, Visit, articles, chromium, drop, grave_faults, keep, needs_chromium
 from tests.harness.server import PATIENCE, Server, serve
 from tests.model.conftest import MINILM
 
@@ -152,19 +152,6 @@ def test_a_query_finds_the_document_that_answers_it(
     keep(page, pictures, "search")
 
 
-def drop(page: Page, name: str, content: str) -> None:
-    """Drop a file where files are dropped."""
-    data = page.evaluate_handle(
-        """([name, content]) => {
-            const data = new DataTransfer();
-            data.items.add(new File([content], name, { type: "text/csv" }));
-            return data;
-        }""",
-        [name, content],
-    )
-    page.locator(".drop").dispatch_event("drop", {"dataTransfer": data})
-
-
 def test_a_dropped_file_becomes_a_map_in_which_questions_find_their_article(
     visit: Visit, secrets: tuple[Path, dict[str, str]], pictures: Path
 ) -> None:
@@ -183,7 +170,7 @@ def test_a_dropped_file_becomes_a_map_in_which_questions_find_their_article(
     page.get_by_role("combobox", name="Colour by").select_option(HOSTILE)
     page.get_by_role("button", name="Draw the map").click()
     expect(page.locator(".map circle.dot")).to_have_count(300)
-    expect(page.locator(".legend li")).to_have_count(8)
+    expect(page.locator(".legend li")).to_have_count(10)
     found = page.locator("section.card", has=page.get_by_role("heading", name="Nearest to"))
     for question, answer in questions:
         page.get_by_label("Search in these rows").fill(question)

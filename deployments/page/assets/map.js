@@ -8,7 +8,7 @@ import { project, ranking, unit } from "./vectors.js";
 const WIDTH = 1000;
 const HEIGHT = 640;
 const MARGIN = 20;
-const COLOURS = 8;
+const COLOURS = 10;
 const NEIGHBOURS = 5;
 const FOUND = 5;
 // How near to a point the pointer must be, in the map's own units.
