@@ -21,22 +21,30 @@ export function RowMap({ model }) {
   const [file, setFile] = useState(null);
   const [done, setDone] = useState(0);
   const [map, setMap] = useState(null);
+  const wanted = useRef(null);
   const { busy, error, run } = useWork();
+  const change = (next) => {
+    wanted.current = next;
+    setFile(next);
+    setMap(null);
+  };
   const take = (name, text) => {
     const read = readRows(text);
     const column = longest(read.columns, read.rows);
-    setFile({ name, ...read, column, colour: fewest(read.columns, read.rows, column) });
-    setMap(null);
+    change({ name, ...read, column, colour: fewest(read.columns, read.rows, column) });
   };
   const embedAll = () =>
     run(async () => {
       setDone(0);
+      wanted.current = file;
       const { rows, column } = file;
       // An empty text has no meaning, and no vector.
       const kept = rows.filter((row) => row[column].trim());
+      if (!kept.length) throw new Error("There is no text in this column.");
       const texts = kept.map((row) => row[column]);
       const vectors = (await embedRows(model, texts, "document", setDone)).map(unit);
-      setMap({ model, rows: kept, texts, vectors, points: place(project(vectors)) });
+      // Somebody may have dropped another file meanwhile.
+      if (wanted.current === file) setMap({ model, rows: kept, texts, vectors, points: place(project(vectors)) });
     });
   return html`
     <${Source} onText=${(name, text) => run(async () => take(name, text))}
@@ -51,10 +59,7 @@ export function RowMap({ model }) {
         </p>
         <div class="row">
           <${Columns} label="Text" file=${file} value=${file.column}
-            onChange=${(column) => {
-              setFile({ ...file, column });
-              setMap(null);
-            }} />
+            onChange=${(column) => change({ ...file, column })} />
           <${Columns} label="Colour by" file=${file} value=${file.colour} none
             onChange=${(colour) => setFile({ ...file, colour })} />
           <button type="button" disabled=${busy || !model} onClick=${embedAll}>
