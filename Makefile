@@ -11,7 +11,7 @@ UV_VERSION := 0.13.9
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode
 
-.PHONY: help setup setup-gpu serve check test lock clean bench bench-gpu bench-memory profile scale simulate faults dispatch batch fuzz
+.PHONY: help setup setup-gpu serve check test lock clean bench bench-gpu bench-memory profile scale simulate faults dispatch batch page fuzz
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
@@ -29,7 +29,7 @@ check: $(VENV)/test.stamp  ## Lint, types and the quick tests: under a minute
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n auto --dist loadfile -m "not cluster and not model and not slow"
 
-test: check  ## Everything: real clusters, real models, real clients
+test: $(VENV)/programs.stamp check  ## Everything: real clusters, real models, real clients
 	$(BIN)/pytest -q -m "cluster or model or slow"
 
 bench: $(VENV)/test.stamp  ## Us beside the others in one table: some 25 minutes; ARGUMENTS="--resume" goes on
@@ -64,6 +64,9 @@ dispatch: $(VENV)/test.stamp  ## What joining, splitting, routing, refusing and 
 batch: $(VENV)/test.stamp  ## What jobs of many rows reach, survive, and cost people who wait
 	$(BIN)/python -m benchmarks.batch $(PARTS)
 
+page: $(VENV)/test.stamp $(VENV)/programs.stamp  ## What the page at /ui takes: first view, CPU of the ingress, a person's time
+	$(BIN)/python -m benchmarks.page $(ARGUMENTS)
+
 fuzz: $(VENV)/test.stamp  ## Odd bytes for every parser, 10 minutes each; ARGUMENTS="--seconds 60 --only csv"
 	$(BIN)/python -m benchmarks.fuzz $(ARGUMENTS)
 
@@ -89,3 +92,16 @@ $(VENV)/cpu.stamp $(VENV)/test.stamp: $(VENV)/%.stamp: requirements/%.txt pyproj
 	$(INSTALL) -r $< || $(INSTALL) --torch-backend=cpu -r $<
 	$(INSTALL) --editable .
 	touch $@ $(VENV)/cpu.stamp
+
+# What tests drive and pip hasn't, from Debian where that can be: without them those tests are skipped.
+APT := apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=30
+$(VENV)/programs.stamp: | $(VENV)/uv.stamp
+	@for program in chromium prometheus; do \
+		command -v $$program > /dev/null && continue; \
+		if [ "$$(id -u)" = 0 ] && grep -qs '^ID=debian' /etc/os-release; then \
+			$(APT) update && DEBIAN_FRONTEND=noninteractive $(APT) install -y --no-install-recommends \
+				$$program fonts-liberation > /dev/null; \
+		fi; \
+		command -v $$program > /dev/null || echo "$$program isn't installed: its tests are skipped"; \
+	done
+	@touch $@

@@ -28,6 +28,7 @@ The rooms, in the order in which they know of each other:
 ``dispatch``    from texts to vectors, for anybody who asks
 ``bulk``        patience and windows: what jobs, clients and batches share
 ``status``      what the processes count, as the last minutes of each model
+``page``        the files of the page at `/ui`
 ``http``        all that knows HTTP
 ``batches``     OpenAI's files and batches
 ``client``      handles for Ray programs; ``jobs`` files and tables, row by row

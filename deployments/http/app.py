@@ -18,7 +18,7 @@ from deployments.http.cluster import API_VERSION, Cluster, Gather, cluster_route
 from deployments.http.dialects.pharia import PhariaServing, pharia_routes
 from deployments.http.dialects.tei import info_route
 from deployments.http.dialects.tokens import tokens_routes
-from deployments.http.documentation import documentation_routes
+from deployments.http.documentation import documentation_routes, page_routes
 from deployments.http.errors import Errors, error_response, http_exception
 from deployments.http.metrics_port import MetricsPort
 from deployments.http.routes import embedding_routes, usage_route
@@ -82,10 +82,11 @@ def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application 
         *(batches.routes(serving) if batches is not None else ()),
     ]
     if access is not None:
-        entries.append(usage_route(gather_usage or (lambda key: _alone(serving.usage.of(key)))))
+        gather_usage = gather_usage or (lambda key: _alone(serving.usage.of(key)))
+        entries.append(usage_route(gather_usage, access.ring))
     bodies = list(dict.fromkeys(model for each in entries for model in each.bodies))
     router = APIRouter()
-    register(router, [*entries, *documentation_routes(app, bodies)])
+    register(router, [*entries, *documentation_routes(app, bodies), *page_routes()])
     app.include_router(router, prefix="/v1")
     # The same routes without prefix: some clients are given the host with /v1, some without.
     app.include_router(router, include_in_schema=False)

@@ -1,4 +1,7 @@
-"""The OpenAPI document, and the page that shows it without asking another host."""
+"""What is open to anybody's browser: the OpenAPI document, the page that shows it, the page of the cluster.
+
+None of them asks another host.
+"""
 
 import importlib.util
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -16,6 +19,7 @@ from pydantic import BaseModel
 from deployments.dispatch.offload import INLINE, offload
 from deployments.http.errors import json_response
 from deployments.http.table import REFERENCE, Audience, Entry, audience_of
+from deployments.page.assets import PAGE, WELCOME, asset
 
 # The parts of the documentation's page, and what they are.
 ASSETS = {
@@ -101,7 +105,7 @@ def documentation_routes(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> Ite
             swagger_ui_parameters={"validatorUrl": None},  # else the page asks Swagger's own host
         )
 
-    async def asset(request: Request) -> Response:
+    async def part(request: Request) -> Response:
         name = request.url.path.rpartition("/")[2]
         return FileResponse(folder / name, media_type=ASSETS[name])
 
@@ -109,8 +113,26 @@ def documentation_routes(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> Ite
         "/openapi.json": openapi_json,
         "/docs": docs,
     }
-    handlers |= {f"/docs/{name}": asset for name in ASSETS}
+    handlers |= {f"/docs/{name}": part for name in ASSETS}
     for path, handler in handlers.items():
+        yield Entry(path=path, handler=handler, access=Audience.ANYBODY, shown=False)
+
+
+def page_routes() -> Iterator[Entry]:
+    """Yield the page at `/ui` with its parts, and what leads to it from `/`."""
+
+    async def welcome(request: Request) -> Response:
+        return asset(WELCOME).answer(request)
+
+    async def page(request: Request) -> Response:
+        return asset(PAGE).answer(request)
+
+    async def part(request: Request, name: str) -> Response:
+        if not name:  # `/ui/`, where the page's own addresses would lead elsewhere
+            return Response(status_code=307, headers={"location": "../ui"})
+        return asset(name).answer(request)
+
+    for path, handler in (("/", welcome), ("/ui", page), ("/ui/{name:path}", part)):
         yield Entry(path=path, handler=handler, access=Audience.ANYBODY, shown=False)
 
 

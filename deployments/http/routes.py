@@ -19,15 +19,18 @@ from deployments.http.auth import key_of
 from deployments.http.errors import as_json, json_response
 from deployments.http.serving import Parse, Serving
 from deployments.http.table import EMBEDDING, NICE, Entry, answers
+from deployments.keys.ring import KeyRing
 from deployments.keys.usage import Counts, usage_answer
 
 VECTOR = [0.0330866, 0.05105618, -0.051683143]
 USED = {"prompt_tokens": 7, "total_tokens": 7, "completion_tokens": 0}
+LIMITS = {"models": ["*"], "requests_per_minute": 600, "tokens_per_minute": None, "expires": None}
 USAGE = {
     "object": "usage",
     "key": "search",
     "models": [{"model": "all-minilm-l6-v2", "requests": 2, "inputs": 3, "tokens": 21}],
-    "limits": {"models": ["*"], "requests_per_minute": 600, "tokens_per_minute": None, "expires": None},
+    "limits": LIMITS,
+    "keys": [{"key": "search", "limits": LIMITS}],
 }
 
 
@@ -188,17 +191,18 @@ def as_answer(printed: bytes) -> Response:
     return json_response(printed)
 
 
-def usage_route(gather: Callable[[str], Awaitable[list[dict[str, Counts]]]]) -> Entry:
-    """Return what tells a client of its own key."""
+def usage_route(gather: Callable[[str], Awaitable[list[dict[str, Counts]]]], ring: KeyRing) -> Entry:
+    """Return what tells a client of its own key, and an operator of all of the ring."""
 
     async def usage(request: Request) -> Response:
         key = key_of(request.scope)
         assert key is not None, "this path isn't public"
-        return as_json(usage_answer(key, await gather(key.name)))
+        return as_json(usage_answer(key, await gather(key.name), ring))
 
     return Entry(
         path="/usage",
         handler=usage,
-        summary="Show what this key has used since the cluster's start, and what it may use.",
+        summary="Show what this key has used since the cluster's start, and what it may use; an operator also"
+        " sees what each of the `keys` may.",
         responses=answers(USAGE, InvalidKeyError, IncompleteError),
     )

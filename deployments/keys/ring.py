@@ -98,6 +98,12 @@ class KeyRing:
         key = self._by_name.get(name)
         return None if key is None or key.is_expired(datetime.now(UTC)) else key
 
+    def valid(self) -> list[Key]:
+        """Return the keys that are valid now, by name; of several of a name the latest."""
+        self.refresh()
+        now = datetime.now(UTC)
+        return [key for _, key in sorted(self._by_name.items()) if not key.is_expired(now)]
+
     def refresh(self) -> None:
         """Look whether there are other keys by now; nothing changes here."""
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from deployments.keys.file import Key
+from deployments.keys.ring import KeyRing
 from deployments.metrics import Metrics
 
 # Requests, inputs and tokens of one model.
@@ -31,24 +32,34 @@ class Usage:
         return dict(self._counts.get(name, {}))
 
 
-def usage_answer(key: Key, parts: Iterable[dict[str, Counts]]) -> dict[str, Any]:
-    """Return what all ingress replicas together counted of a key, and what it may use."""
+def usage_answer(key: Key, parts: Iterable[dict[str, Counts]], ring: KeyRing) -> dict[str, Any]:
+    """Return what all ingress replicas together counted of a key, and what it may use.
+
+    An operator is told what every key may use; what they have used stands in the metrics.
+    """
     models: dict[str, Counts] = {}
     for part in parts:
         for model, (requests, inputs, tokens) in part.items():
             before = models.get(model, (0, 0, 0))
             models[model] = before[0] + requests, before[1] + inputs, before[2] + tokens
-    return {
+    answer = {
         "object": "usage",
         "key": key.name,
         "models": [
             {"model": model, "requests": requests, "inputs": inputs, "tokens": tokens}
             for model, (requests, inputs, tokens) in sorted(models.items())
         ],
-        "limits": {
-            "models": list(key.models),
-            "requests_per_minute": key.requests_per_minute,
-            "tokens_per_minute": key.tokens_per_minute,
-            "expires": key.expires.isoformat() if key.expires else None,
-        },
+        "limits": _limits(key),
+    }
+    if key.operator:
+        answer["keys"] = [{"key": each.name, "limits": _limits(each)} for each in ring.valid()]
+    return answer
+
+
+def _limits(key: Key) -> dict[str, Any]:
+    return {
+        "models": list(key.models),
+        "requests_per_minute": key.requests_per_minute,
+        "tokens_per_minute": key.tokens_per_minute,
+        "expires": key.expires.isoformat() if key.expires else None,
     }

@@ -150,7 +150,7 @@ PATHS = [
     "/v1/tokenize",
     "/embed",
     "/v2/embed",
-    "/",
+    "//ui",
     "*",
     "",
 ]
@@ -174,9 +174,13 @@ async def test_nothing_but_the_public_paths_is_open(
         "/docs",
         "/v1/openapi.json",
         "/docs/swagger-ui.css",
+        "/ui",
+        "/v1/ui/main.js",
     ):
         status, _ = await raw(app, method, path)
         assert status == (200 if method in ("GET", "HEAD") else 405), (method, path)
+    # What leads to the page stands where text-embeddings-inference's clients post.
+    assert (await raw(app, method, "/"))[0] == (200 if method == "GET" else 401)
     with_key, headers = await raw(app, "GET", "/v1/models/", bearer("all"))
     assert with_key == 200
     assert "location" not in headers
@@ -372,7 +376,17 @@ async def test_usage_is_counted_by_key_and_model(client: httpx.AsyncClient) -> N
         {"model": "a", "requests": 2, "inputs": 4, "tokens": 6},
         {"model": "b", "requests": 1, "inputs": 2, "tokens": 2},
     ]
-    assert (await client.get("/usage", headers=bearer("operator"))).json()["models"] == []
+    assert "keys" not in answer
+    told = (await client.get("/usage", headers=bearer("operator"))).json()
+    assert told["models"] == []
+    limits = {"models": ["*"], "requests_per_minute": None, "tokens_per_minute": None, "expires": None}
+    assert told["keys"] == [
+        {"key": "all", "limits": limits},
+        {"key": "operator", "limits": limits},
+        {"key": "requests", "limits": limits | {"requests_per_minute": 3}},
+        {"key": "some", "limits": limits | {"models": ["a", "w*"]}},
+        {"key": "tokens", "limits": limits | {"tokens_per_minute": 10}},
+    ]
     await client.post("/embeddings", json=BODY)
     text = (await client.get("/metrics", headers=bearer("operator"))).text
     found = {

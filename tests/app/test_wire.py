@@ -41,7 +41,7 @@ def message(response: httpx.Response) -> str:
 
 
 @pytest.mark.parametrize(
-    "path", ["/health", "/ready", "/models", "/models/a", "/metrics", "/docs", "/version"]
+    "path", ["/health", "/ready", "/models", "/models/a", "/metrics", "/docs", "/ui", "/version"]
 )
 async def test_a_head_is_answered_as_a_get(client: httpx.AsyncClient, path: str) -> None:
     """The same status and headers; the server leaves the body out (RFC 9110)."""

@@ -175,7 +175,7 @@ def test_a_prefix_opens_and_closes_nothing(site: Site) -> None:
     def ask(path: str, headers: dict[str, str] | None = None) -> int:
         return httpx.get(site.server.url + path, headers=headers, timeout=60).status_code
 
-    for path in ("/health", "/v1/ready", "/docs", "/openapi.json"):
+    for path in ("/health", "/v1/ready", "/docs", "/openapi.json", "/ui", "/ui/main.js"):
         assert ask(path) == 200, path
     for path in ("/metrics", "/v1/metrics", "/v1/metrics%0A"):
         # The file was changed just now; all ingress replicas read it again within seconds.

@@ -34,6 +34,7 @@ ORDER = [
     "dispatch",
     "bulk",
     "status",
+    "page",
     "http",
     "batches",
     "client",

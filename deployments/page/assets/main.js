@@ -1,0 +1,99 @@
+// The page's frame: four views behind their addresses, and the question for a key.
+
+import { get, hasKey, onLocked, setKey } from "./api.js";
+import { Batches } from "./batches.js";
+import { Keys } from "./keys.js";
+import { Models } from "./models.js";
+import { html, render, useEffect, useState } from "./parts.js";
+import { Try } from "./try.js";
+
+const VIEWS = [
+  ["models", "Models", Models],
+  ["try", "Try it", Try],
+  ["batches", "Batches", Batches],
+  ["keys", "Keys", Keys],
+];
+
+/** Return the view and the tool in it that an address names: `#try-map`. */
+function routed() {
+  const [view, tool = "texts"] = location.hash.slice(1).split("-");
+  return VIEWS.some(([name]) => name === view) ? { view, tool } : { view: "models", tool: "texts" };
+}
+
+function Page() {
+  const [{ view, tool }, setRoute] = useState(routed);
+  const [refusal, setRefusal] = useState(null);
+  // What was entered and found stays while another view is shown.
+  const [visited, setVisited] = useState({});
+  useEffect(() => {
+    addEventListener("hashchange", () => location.hash !== "#content" && setRoute(routed()));
+    onLocked(setRefusal);
+  }, []);
+  useEffect(() => {
+    setVisited((before) => ({ ...before, [view]: true }));
+    document.title = `${VIEWS.find(([name]) => name === view)[1]} – Embedding cluster`;
+  }, [view]);
+  const forget = () => {
+    setKey("");
+    setVisited({ [view]: true });
+    setRefusal({ message: "The key is forgotten.", calm: true });
+  };
+  return html`
+    <a class="skip" href="#content">To the content</a>
+    <header class="top">
+      <span class="name">Embedding cluster</span>
+      <nav aria-label="Views">
+        ${VIEWS.map(
+          ([name, title]) => html`
+            <a key=${name} href=${`#${name}`} aria-current=${name === view ? "page" : undefined}>${title}</a>
+          `,
+        )}
+      </nav>
+      <span class="aside">
+        <a href="docs">API</a>
+        ${hasKey() && !refusal && html`<button type="button" class="quiet" onClick=${forget}>Forget the key</button>`}
+      </span>
+    </header>
+    <main id="content" tabindex="-1">
+      ${refusal
+        ? html`<${SignIn} refusal=${refusal} onOpen=${() => setRefusal(null)} />`
+        : VIEWS.map(
+            ([name, , View]) =>
+              (visited[name] || name === view) &&
+              html`<div key=${name} hidden=${name !== view}><${View} active=${name === view} tool=${tool} /></div>`,
+          )}
+    </main>
+  `;
+}
+
+/** Asks for a key, and stays until the cluster takes it. */
+function SignIn({ refusal, onOpen }) {
+  const [told, setTold] = useState(refusal);
+  const [busy, setBusy] = useState(false);
+  const submit = async (event) => {
+    event.preventDefault();
+    setBusy(true);
+    try {
+      setKey(new FormData(event.target).get("key"));
+      await get("models");
+      onOpen();
+    } catch (error) {
+      setTold(error);
+      setBusy(false);
+    }
+  };
+  return html`
+    <form class="card signin" onSubmit=${submit}>
+      <h1>A key is needed</h1>
+      <p class="notice ${told.calm ? "" : "bad"}" role="alert">${told.status ? `${told.status}: ` : ""}${told.message}</p>
+      <label class="field wide">
+        <span>Key</span>
+        <input name="key" type="password" autocomplete="off" required autofocus />
+      </label>
+      <button disabled=${busy}>Go on</button>
+      <p class="faint">It stays in this page's memory, and is gone when you reload or close it.</p>
+    </form>
+  `;
+}
+
+render(html`<${Page} />`, document.getElementById("page"));
