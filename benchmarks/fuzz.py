@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import gzip
 import json
-import logging
 import sys
 import tempfile
 import time
@@ -330,7 +329,6 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="for each parser (default: %(default)s)")
     parser.add_argument("--only", nargs="*", help="names of parsers, as they are printed")
     parsed = parser.parse_args()
-    logging.disable(logging.WARNING)  # the form's parser tells of each one that is malformed
     failed = 0
     with targets() as found:
         for target in found:
