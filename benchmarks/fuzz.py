@@ -56,7 +56,7 @@ VALUES = JSON | st.lists(st.text(max_size=9), max_size=4) | st.lists(st.integers
 ENCODINGS = st.sampled_from(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-32"])
 # What is put between: what ends texts, lines, cells and parts, and any bytes at all.
 ODD = st.sampled_from([b"\n", b"\r", b'"', b",", b"\0", b"\xff", b"\\ud800", b"--b", b"NaN", b"[", b"{"])
-CONTENT_ENCODINGS = st.sampled_from(["", "identity", "gzip", "deflate", "br", "gzip, gzip"])
+CONTENT_ENCODINGS = st.sampled_from(["", "identity", "gzip", "deflate", "zstd", "br", "gzip, gzip"])
 Check = Callable[[Any], object]
 
 
