@@ -1,14 +1,26 @@
-"""Bodies of many requests at a time: who has no place is told at once; small ones have one of their own."""
+"""Bodies of many requests at a time: who has no place is told at once; small ones have one of their own.
 
-from collections.abc import AsyncIterator
+And answers that are read slowly.
+"""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
+import numpy as np
 import pytest
+import uvicorn
 
 from deployments.http.app import make_app
+from deployments.http.edge import bodies
 from deployments.http.edge.bodies import LARGEST_BODIES, SMALL_BYTES, BytesInHand
 from deployments.http.serving import Serving
-from tests.app.conftest import LocalHandle, make_serving
+from tests.app.conftest import LocalHandle, expected, make_serving
+from tests.harness.server import free_port, wait_for
 
 LARGEST = 2 * SMALL_BYTES
 TEXT = b'{"model": "a", "input": "x"'
@@ -87,3 +99,76 @@ async def test_a_small_body_has_a_place_beside_all_the_large_ones(
                 take_another(SMALL_BYTES)
                 refused = await client.post("/embeddings", content=body(100))
                 assert (refused.status_code, refused.json()["error"]) == (503, REFUSED)
+
+
+# --- answers --------------------------------------------------------------------------------------------
+
+TEXTS = [f"text {number}" for number in range(2000)]
+DIMENSION = 256
+
+
+@pytest.fixture
+def address(handles: dict[str, LocalHandle]) -> Iterator[tuple[str, int]]:
+    """The application with room for one large answer, served as an ingress is."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config("", port=port, log_config=None, access_log=False))
+
+    def run() -> None:
+        serving = make_serving({"wide": handles["wide"]})
+        serving.in_hand = BytesInHand(2**19)
+        server.config.app = make_app(serving, list)  # type: ignore[arg-type]
+        server.run()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+    yield "127.0.0.1", port
+    server.should_exit = True
+    server.force_exit = True
+    thread.join(10)
+
+
+@contextlib.contextmanager
+def slow_reader(address: tuple[str, int]) -> Iterator[socket.socket]:
+    """Ask for an answer of some five megabytes, and read its first bytes."""
+    body = json.dumps({"model": "wide", "input": TEXTS}).encode()
+    head = (
+        f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        connection.settimeout(60)
+        connection.connect(address)
+        connection.sendall(head.encode() + body)
+        assert connection.recv(15, socket.MSG_PEEK) == b"HTTP/1.1 200 OK"
+        yield connection
+
+
+def test_an_answer_that_isnt_read_is_in_hand(address: tuple[str, int]) -> None:
+    """The next large one is refused, small ones are not; it is whole, however late it is read."""
+    url = "http://{}:{}/v1/embeddings".format(*address)
+    ask = lambda texts: httpx.post(url, json={"model": "wide", "input": texts}, timeout=60)  # noqa: E731
+    with slow_reader(address) as connection:
+        refused = ask(TEXTS)
+        assert (refused.status_code, refused.json()["error"]) == (503, REFUSED)
+        assert ask("x").status_code == 200
+        answer = b"".join(iter(lambda: connection.recv(2**20), b""))
+    got = [each["embedding"] for each in json.loads(answer.partition(b"\r\n\r\n")[2])["data"]]
+    assert np.array_equal(np.array(got, np.float32), expected(TEXTS, DIMENSION))
+    wait_for(lambda: ask(TEXTS).status_code == 200, 10, "room again")
+
+
+@pytest.mark.parametrize("goes", [True, False])
+def test_who_doesnt_read_or_goes_gives_its_place_back(
+    address: tuple[str, int], goes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, or after half a minute."""
+    if not goes:
+        monkeypatch.setattr(bodies, "PIECE_SECONDS", 0.5)
+    url = "http://{}:{}/v1/embeddings".format(*address)
+    with slow_reader(address) as connection:
+        if goes:
+            connection.close()
+        body = {"model": "wide", "input": TEXTS}
+        wait_for(lambda: httpx.post(url, json=body, timeout=60).status_code == 200, 10, "room again")

@@ -42,7 +42,7 @@ CALLER_SHARE = {8: "eight ninths"}
         ("characters of a text", f"{prepare.GROUP_CHARACTERS}, or {prepare.CHARACTERS_PER_TOKEN} for each"),
         ("times it is tried with an engine that ends", f"{outcome.MAX_CRASHES}"),
         (
-            "bytes of bodies in hand, of one ingress replica",
+            "bytes of bodies and of unread answers in hand, of one ingress replica",
             f"{bodies.LARGEST_BODIES} of the largest:"
             f" {bodies.LARGEST_BODIES * BUILD.max_body_bytes // MIB} MiB;"
             f" one more for those up to {bodies.SMALL_BYTES // 2**10} KiB",

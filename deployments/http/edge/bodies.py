@@ -1,9 +1,11 @@
-"""Bodies as they come: each one bounded, and all of them together."""
+"""Bodies as they come, and answers as they are read: each one bounded, and all of them together."""
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
 
 from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.dispatch.admission import RETRY_AFTER_SECONDS
 from deployments.errors import BodyTooLargeError, QueueFullError
@@ -16,10 +18,13 @@ Take = Callable[[int], None]
 # them, as large as one of those: a few people with much to send shall not shut everybody else out.
 LARGEST_BODIES = 16
 SMALL_BYTES = 2**16
+# An answer leaves in such pieces, the next one once most of the last has been read, which may take so long.
+PIECE_BYTES = 2**18
+PIECE_SECONDS = 30.0
 
 
 class BytesInHand:
-    """The bytes of all bodies of requests under way: one may be large, not all at once.
+    """The bytes of all bodies and answers of requests under way: one may be large, not all at once.
 
     What a body says of its length counts from the beginning: who has no place is told before much is sent.
     """
@@ -30,7 +35,7 @@ class BytesInHand:
         self._most_small = self._most + largest
         self._bytes = 0
 
-    @contextmanager
+    @contextlib.contextmanager
     def hold(self) -> Iterator[Take]:
         """Keep what is taken until the block ends."""
         taken = 0
@@ -77,3 +82,58 @@ async def body_chunks(request: Request, max_body_bytes: int) -> AsyncIterator[by
 
 def _too_large(max_body_bytes: int) -> BodyTooLargeError:
     return BodyTooLargeError(f"the body is over the limit of {max_body_bytes} bytes", "body")
+
+
+class Unread(Exception):  # noqa: N818 - nobody is told of it
+    """A client doesn't read its answer."""
+
+
+class Paced:
+    """Middleware: large answers leave as they are read, and count as bytes in hand until they are.
+
+    A server by itself takes an answer at once, however slowly its client reads. Who has no place is told so
+    in the answer's place; who doesn't read is cut off.
+    """
+
+    def __init__(self, app: ASGIApp, in_hand: BytesInHand) -> None:
+        """Wrap an application."""
+        self._app = app
+        self._in_hand = in_hand
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer. Raises QueueFullError before the answer has begun."""
+        start: Message | None = None
+
+        async def paced(message: Message) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            begin, start = start, None
+            size = len(message.get("body", b""))
+            with self._in_hand.hold() as take:
+                if begin is not None:  # of what streams there is one small piece at a time
+                    take(size if size > PIECE_BYTES else 0)
+                    await send(begin)
+                for piece in pieces(message) if size > PIECE_BYTES else (message,):
+                    await _read(send, piece)
+
+        with contextlib.suppress(Unread):
+            await self._app(scope, receive, paced)
+
+
+def pieces(message: Message) -> Iterator[Message]:
+    """Yield a message as several with a part of its body each."""
+    body = message["body"]
+    for begin in range(0, len(body), PIECE_BYTES):
+        part = {**message, "body": body[begin : begin + PIECE_BYTES]}
+        yield part if begin + PIECE_BYTES >= len(body) else {**part, "more_body": True}
+
+
+async def _read(send: Send, message: Message) -> None:
+    """Send what follows once the client has read most of what went before. Raises Unread."""
+    try:
+        async with asyncio.timeout(PIECE_SECONDS):
+            await send(message)
+    except TimeoutError:
+        raise Unread from None
