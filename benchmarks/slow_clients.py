@@ -73,23 +73,8 @@ class Crowd:
 
 async def send_slowly(url: str, parts: tuple[bytes, bytes, bytes], pause: float, seen: Slow) -> None:
     """Send one request after the other, with a pause after each piece, until cancelled."""
-    address = urlsplit(url)
-    first, space, last = parts
     while True:
-        reader, writer = await asyncio.open_connection(address.hostname, address.port)
-        answer = asyncio.ensure_future(reader.readuntil(b"\r\n\r\n"))
-        with contextlib.suppress(ConnectionError):  # the answer says why
-            for content in (first, *itertools.repeat(space, PIECES), last):
-                writer.write(content)
-                await asyncio.wait({answer}, timeout=pause)
-                if answer.done():
-                    break
-        try:
-            told = await answer
-        except (ConnectionError, asyncio.IncompleteReadError):
-            told = b"HTTP/1.1 0 cut\r\n"
-        finally:
-            writer.transport.abort()
+        told = await answer_to(url, parts, pause)
         status = int(told.split(b" ", 2)[1])
         seen.statuses[status] += 1
         if status == 503:
@@ -97,6 +82,26 @@ async def send_slowly(url: str, parts: tuple[bytes, bytes, bytes], pause: float,
             wait = again.split(b"\r\n")[0].decode()
             seen.retry_after[wait] += 1
             await asyncio.sleep(float(wait or 1))
+
+
+async def answer_to(url: str, parts: tuple[bytes, bytes, bytes], pause: float) -> bytes:
+    """Send one request until it is answered; return the answer's head, with status 0 where there is none."""
+    address, (first, space, last) = urlsplit(url), parts
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    answer = asyncio.ensure_future(reader.readuntil(b"\r\n\r\n"))
+    try:
+        with contextlib.suppress(ConnectionError):  # the answer says why
+            for content in (first, *itertools.repeat(space, PIECES), last):
+                writer.write(content)
+                await asyncio.wait({answer}, timeout=pause)
+                if answer.done():
+                    break
+        return await answer
+    except (ConnectionError, asyncio.IncompleteReadError):
+        return b"HTTP/1.1 0 cut"
+    finally:
+        answer.cancel()
+        writer.transport.abort()
 
 
 @contextlib.contextmanager
