@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import zstandard
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from hypothesis import HealthCheck, given, seed, settings
@@ -259,6 +260,8 @@ def route_target(app: FastAPI, path: str, loop: asyncio.AbstractEventLoop) -> Ta
         headers = {"content-type": kind, **({"content-encoding": encoding} if encoding else {})}
         if encoding == "gzip":
             content = gzip.compress(content, 1, mtime=0)
+        elif encoding == "zstd":
+            content = zstandard.compress(content)
         answer = loop.run_until_complete(client.post(path, content=content, headers=headers))
         assert answer.status_code < 500, answer.text
         if answer.status_code >= 400:
