@@ -11,7 +11,7 @@ UV_VERSION := 0.13.9
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode
 
-.PHONY: help setup setup-gpu serve check test lock clean bench bench-gpu bench-memory profile scale simulate faults dispatch batch page fuzz
+.PHONY: help setup setup-gpu serve check test lock clean bench bench-gpu bench-memory profile scale simulate faults slow-clients soak dispatch batch page fuzz
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
@@ -57,6 +57,12 @@ bench-memory: $(VENV)/test.stamp  ## Resident memory of the whole server, one Mi
 
 faults: $(VENV)/test.stamp  ## What is lost when processes die, on both data planes: some minutes
 	$(BIN)/python -m benchmarks.faults
+
+slow-clients: $(VENV)/test.stamp  ## What many large bodies that come slowly cost, and whom: some minutes
+	$(BIN)/python -m benchmarks.slow_clients $(ARGUMENTS)
+
+soak: $(VENV)/test.stamp  ## Everything at once while processes are killed: half an hour; ARGUMENTS="--minutes 5"
+	$(BIN)/python -m benchmarks.soak $(ARGUMENTS)
 
 dispatch: $(VENV)/test.stamp  ## What joining, splitting, routing, refusing and taking turns are worth
 	$(BIN)/python -m benchmarks.dispatch $(PARTS)

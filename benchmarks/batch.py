@@ -319,7 +319,8 @@ def fake_corpus(rows: int) -> list[str | None]:
 def check_rows(output: Path, texts: list[str | None]) -> tuple[int, int]:
     """Return how many rows are missing or double, and how many vectors are wrong."""
     table = pa.parquet.read_table(output)
-    errors = output.with_name(f"{output.name}.errors.jsonl").read_text().splitlines()
+    file = output.with_name(f"{output.name}.errors.jsonl")  # there where there are errors
+    errors = file.read_text().splitlines() if file.exists() else []
     seen = sorted([*table["input_row"].to_pylist(), *(json.loads(line)["row"] for line in errors)])
     misplaced = len(set(seen) ^ set(range(len(texts)))) + len(seen) - len(set(seen))
     embedded = [texts[row] or "" for row in table["input_row"].to_pylist()]

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import gzip
 import json
-import logging
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import zstandard
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from hypothesis import HealthCheck, given, seed, settings
@@ -57,7 +57,7 @@ VALUES = JSON | st.lists(st.text(max_size=9), max_size=4) | st.lists(st.integers
 ENCODINGS = st.sampled_from(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-32"])
 # What is put between: what ends texts, lines, cells and parts, and any bytes at all.
 ODD = st.sampled_from([b"\n", b"\r", b'"', b",", b"\0", b"\xff", b"\\ud800", b"--b", b"NaN", b"[", b"{"])
-CONTENT_ENCODINGS = st.sampled_from(["", "identity", "gzip", "deflate", "br", "gzip, gzip"])
+CONTENT_ENCODINGS = st.sampled_from(["", "identity", "gzip", "deflate", "zstd", "br", "gzip, gzip"])
 Check = Callable[[Any], object]
 
 
@@ -260,6 +260,8 @@ def route_target(app: FastAPI, path: str, loop: asyncio.AbstractEventLoop) -> Ta
         headers = {"content-type": kind, **({"content-encoding": encoding} if encoding else {})}
         if encoding == "gzip":
             content = gzip.compress(content, 1, mtime=0)
+        elif encoding == "zstd":
+            content = zstandard.compress(content)
         answer = loop.run_until_complete(client.post(path, content=content, headers=headers))
         assert answer.status_code < 500, answer.text
         if answer.status_code >= 400:
@@ -330,7 +332,6 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="for each parser (default: %(default)s)")
     parser.add_argument("--only", nargs="*", help="names of parsers, as they are printed")
     parsed = parser.parse_args()
-    logging.disable(logging.WARNING)  # the form's parser tells of each one that is malformed
     failed = 0
     with targets() as found:
         for target in found:

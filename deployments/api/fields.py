@@ -34,11 +34,18 @@ Inputs = (
 )
 
 
-def count_values(body: Body) -> int:
+def count_values(body: Body, few: int = 0) -> int:
     """Return how many values a JSON body holds at most, without making any of them.
 
-    In pieces, by loops that let other threads run: a parser keeps them all out until it is through.
+    In pieces, by loops that let other threads run: a parser keeps them all out until it is through. Where
+    there are `few` commas and brackets at most, what stands in strings is counted too: that costs a tenth.
     """
+    pieces = (
+        np.frombuffer(body, np.uint8, min(PIECE_BYTES, len(body) - start), start)
+        for start in range(0, len(body), PIECE_BYTES)
+    )
+    if (count := 1 + sum(int(np.count_nonzero(_begins(raw))) for raw in pieces)) <= few:
+        return count
     count, inside, rest = 1, False, b""
     for start in range(0, len(body), PIECE_BYTES):
         piece = rest + body[start : start + PIECE_BYTES]
@@ -49,10 +56,15 @@ def count_values(body: Body) -> int:
         if not len(raw):
             continue
         within = np.logical_xor.accumulate(raw == ord('"')) ^ inside
-        begins = (raw == ord(",")) | (raw == ord("[")) | (raw == ord("{"))
-        count += int(np.count_nonzero(begins & ~within))
+        count += int(np.count_nonzero(_begins(raw) & ~within))
         inside = bool(within[-1])
     return count
+
+
+def _begins(raw: np.ndarray) -> np.ndarray:
+    """Return where a value may begin: bool, as long as the bytes."""
+    found: np.ndarray = (raw == ord(",")) | (raw == ord("[")) | (raw == ord("{"))
+    return found
 
 
 def read_object(body: Body) -> dict[str, Any]:

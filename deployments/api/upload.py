@@ -1,5 +1,6 @@
 """`multipart/form-data` with one file in it, which streams on as it arrives."""
 
+import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -7,6 +8,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from deployments.errors import InvalidRequestError
+
+# It warns of each malformed form, with some of what is in it; whoever sent that is told.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 FILE = "file"
 MAX_FIELD_BYTES = 4096

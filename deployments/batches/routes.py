@@ -38,6 +38,7 @@ from deployments.errors import (
     QuotaError,
     RateLimitError,
     StorageUnavailableError,
+    UnsupportedEncodingError,
 )
 from deployments.http.table import Entry, answers
 
@@ -65,7 +66,15 @@ BATCH_OBJECT = Batch(
 ).model_dump()
 DELETED = {"id": FILE_OBJECT["id"], "object": "file", "deleted": True}
 ALWAYS = (InvalidKeyError, StorageUnavailableError, EmbeddingError)
-MAKING = (*ALWAYS, QuotaError, RateLimitError, InvalidRequestError, BodyTooLargeError, DeadlineExceededError)
+MAKING = (
+    *ALWAYS,
+    QuotaError,
+    RateLimitError,
+    InvalidRequestError,
+    BodyTooLargeError,
+    UnsupportedEncodingError,
+    DeadlineExceededError,
+)
 PAGE = {"object": "list", "first_id": None, "last_id": None, "has_more": False}
 
 

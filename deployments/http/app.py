@@ -19,6 +19,7 @@ from deployments.http.dialects.pharia import PhariaServing, pharia_routes
 from deployments.http.dialects.tei import info_route
 from deployments.http.dialects.tokens import tokens_routes
 from deployments.http.documentation import documentation_routes, page_routes
+from deployments.http.edge.bodies import Paced
 from deployments.http.errors import Errors, error_response, http_exception
 from deployments.http.metrics_port import MetricsPort
 from deployments.http.routes import embedding_routes, usage_route
@@ -67,6 +68,7 @@ def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application 
     """
     ports = {} if ports is None else ports
     app = _bare_app(ports)
+    app.add_middleware(Paced, in_hand=serving.in_hand)
     app.add_middleware(Errors)
     if access is not None:
 

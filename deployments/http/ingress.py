@@ -32,6 +32,7 @@ from deployments.http.serving import Serving
 from deployments.keys.rates import Grant, LeasedRates, LocalRates
 from deployments.keys.ring import KeySource, require_keys
 from deployments.keys.usage import Counts
+from deployments.machine import give_back_large_blocks
 from deployments.metrics import Metrics, states_text
 from deployments.status.history import Minutes
 from deployments.status.look import Counted
@@ -86,6 +87,7 @@ class Ingress:
 
         Raises ConfigError where the keys can't be read.
         """
+        give_back_large_blocks()
         self._access_settings = access_settings
         self._access = access_settings.access()
         self._batches = batches

@@ -14,7 +14,6 @@ from starlette.requests import ClientDisconnect, Request
 from deployments.api.encoding import normalize, truncate
 from deployments.api.fields import Body, count_values
 from deployments.api.request import EmbeddingRequest, EmbeddingResult
-from deployments.dispatch.admission import RETRY_AFTER_SECONDS
 from deployments.dispatch.catalog import Catalog, Served
 from deployments.dispatch.offload import offload
 from deployments.dispatch.prepare import prepare
@@ -26,11 +25,10 @@ from deployments.errors import (
     DeadlineExceededError,
     EmbeddingError,
     InvalidRequestError,
-    QueueFullError,
     TooManyInputsError,
 )
 from deployments.http.auth import key_of
-from deployments.http.edge.bodies import body_chunks
+from deployments.http.edge.bodies import BytesInHand, Take, body_chunks, declared_length
 from deployments.http.edge.traces import begin_trace, describe_inputs, end_trace
 from deployments.http.errors import CLIENT_CLOSED_REQUEST
 from deployments.keys.file import Key
@@ -44,8 +42,6 @@ from deployments.tracing import current, tracer
 T = TypeVar("T")
 # Reads a dialect's body.
 Parse = Callable[[Body], EmbeddingRequest]
-# Counts bytes of a body that have come. Raises QueueFullError.
-Take = Callable[[int], None]
 
 # Ray Serve's own header: a client may lower its request's deadline, never raise it.
 TIMEOUT_HEADER = "x-request-timeout-seconds"
@@ -54,38 +50,8 @@ TIMEOUT_SHARE = 0.1
 TIMEOUT_SECONDS = 0.1
 # Which model it is for, and so its deadline, is known once the body is there.
 BODY_SECONDS = 30.0
-# How many bodies of the largest size may be in hand at a time.
-LARGEST_BODIES = 16
 # What a body may hold beside inputs and their tokens.
 OTHER_VALUES = 1000
-
-
-class BytesInHand:
-    """The bytes of all bodies of requests under way, as they come: one may be large, not all at once."""
-
-    def __init__(self, most: int) -> None:
-        """Have nothing in hand yet."""
-        self._most = most
-        self._bytes = 0
-
-    @contextmanager
-    def hold(self) -> Iterator[Take]:
-        """Keep what is taken until the block ends."""
-        taken = 0
-
-        def take(count: int) -> None:
-            nonlocal taken
-            if self._bytes + count > self._most:
-                raise QueueFullError(
-                    "too many bytes of other requests are in hand", "body", RETRY_AFTER_SECONDS
-                )
-            taken += count
-            self._bytes += count
-
-        try:
-            yield take
-        finally:
-            self._bytes -= taken
 
 
 @dataclass
@@ -112,7 +78,7 @@ class Serving:
         tracer()  # what is wrong with it is told now, and what it needs is loaded
         self.catalog = catalog
         self.metrics = metrics
-        self.in_hand = BytesInHand(LARGEST_BODIES * max_body_bytes)
+        self.in_hand = BytesInHand(max_body_bytes)
         self._max_body_bytes = max_body_bytes
 
     def find(self, request: Request, name: str | None, tags: frozenset[str] = frozenset()) -> Served:
@@ -160,8 +126,7 @@ class Serving:
     ) -> tuple[bytes, int]:
         """Return the JSON answer and its tokens, or raise an EmbeddingError."""
         worker = served.dispatch.worker
-        truncated: tuple[int, ...] = ()
-        unit = True
+        truncated, unit = tuple[int, ...](), True
 
         async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
             nonlocal truncated, unit
@@ -201,9 +166,10 @@ class Serving:
         """Return what a dialect makes of a body. Raises InvalidRequestError by field."""
         limits = [dispatch.worker.limits for dispatch in self.catalog.dispatches.values()]
         most = max((each.max_inputs + each.max_request_tokens for each in limits), default=0)
+        few = most + OTHER_VALUES
 
         def bounded() -> T:
-            if len(body) > most + OTHER_VALUES and count_values(body) > most + OTHER_VALUES:
+            if len(body) > few and count_values(body, few) > few:
                 raise TooManyInputsError("the body holds more than any model here takes", "body")
             return parse(body)
 
@@ -213,10 +179,13 @@ class Serving:
         """Return the body. Raises BodyTooLargeError, QueueFullError, DeadlineExceededError at `deadline`."""
         try:
             async with asyncio.timeout_at(deadline):
+                take(taken := declared_length(request, self._max_body_bytes))
                 # One buffer goes back to the system when it is freed; a thousand small pieces don't.
                 body = bytearray()
                 async for chunk in body_chunks(request, self._max_body_bytes):
-                    take(len(chunk))
+                    if (more := len(body) + len(chunk) - taken) > 0:
+                        take(more)
+                        taken += more
                     body += chunk
                 return body
         except TimeoutError:

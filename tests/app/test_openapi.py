@@ -106,6 +106,27 @@ def test_every_answer_is_a_documented_one(address: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr
 
 
+def test_a_body_in_another_encoding_is_refused_as_documented(address: str, described: dict[str, Any]) -> None:
+    """On every route that takes one, and the answer says which encodings are read."""
+    told = {}
+    for path, operations in described["paths"].items():
+        if "requestBody" in operations.get("post", {}):
+            assert "415" in operations["post"]["responses"], path
+            form = "multipart/form-data" in operations["post"]["requestBody"]["content"]
+            kind = "multipart/form-data; boundary=b" if form else "application/json"
+            headers = {"x-api-key": SECRET, "content-encoding": "br", "content-type": kind}
+            answer = httpx.post(f"{address}{path}", content=b"x", headers=headers, timeout=30)
+            told[path] = answer.status_code, answer.headers.get("accept-encoding"), answer.json()["error"]
+    error = {
+        "message": "bodies may be encoded with gzip, deflate or zstd, once",
+        "type": "invalid_request_error",
+        "param": "content-encoding",
+        "code": "unsupported_encoding",
+    }
+    assert told.keys() >= {"/v1/embeddings", "/v1/files", "/v1/batches", "/v1/tokenize"}
+    assert told == dict.fromkeys(told, (415, "gzip, deflate, zstd", error))
+
+
 # --- each body's schema, and what reads it --------------------------------------------------------
 
 PARSERS: dict[str, Callable[[bytes], object]] = {

@@ -3,15 +3,18 @@
 import gzip
 import json
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import zstandard
 
 from deployments.config.origins import allowed_origins
 from deployments.errors import ConfigError
 from deployments.http.app import make_app
+from deployments.http.edge import content as contents
 from deployments.http.edge.origins import add_origins
 from tests.app.conftest import MAX_BODY_BYTES, LocalHandle, expected, make_serving
 
@@ -160,23 +163,41 @@ def raw_deflate(data: bytes) -> bytes:
         (gzip.compress(BODY[:5], mtime=0) + gzip.compress(BODY[5:], mtime=0), "gzip"),
         (zlib.compress(BODY), "deflate"),
         (raw_deflate(BODY), "deflate"),
+        (zstandard.compress(BODY), "zstd"),
+        (zstandard.compress(BODY[:5]) + zstandard.compress(BODY[5:]), "zstd"),
         *((BODY, plain) for plain in ("identity", "", "utf-8", "UTF8", "identity, identity", ",", "none")),
     ],
 )
 async def test_compressed_bodies_are_read(client: httpx.AsyncClient, content: bytes, encoding: str) -> None:
-    """Gzip in one part or several, deflate with a header or without; a charset is no encoding."""
+    """In one part or several, deflate with a header or without; a charset is no encoding."""
     assert is_vector(await ask(client, content, content_encoding=encoding))
 
 
-@pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, gzip", "deflate, gzip", "x" * 500])
+@pytest.mark.parametrize("encoding", ["br", "compress", "gzip, gzip", "deflate, zstd", "x" * 500])
 async def test_other_encodings_are_refused_with_those_that_are_read(
     client: httpx.AsyncClient, encoding: str
 ) -> None:
     """415, and Accept-Encoding, as RFC 9110 has it."""
     response = await ask(client, BODY, content_encoding=encoding)
     assert (response.status_code, response.json()["code"]) == (415, "unsupported_encoding")
-    assert response.headers["accept-encoding"] == "gzip, deflate"
-    assert message(response) == "bodies may be encoded with gzip or deflate, once"
+    assert response.headers["accept-encoding"] == "gzip, deflate, zstd"
+    assert message(response) == "bodies may be encoded with gzip, deflate or zstd, once"
+
+
+async def test_zstd_is_refused_without_its_library(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any other encoding."""
+    monkeypatch.setattr(contents, "KINDS", (contents.GZIP, contents.DEFLATE))
+    response = await ask(client, zstandard.compress(BODY), content_encoding="zstd")
+    assert (response.status_code, message(response)) == (
+        415,
+        "bodies may be encoded with gzip or deflate, once",
+    )
+
+
+# A frame that asks for 16 MiB to be read with.
+WIDE_ZSTD = b"\x28\xb5\x2f\xfd\x00" + bytes([14 << 3]) + b"\x01\x00\x00"
 
 
 @pytest.mark.parametrize(
@@ -188,6 +209,10 @@ async def test_other_encodings_are_refused_with_those_that_are_read(
         (gzip.compress(BODY, mtime=0)[:-4], "gzip", "the body's gzip ends too early"),
         (gzip.compress(BODY, mtime=0) + b"xx", "gzip", "the body isn't valid gzip"),
         (zlib.compress(BODY) + BODY, "deflate", "the body isn't valid deflate"),
+        (BODY, "zstd", "the body isn't valid zstd"),
+        (zstandard.compress(BODY)[:-1], "zstd", "the body's zstd ends too early"),
+        (zstandard.compress(BODY) + b"xxxx", "zstd", "the body isn't valid zstd"),
+        (WIDE_ZSTD, "zstd", "the body isn't valid zstd"),
     ],
 )
 async def test_what_isnt_compressed_as_it_says_is_refused(
@@ -198,15 +223,33 @@ async def test_what_isnt_compressed_as_it_says_is_refused(
     assert (response.status_code, message(response)) == (400, told)
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])
-async def test_a_body_may_be_no_larger_for_being_compressed(client: httpx.AsyncClient, pack: Any) -> None:
+PACKS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "zstd": zstandard.compress,
+}
+
+
+@pytest.mark.parametrize("kind", PACKS)
+async def test_a_body_may_be_no_larger_for_being_compressed(client: httpx.AsyncClient, kind: str) -> None:
     """A bomb of a hundred times the limit is given up at the limit."""
-    kind = "gzip" if pack is gzip.compress else "deflate"
+    pack = PACKS[kind]
     response = await ask(client, pack(b" " * (100 * MAX_BODY_BYTES)), content_encoding=kind)
     assert (response.status_code, message(response)) == (413, "the body is over the limit of 1000000 bytes")
     assert is_vector(
         await ask(client, pack(b" " * (MAX_BODY_BYTES - len(BODY)) + BODY), content_encoding=kind)
     )
+
+
+def test_little_of_zstd_is_much_and_never_more_than_that() -> None:
+    """A block of one byte repeated is 128 KiB: what comes out at a time is bounded all the same."""
+    stream, data, sizes = contents.Unzstd(), zstandard.compress(b" " * 2**26), []
+    while data:
+        sizes.append(len(stream.decompress(data, 2**18)))
+        data = stream.unconsumed_tail
+    assert stream.eof
+    assert sum(sizes) == 2**26
+    assert max(sizes) <= 2**21 + 2**18
 
 
 # --- browsers -------------------------------------------------------------------------------------

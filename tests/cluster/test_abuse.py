@@ -11,6 +11,8 @@ import httpx
 import numpy as np
 import pytest
 
+from benchmarks.load import Stream
+from benchmarks.slow_clients import MOST_BYTES, Crowd, slow_clients
 from tests.harness import workers
 from tests.harness.server import Server, serve, wait_for
 
@@ -150,6 +152,17 @@ def test_bodies_are_bounded_in_sum(server: Server) -> None:
         for connection in connections:
             connection.close()
         wait_for(lambda: client.post("/v1/embeddings", json=BODY).status_code == 200, 30, "room again")
+
+
+def test_many_large_bodies_that_come_slowly_shut_nobody_out(server: Server) -> None:
+    """Memory is bounded; whoever is refused is told when to come again; small requests are all answered."""
+    with slow_clients(server, Crowd(60, 12.0, body_seconds=6.0)) as slow:
+        beside = Stream(server.url, "m", seconds=12.0, pause=0.05).run()
+    assert len(beside.answers) > 10
+    assert len(beside.of(200).answers) == len(beside.answers)
+    assert set(slow.statuses) == {200, 503}
+    assert set(slow.retry_after) == {"5"}
+    assert slow.most_bytes < MOST_BYTES
 
 
 def test_a_false_length_and_a_gzip_bomb_are_refused(server: Server) -> None:

@@ -17,6 +17,7 @@ from deployments.config.worker import Limits
 from deployments.dispatch import admission, pace, prepare, work
 from deployments.http import serving as requests
 from deployments.http.dialects import tei
+from deployments.http.edge import bodies
 from deployments.jobs import columns, lines
 from deployments.jobs.run import PART_ROWS, SLICES_PER_PART
 from deployments.transport import outcome
@@ -41,9 +42,10 @@ CALLER_SHARE = {8: "eight ninths"}
         ("characters of a text", f"{prepare.GROUP_CHARACTERS}, or {prepare.CHARACTERS_PER_TOKEN} for each"),
         ("times it is tried with an engine that ends", f"{outcome.MAX_CRASHES}"),
         (
-            "bytes of bodies in hand, of one ingress replica",
-            f"{requests.LARGEST_BODIES} of the largest:"
-            f" {requests.LARGEST_BODIES * BUILD.max_body_bytes // MIB} MiB",
+            "bytes of bodies and of unread answers in hand, of one ingress replica",
+            f"{bodies.LARGEST_BODIES} of the largest:"
+            f" {bodies.LARGEST_BODIES * BUILD.max_body_bytes // MIB} MiB;"
+            f" one more for those up to {bodies.SMALL_BYTES // 2**10} KiB",
         ),
         ("requests under way, of one ingress replica", f"{tei.MAX_INGRESS_REQUESTS}"),
         ("tokens that wait for a model", f"{admission.FIRST_BOUND_TOKENS} until that is known"),

@@ -3,6 +3,8 @@
 import ast
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,24 @@ def test_cores_are_counted_in_one_place() -> None:
                 node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
             }
             assert not names & counters or path.name == "machine.py", path
+
+
+LEFT = """
+import psutil
+from deployments.machine import give_back_large_blocks
+if {gives_back}:
+    give_back_large_blocks()
+bytearray(30 * 2**20)  # from now on glibc by itself keeps all that is smaller
+before = psutil.Process().memory_info().rss
+blocks = [bytearray(b"x") * 2**21 for _ in range(100)]
+del blocks[:-1]
+print((psutil.Process().memory_info().rss - before) >> 20)
+"""
+
+
+@pytest.mark.parametrize(("gives_back", "least", "most"), [(True, 1, 20), (False, 100, 300)])
+def test_what_bodies_took_goes_back_to_the_system(gives_back: bool, least: int, most: int) -> None:
+    """Of 200 MiB in blocks, all but the last one, though that one is in use; not so by itself."""
+    code = LEFT.format(gives_back=gives_back)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert least <= int(result.stdout) <= most

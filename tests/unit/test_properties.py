@@ -173,9 +173,11 @@ ODD_JSON = st.recursive(
 )
 
 
-@given(ODD_JSON, st.integers(1, 9))
-def test_values_are_counted_without_being_made(value: Any, piece: int) -> None:
-    """Whatever stands in texts, and wherever the body is cut in pieces."""
+@given(ODD_JSON, st.integers(1, 9), st.integers(0, 9))
+def test_values_are_counted_without_being_made(value: Any, piece: int, few: int) -> None:
+    """Whatever stands in texts, and wherever the body is cut in pieces; whether or not they are few."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fields, "PIECE_BYTES", piece)
-        assert fields.count_values(json.dumps(value, ensure_ascii=False).encode()) == 1 + begins(value)
+        body = json.dumps(value, ensure_ascii=False).encode()
+        assert fields.count_values(body) == 1 + begins(value)
+        assert (fields.count_values(body, few) > few) == (1 + begins(value) > few)
