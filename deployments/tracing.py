@@ -40,7 +40,12 @@ EXPORTERS = {
     DEFAULT_PROTOCOL: "opentelemetry.exporter.otlp.proto.http.trace_exporter",
     "grpc": "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
 }
-WAIT, CALL, ENGINE = "wait", "call", "engine"  # the names of spans, as those of the stages of `metrics`
+PARSE, WAIT, CALL, ENGINE = (
+    "parse",
+    "wait",
+    "call",
+    "engine",
+)  # the names of spans, as those of the stages of `metrics`
 # Our loop's own turn from one thing to the next isn't a wait.
 SHORT_SECONDS = 0.0001
 
@@ -159,11 +164,11 @@ class Trace:
             kind = SpanKind.SERVER
             headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
             context = propagate.extract(headers)
-        self._begun = time.perf_counter()
-        self._offset = time.time_ns() - int(1e9 * self._begun)
-        self._span: Span = made.start_span(name, context, kind, attributes, start_time=self._ns(self._begun))
+        self.begun = time.perf_counter()
+        self._offset = time.time_ns() - int(1e9 * self.begun)
+        self._span: Span = made.start_span(name, context, kind, attributes, start_time=self._ns(self.begun))
         self.calls: dict[Call, None] = {}
-        self._stages: list[tuple[str, float, float]] = []
+        self.stages: list[tuple[str, float, float]] = []
         self.ids: dict[str, str] = {}  # as logs have them
         if (own := self._span.get_span_context()).is_valid:
             self.ids = {"trace_id": f"{own.trace_id:032x}", "span_id": f"{own.span_id:016x}"}
@@ -174,7 +179,7 @@ class Trace:
 
     def note(self, stage: str, begun: float, ended: float) -> None:
         """Remember a stage. One of WAIT is of the time in it in which nothing else is under way."""
-        self._stages.append((stage, begun, ended))
+        self.stages.append((stage, begun, ended))
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -206,13 +211,13 @@ class Trace:
 
         own = set_span_in_context(self._span)
         busy: list[Times] = []
-        for name, begun, end in self._stages:
+        for name, begun, end in self.stages:
             if name != WAIT:
                 self._make_span(name, (begun, end), own)
                 busy.append((begun, end))
         for call in self.calls:
             # One that waits for a text under way already has a share of that call, since it came itself.
-            times = max(call.begun, self._begun), min(call.ended, ended)
+            times = max(call.begun, self.begun), min(call.ended, ended)
             busy.append(times)
             span = self._make_span(CALL, times, own, call)
             if call.engine_seconds:
@@ -220,7 +225,7 @@ class Trace:
                 way = max((call.ended - call.begun - call.engine_seconds) / 2, 0.0)
                 begun, end = max(call.begun + way, times[0]), min(call.ended - way, times[1])
                 self._make_span(ENGINE, (begun, max(begun, end)), set_span_in_context(span))
-        waits = [(begun, end) for name, begun, end in self._stages if name == WAIT]
+        waits = [(begun, end) for name, begun, end in self.stages if name == WAIT]
         for begun, end in gaps(waits, busy):
             if end - begun >= SHORT_SECONDS:
                 self._make_span(WAIT, (begun, end), own)

@@ -31,7 +31,7 @@ from deployments.errors import (
 )
 from deployments.http.auth import key_of
 from deployments.http.edge.bodies import body_chunks
-from deployments.http.edge.traces import begin_trace, describe_inputs
+from deployments.http.edge.traces import begin_trace, describe_inputs, end_trace
 from deployments.http.errors import CLIENT_CLOSED_REQUEST
 from deployments.keys.file import Key
 from deployments.keys.rates import REQUESTS, TOKENS, Rates
@@ -39,7 +39,7 @@ from deployments.keys.usage import Usage
 from deployments.logs import Record, RequestLog, spent
 from deployments.metrics import CANCELLED, SUCCESS, Metrics
 from deployments.status.history import History
-from deployments.tracing import WAIT, current, stage, tracer
+from deployments.tracing import current, tracer
 
 T = TypeVar("T")
 # Reads a dialect's body.
@@ -140,8 +140,7 @@ class Serving:
             patience = wanted_seconds(request)
             key = key_of(request.scope)
             await self.charge(key, REQUESTS)
-            with stage("read"):
-                body = await self.read(request, arrival + min(BODY_SECONDS, patience), take)
+            body = await self.read(request, arrival + min(BODY_SECONDS, patience), take)
             with self._timed("parse") as parsing:
                 wanted = await self.parse(parse, body)
             del body  # its texts are what is worked on
@@ -150,10 +149,10 @@ class Serving:
             served.check_embeds()
             worker = served.dispatch.worker
             self.metrics.stage_seconds.labels(worker.name, "parse").observe(parsing.seconds)
+            counted.stages["parse"] = parsing.seconds
             deadline = arrival + min(worker.limits.request_timeout_s, patience)
             client = Client(key, caller_of(request), lane_of(request))
-            with stage(WAIT):
-                answer, counted.tokens = await self.answer(wanted, served, client, deadline)
+            answer, counted.tokens = await self.answer(wanted, served, client, deadline)
             return answer
 
     async def answer(
@@ -167,10 +166,10 @@ class Serving:
         async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
             nonlocal truncated, unit
             with self._timed("tokenise", worker.name):
-                task = served.model.embedding_task
-                prepared = await prepare(wanted, task, worker.limits, card, tokenizer)
+                prepared = await prepare(wanted, served.model.embedding_task, worker.limits, card, tokenizer)
             truncated, unit = prepared.truncated, card.normalizes
-            describe_inputs(served, prepared.batch)
+            if (trace := current.get()) is not None:
+                describe_inputs(trace, served, prepared.batch)
             return prepared.batch
 
         async def charge(tokens: int) -> None:
@@ -226,7 +225,7 @@ class Serving:
     def counted(self, arrival: float, request: Request) -> Iterator[Record]:
         """Count the request by model and outcome, however it ends, and log it where it is to be logged."""
         key = key_of(request.scope)
-        trace = begin_trace(request, key)
+        trace = begin_trace(request, key) if tracer() is not None else None
         counted = Record(key.name if key else None, trace)
         before = spent.set(counted.stages)
         outcome, status = EmbeddingError.code, EmbeddingError.status
@@ -246,24 +245,23 @@ class Serving:
             spent.reset(before)
             self._log.write(counted, outcome, seconds)
             if trace is not None:
-                current.set(None)
-                trace.describe({"gen_ai.request.model": counted.model})
-                trace.end("" if outcome == SUCCESS else outcome, status)
+                end_trace(trace, counted.model, "" if outcome == SUCCESS else outcome, status)
 
     @contextmanager
     def _timed(self, stage: str, worker: str | None = None) -> Iterator["_Timed"]:
         """Time a stage, and count it where the worker is known already."""
         timed = _Timed()
         begun = time.perf_counter()  # uvloop's own clock counts milliseconds
-        yield timed
-        ended = time.perf_counter()
-        timed.seconds = ended - begun
+        try:
+            yield timed
+        finally:
+            if (trace := current.get()) is not None:
+                trace.note(stage, begun, time.perf_counter())
+        timed.seconds = time.perf_counter() - begun
         if worker is not None:
             self.metrics.stage_seconds.labels(worker, stage).observe(timed.seconds)
-        if (stages := spent.get()) is not None:
-            stages[stage] = timed.seconds
-        if (trace := current.get()) is not None:
-            trace.note(stage, begun, ended)
+            if (stages := spent.get()) is not None:
+                stages[stage] = timed.seconds
 
 
 class _Timed:

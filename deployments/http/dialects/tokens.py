@@ -19,7 +19,7 @@ from deployments.http.errors import json_response
 from deployments.http.serving import BODY_SECONDS, Serving, wanted_seconds
 from deployments.http.table import BODY, Entry, answers
 from deployments.keys.rates import REQUESTS
-from deployments.tracing import WAIT, stage
+from deployments.tracing import PARSE, stage
 
 Parse = Callable[[Body], TokensRequest]
 
@@ -74,9 +74,8 @@ async def read_tokens(serving: Serving, request: Request, parse: Parse) -> bytes
     with serving.counted(arrival, request) as counted, serving.in_hand.hold() as take:
         await serving.charge(key_of(request.scope), REQUESTS)
         deadline = arrival + min(BODY_SECONDS, wanted_seconds(request))
-        with stage("read"):
-            body = await serving.read(request, deadline, take)
-        with stage("parse"):
+        body = await serving.read(request, deadline, take)
+        with stage(PARSE):
             wanted = await serving.parse(parse, body)
         del body
         served = serving.find(request, wanted.model, wanted.tags)
@@ -84,8 +83,7 @@ async def read_tokens(serving: Serving, request: Request, parse: Parse) -> bytes
         limits = served.dispatch.worker.limits
         if len(wanted.texts) + len(wanted.ids) > limits.max_inputs:
             raise TooManyInputsError(f"one request may hold {limits.max_inputs} inputs", wanted.field)
-        with stage(WAIT):
-            card, tokenizer = await model_of(served, request, arrival)
+        card, tokenizer = await model_of(served, request, arrival)
         before = prompt_text(wanted.prompt, card.prompts | served.model.embedding_task.prompts)
         texts = [before + text for text in wanted.texts]
         size = sum(map(len, texts)) + sum(map(len, wanted.ids))

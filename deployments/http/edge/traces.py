@@ -1,18 +1,18 @@
 """What a trace says of a request: by OpenTelemetry's names where it has some."""
 
+import time
+
 from ray.serve.context import _get_serve_request_context
 from starlette.requests import Request
 
 from deployments.dispatch.catalog import Served
 from deployments.engine.batch import TokenBatch
 from deployments.keys.file import Key
-from deployments.tracing import Attributes, Trace, current, tracer
+from deployments.tracing import PARSE, WAIT, Attributes, Trace, current
 
 
-def begin_trace(request: Request, key: Key | None) -> Trace | None:
-    """Begin the trace of a request, and make it that of this task; None where there are to be none."""
-    if tracer() is None:
-        return None
+def begin_trace(request: Request, key: Key | None) -> Trace:
+    """Begin the trace of a request, and make it that of this task."""
     route = getattr(request.scope.get("route"), "path", "")  # a path may hold what the client made up
     attributes: Attributes = {
         "http.request.method": request.method,
@@ -28,15 +28,25 @@ def begin_trace(request: Request, key: Key | None) -> Trace | None:
     return trace
 
 
-def describe_inputs(served: Served, batch: TokenBatch) -> None:
-    """Say in the trace of this task's request, where it has one, for which model it is, and how large."""
-    if (trace := current.get()) is not None:
-        trace.describe(
-            {
-                "gen_ai.operation.name": "embeddings",
-                "gen_ai.request.model": served.name,
-                "gen_ai.usage.input_tokens": batch.tokens,
-                "embedding.inputs": len(batch),
-                "embedding.worker": served.dispatch.worker.name,
-            }
-        )
+def describe_inputs(trace: Trace, served: Served, batch: TokenBatch) -> None:
+    """Say in a trace for which model its request is, and how large."""
+    trace.describe(
+        {
+            "gen_ai.operation.name": "embeddings",
+            "gen_ai.request.model": served.name,
+            "gen_ai.usage.input_tokens": batch.tokens,
+            "embedding.inputs": len(batch),
+            "embedding.worker": served.dispatch.worker.name,
+        }
+    )
+
+
+def end_trace(trace: Trace, model: str, error: str, status: int) -> None:
+    """End the trace of a request: what came before it was parsed was its reading."""
+    current.set(None)
+    trace.describe({"gen_ai.request.model": model})
+    now = time.perf_counter()
+    parsed = next((times for name, *times in trace.stages if name == PARSE), [now, now])
+    trace.note("read", trace.begun, parsed[0])
+    trace.note(WAIT, parsed[1], now)
+    trace.end(error, status)
