@@ -131,8 +131,7 @@ class Serving:
         async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
             nonlocal truncated, unit
             with self._timed("tokenise", worker.name):
-                task = served.model.embedding_task
-                prepared = await prepare(wanted, task, worker.limits, card, tokenizer)
+                prepared = await prepare(wanted, served.model.embedding_task, worker.limits, card, tokenizer)
             truncated, unit = prepared.truncated, card.normalizes
             if (trace := current.get()) is not None:
                 describe_inputs(trace, served, prepared.batch)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 
 import httpx
@@ -14,11 +15,12 @@ import pytest
 
 from deployments import tracing
 from deployments.__main__ import main
+from deployments.errors import EngineCrashError
 from deployments.http.app import make_app
 from deployments.tracing import Times, gaps, objection, tracer
 from tests.app.conftest import LocalHandle, client_of, make_serving
 from tests.app.test_logs import application, told
-from tests.harness.collector import Collector, collector, covered
+from tests.harness.collector import ERROR, Collector, check, collector, covered
 
 ON = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
 
@@ -81,6 +83,36 @@ async def test_a_request_out_of_time_shows_where_it_was(
     (call,) = [each for each in others if each.name == "call"]
     assert root.times[0] < call.times[0] < call.times[1] <= root.times[1]
     assert covered([each.times for each in others], root.times) >= 0.9
+
+
+async def test_spans_nest_whatever_becomes_of_a_request(
+    handles: dict[str, LocalHandle], collected: Collector
+) -> None:
+    """Joined with others, split into several calls, repeated: they leave hardly any of its time out."""
+    handle = handles["patient"]
+    async with client_of(make_serving(handles)) as client:
+
+        async def ask(*texts: str) -> None:
+            body = {"model": "patient", "input": texts}
+            assert (await client.post("/embeddings", json=body)).is_success
+
+        await ask("x")  # brings the engine up
+        await asyncio.gather(*(ask(f"text {number}") for number in range(6)))
+        await ask(*(f"{number:100}" for number in range(100)))
+        handle.failures.append(EngineCrashError("gone"))
+        await ask("once more")
+    await asyncio.to_thread(tracing.flush)
+    traces = sorted(collected.traces().values(), key=lambda spans: spans[0].times)[1:]
+    *joined, split, repeated = [check(spans) for spans in traces]
+    sharing = Counter(each.attributes["embedding.call.id"] for calls in joined for each in calls)
+    assert max(sharing.values()) > 1
+    for (call,) in joined:
+        assert call.attributes["embedding.call.requests"] == sharing[call.attributes["embedding.call.id"]]
+    assert len(split) > 1
+    assert sum(each.attributes["embedding.call.inputs"] for each in split) == 100
+    tries = [(each.attributes["embedding.call.attempt"], each.status) for each in repeated]
+    assert tries == [(1, ERROR), (2, 0)]
+    assert repeated[0].attributes["error.type"] == EngineCrashError.__name__
 
 
 async def test_what_has_ended_is_sent_as_the_application_ends(

@@ -20,17 +20,7 @@ from ray.exceptions import ActorDiedError
 from deployments.errors import EngineCrashError
 from deployments.keys.file import Key, create_key
 from tests.harness import workers
-from tests.harness.collector import (
-    BELOW,
-    CLIENT,
-    ERROR,
-    INTERNAL,
-    SERVER,
-    Collector,
-    Span,
-    collector,
-    covered,
-)
+from tests.harness.collector import BELOW, ERROR, INTERNAL, SERVER, Collector, Span, check, collector
 from tests.harness.jobs import address_of, environ
 from tests.harness.server import Server, serve, wait_for
 
@@ -101,23 +91,6 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         }
         with serve(folder / "workers", folder, variables, keys=file) as server:
             yield Site(server, found, key, calls)
-
-
-def check(spans: list[Span]) -> list[Span]:
-    """Hold that a request's spans nest and leave hardly any of its time out; return its calls."""
-    root, *others = spans
-    by_id = {each.id: each for each in spans}
-    for each in others:
-        parent = by_id[each.parent]
-        assert parent.times[0] <= each.times[0] <= each.times[1] <= parent.times[1], (parent, each)
-        assert (each.kind == CLIENT) == (each.name == "call")
-    assert covered([each.times for each in others], root.times) >= 0.95, spans
-    calls = [each for each in others if each.name == "call"]
-    assert {each.parent for each in calls} == {root.id}
-    # The engine's time lies in the call that was answered.
-    answered = sorted(each.id for each in calls if each.status != ERROR)
-    assert sorted(each.parent for each in others if each.name == "engine") == answered
-    return calls
 
 
 def inputs(calls: Iterable[Span]) -> int:

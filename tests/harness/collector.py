@@ -126,6 +126,23 @@ def covered(times: Iterable[Times], within: Times) -> float:
     return sum_of / (within[1] - within[0])
 
 
+def check(spans: list[Span]) -> list[Span]:
+    """Hold that a request's spans nest and leave hardly any of its time out; return its calls."""
+    root, *others = spans
+    by_id = {each.id: each for each in spans}
+    for each in others:
+        parent = by_id[each.parent]
+        assert parent.times[0] <= each.times[0] <= each.times[1] <= parent.times[1], (parent, each)
+        assert (each.kind == CLIENT) == (each.name == "call")
+    assert covered([each.times for each in others], root.times) >= 0.95, spans
+    calls = [each for each in others if each.name == "call"]
+    assert {each.parent for each in calls} == {root.id}
+    # The engine's time lies in the call that was answered.
+    answered = sorted(each.id for each in calls if each.status != ERROR)
+    assert sorted(each.parent for each in others if each.name == "engine") == answered
+    return calls
+
+
 def _span(message: Message, resource: dict[str, Any]) -> Span:
     return Span(
         message.trace_id.hex(),
