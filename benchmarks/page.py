@@ -30,7 +30,7 @@ BUNDLED = Path(deployments.__file__).parent / "workers"
 MODEL = "all-minilm-l6-v2"
 PAGES = 10
 # As `models.js` has it.
-LOOK_SECONDS = 2.0
+LOOK_SECONDS = 5.0
 PERSON_RATE = 20.0
 SHOWN = """() => new Promise((done) => {
     const look = () => {

@@ -137,8 +137,28 @@ async def test_pages_refer_to_files_beside_them_and_have_nothing_inline(client: 
             assert re.fullmatch(r"[a-z][\w./-]*", link), link
             assert ":" not in link
             assert (await client.get(f"/{link}")).status_code == 200, link
+
+
+def needed(*names: str) -> set[str]:
+    """Return the modules that these import at once, one through the other, with themselves."""
+    found: set[str] = set()
+    waiting = [FOLDER / name for name in names]
+    while waiting:
+        file = waiting.pop()
+        if (name := file.relative_to(FOLDER).as_posix()) not in found:
+            found.add(name)
+            imported = re.findall(
+                r'^import .*?"(\./[\w./]+)";$|from"(\./\w+\.js)"', file.read_text(), re.MULTILINE
+            )
+            waiting += [(file.parent / (ours or theirs)).resolve() for ours, theirs in imported]
+    return found
+
+
+def test_what_the_first_view_needs_is_fetched_at_once_and_nothing_else() -> None:
+    """Each module that it imports, however deep."""
     preloaded = set(re.findall(r'"ui/([\w./-]+\.js)"', (FOLDER / PAGE).read_text()))
-    assert preloaded == {name for name in assets() if name.endswith(".js")}
+    assert preloaded == needed("main.js", "models.js")
+    assert needed(*(file.name for file in OURS)) == {name for name in assets() if name.endswith(".js")}
 
 
 def test_all_of_it_is_small() -> None:

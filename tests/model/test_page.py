@@ -316,7 +316,7 @@ def test_the_map_is_that_of_the_principal_components(visit: Visit) -> None:
 
 
 def test_a_page_that_nobody_looks_at_asks_nothing(visit: Visit, secrets: tuple[Path, dict[str, str]]) -> None:
-    """Of a minute on the page's clock; when somebody looks again it asks at once, and every two seconds."""
+    """Of a minute on the page's clock; when somebody looks again it asks at once, and every five seconds."""
     page = visit.page
     page.clock.install()
     visit.enter(secrets[1]["app"])
@@ -337,7 +337,7 @@ def test_a_page_that_nobody_looks_at_asks_nothing(visit: Visit, secrets: tuple[P
         )
 
     with page.expect_response("**/status"):
-        page.clock.fast_forward(2000)
+        page.clock.fast_forward(5000)
     show("hidden")
     before = looks()
     page.clock.fast_forward(60_000)
@@ -345,7 +345,7 @@ def test_a_page_that_nobody_looks_at_asks_nothing(visit: Visit, secrets: tuple[P
     with page.expect_response("**/status"):
         show("visible")
     with page.expect_response("**/status"):
-        page.clock.fast_forward(2000)
+        page.clock.fast_forward(5000)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

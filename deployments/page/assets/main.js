@@ -1,17 +1,14 @@
 // The page's frame: four views behind their addresses, and the question for a key.
 
-import { get, hasKey, onLocked, setKey } from "./api.js";
-import { Batches } from "./batches.js";
-import { Keys } from "./keys.js";
-import { Models } from "./models.js";
-import { html, render, useEffect, useState } from "./parts.js";
-import { Try } from "./try.js";
+import { get, hasKey, onLocked, Refusal, setKey } from "./api.js";
+import { Failure, html, render, useEffect, useState } from "./parts.js";
 
+// A view's files are fetched when it is first shown: the first view needs no others.
 const VIEWS = [
-  ["models", "Models", Models],
-  ["try", "Try it", Try],
-  ["batches", "Batches", Batches],
-  ["keys", "Keys", Keys],
+  ["models", "Models", async () => (await import("./models.js")).Models],
+  ["try", "Try it", async () => (await import("./try.js")).Try],
+  ["batches", "Batches", async () => (await import("./batches.js")).Batches],
+  ["keys", "Keys", async () => (await import("./keys.js")).Keys],
 ];
 
 /** Return the view and the tool in it that an address names: `#try-map`. */
@@ -58,12 +55,25 @@ function Page() {
       ${refusal
         ? html`<${SignIn} refusal=${refusal} onOpen=${() => setRefusal(null)} />`
         : VIEWS.map(
-            ([name, , View]) =>
+            ([name, , load]) =>
               (visited[name] || name === view) &&
-              html`<div key=${name} hidden=${name !== view}><${View} active=${name === view} tool=${tool} /></div>`,
+              html`<div key=${name} hidden=${name !== view}><${View} load=${load} active=${name === view} tool=${tool} /></div>`,
           )}
     </main>
   `;
+}
+
+/** A view, once its files are there. */
+function View({ load, ...given }) {
+  const [loaded, setLoaded] = useState({});
+  useEffect(() => {
+    load().then(
+      (component) => setLoaded({ component }),
+      () => setLoaded({ error: new Refusal("The cluster doesn't answer: reload the page.") }),
+    );
+  }, []);
+  if (loaded.error) return html`<${Failure} error=${loaded.error} />`;
+  return loaded.component ? html`<${loaded.component} ...${given} />` : null;
 }
 
 /** Asks for a key, and stays until the cluster takes it. */

@@ -4,8 +4,8 @@ import { get } from "./api.js";
 import { count, Failure, html, time, useEffect, usePolling, useState } from "./parts.js";
 import { Plot } from "./plot.js";
 
-// What is told of the cluster is up to two seconds old: asking more often would show nothing new.
-const SECONDS = 2;
+// What is told of the cluster is up to five seconds old: asking more often would show nothing new.
+const SECONDS = 5;
 
 /** All models that the key may use. */
 export function Models({ active }) {

@@ -1,5 +1,8 @@
 // A file of rows as people have it: CSV with whatever separator, JSON lines, or a text on each line.
 
+import "./vendor/papaparse.js";
+
+const { Papa } = globalThis;
 /** The most rows of a map. */
 export const MAX_ROWS = 1000;
 const COLUMN = "text";
