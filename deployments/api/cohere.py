@@ -43,6 +43,7 @@ class CohereRequest(EmbeddingRequest):
         meta: dict[str, Any] = {
             "api_version": {"version": self.version},
             "billed_units": {"input_tokens": result.prompt_tokens},
+            "tokens": {"input_tokens": result.prompt_tokens},
         }
         if result.truncated:
             meta["warnings"] = [f"texts were truncated: {', '.join(map(str, result.truncated))}"]

@@ -40,6 +40,8 @@ ANSWERS = {
 }
 # Those that HAProxy makes where it can't do what it was told; the others are asked for by rules.
 OWN = (408, 500, 502, 503, 504)
+# Ray Serve's own, and how the path ends to which files are posted.
+READ_AHEAD_HEADER, UPLOADS = "x-request-disconnect-disabled", "/files /files/"
 # 16 KiB of headers pass, as in most servers, and what a front before this one adds.
 HEAD_BYTES = 17 * 2**10
 # An HAProxy that ends sooner than this hasn't started: the next one comes after a pause, each twice as long.
@@ -98,7 +100,7 @@ def command(arguments: list[str]) -> list[str]:
 def amend(config: Path) -> None:
     """Put into a configuration what Ray Serve has no switch for."""
     text = config.read_text()
-    for change in (bound_headers, listen_where_told, answer_in_json):
+    for change in (bound_headers, listen_where_told, answer_in_json, hold_uploads_back):
         text = change(text)
     config.write_text(text)
 
@@ -143,6 +145,20 @@ def answer_in_json(text: str) -> str:
     )
     lines = "".join(f"{indent}{rule}\n" for rule in rules)
     return re.sub(r"^frontend http_frontend\n.*\n", lambda top: top[0] + lines, text, flags=re.M)
+
+
+def hold_uploads_back(text: str) -> str:
+    """Let a file come no faster than it is stored.
+
+    Ray Serve reads ahead of the application without a bound, to learn of clients that go; where it is told
+    not to look for that, the application reads for itself, and learns of it too.
+    """
+    if READ_AHEAD_HEADER in text:
+        return text
+    rule = f"http-request set-header {READ_AHEAD_HEADER} ?1 if METH_POST {{ path_end {UPLOADS} }}"
+    return re.sub(
+        r"^frontend http_frontend\n( *).*\n", lambda top: f"{top[0]}{top[1]}{rule}\n", text, flags=re.M
+    )
 
 
 def answer_of(status: int) -> str:

@@ -96,7 +96,11 @@ EMBEDDING_ROUTES = (
             "id": "9c3a2d1e-3f4e-4d4b-8d8e-0a8b8f8a8c8e",
             "embeddings": {"float": [VECTOR]},
             "texts": ["Hello"],
-            "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": 3}},
+            "meta": {
+                "api_version": {"version": "2"},
+                "billed_units": {"input_tokens": 3},
+                "tokens": {"input_tokens": 3},
+            },
             "response_type": "embeddings_by_type",
         },
     ),

@@ -86,11 +86,11 @@ def built(values: Sequence[Any], field: pa.Field) -> tuple[pa.Array, Faults]:
     kept = []
     for row, value in enumerate(values):
         try:
-            kept.append(pa.array([value], field.type, from_pandas=True)[0])
+            kept.append(pa.array([value], field.type, from_pandas=True))
         except UNFIT as error:
             faults[row] = _fault(field, error)
-            kept.append(None)
-    return pa.array(kept, field.type), faults
+            kept.append(pa.nulls(1, field.type))
+    return pa.concat_arrays(kept), faults
 
 
 def cast(column: pa.ChunkedArray, field: pa.Field) -> tuple[pa.ChunkedArray, Faults]:

@@ -235,7 +235,7 @@ async def test_cohere_gets_every_type_it_asks_for(client: httpx.AsyncClient, pat
         assert np.array_equal(got[kind], convert(vectors, kind))
     assert [np.frombuffer(base64.b64decode(row), "<f4").tolist() for row in got["base64"]] == vectors.tolist()
     assert answer["texts"] == ["x", "y"]
-    assert answer["meta"]["billed_units"] == {"input_tokens": 14}
+    assert answer["meta"]["billed_units"] == answer["meta"]["tokens"] == {"input_tokens": 14}
     assert answer["response_type"] == "embeddings_by_type"
 
 

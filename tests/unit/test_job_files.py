@@ -18,7 +18,7 @@ from deployments.bulk import connections
 from deployments.bulk.connection import How
 from deployments.command import embed
 from deployments.errors import JobError
-from deployments.jobs import columns, lines
+from deployments.jobs import columns, kinds, lines
 from deployments.jobs.run import Job, run
 from deployments.jobs.source import open_source
 from deployments.machine import cores_here
@@ -369,6 +369,25 @@ def test_lance_has_columns_of_its_own_that_cant_be(tmp_path: Path, table: pa.Tab
     write(table, tmp_path / "in.arrow")
     why = f"in.arrow: {column}, which a .lance can't; name the columns to keep without it"
     assert refusal(tmp_path / "in.arrow", output="out.lance") == why
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (pa.list_(pa.int64()), [[1], {"a": 1}, None, [2]]),
+        (pa.struct([("a", pa.list_(pa.int64()))]), [{"a": [1]}, 3, {"a": None}, {"a": [2]}]),
+        (pa.struct([("a", pa.struct([("b", pa.int64())]))]), [{"a": {"b": 1}}, {"a": 3}, {"a": None}, None]),
+    ],
+)
+def test_a_value_that_its_nested_column_cant_hold_is_one_rows_error(
+    kind: pa.DataType, values: list[Any]
+) -> None:
+    """Beside others that are null, or hold one: of lists and objects, in one another."""
+    column, faults = kinds.built(values, pa.field("id", kind))
+    assert column.type == kind
+    assert column.to_pylist() == [None if row == 1 else value for row, value in enumerate(values)]
+    assert list(faults) == [1]
+    assert faults[1].message.startswith(f"column `id`, of {kind}: ")
 
 
 def test_a_number_too_many_for_its_column_is_one_rows_error(tmp_path: Path) -> None:
