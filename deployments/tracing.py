@@ -40,12 +40,8 @@ EXPORTERS = {
     DEFAULT_PROTOCOL: "opentelemetry.exporter.otlp.proto.http.trace_exporter",
     "grpc": "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
 }
-PARSE, WAIT, CALL, ENGINE = (
-    "parse",
-    "wait",
-    "call",
-    "engine",
-)  # the names of spans, as those of the stages of `metrics`
+# The names of spans, as those of the stages of `metrics`.
+PARSE, WAIT, CALL, ENGINE = "parse", "wait", "call", "engine"
 # Our loop's own turn from one thing to the next isn't a wait.
 SHORT_SECONDS = 0.0001
 
