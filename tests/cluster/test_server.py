@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.app.test_early_refusals import FETCH, check_the_ways_of_http_1
 from tests.harness import workers
 from tests.harness.fake import expected
 from tests.harness.faults import FAULTS, FakeTexts, Fault, Load, Traffic, client, run
@@ -43,6 +45,7 @@ ON_ONE_PLANE = {"replica stopped", "controller killed"}
 # A text that ends the engine of `a`, and the token in it.
 FATAL, FATAL_TOKEN = "Ж", 244
 TWO_REPLICAS = "[deployment]\nnum_replicas = 2"
+LARGE, TOO_LARGE = 40 * 2**20, "the body is over the limit of 33554432 bytes"
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tuned", "serve-run"])
@@ -174,6 +177,36 @@ def test_a_large_answer_crosses_every_message_limit(server: Server) -> None:
     answer = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60).json()
     got = np.array([item["embedding"] for item in answer["data"]], np.float32)
     assert np.array_equal(got, expected(texts))
+
+
+def test_a_refusal_is_read_while_the_body_still_comes(server: Server, tmp_path: Path) -> None:
+    """With a length or in chunks, on one connection, by OpenAI's client and Node's; no connection breaks."""
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(LARGE // 2**20):
+            yield b" " * 2**20
+
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        for content in (b" " * LARGE, chunks(), b" " * LARGE):
+            answer = http.post("/v1/embeddings", content=content)
+            assert (answer.status_code, answer.json()["error"]["message"]) == (413, TOO_LARGE)
+        assert http.get("/v1/models").status_code == 200
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as sdk,
+        pytest.raises(openai.APIStatusError) as caught,
+    ):
+        sdk.embeddings.create(model="a", input="x" * LARGE)
+    assert caught.value.status_code == 413
+    if shutil.which("node"):
+        url = f"{server.url}/v1/embeddings"
+        command = ["node", "--input-type=module", "-e", FETCH, url, "unused", str(LARGE)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert result.stdout.split() == ["413"] * 3, result.stderr
+
+
+def test_the_ways_of_http_1(server: Server) -> None:
+    """On either data plane."""
+    check_the_ways_of_http_1(int(server.url.rpartition(":")[2]), b'{"model":"a","input":"x"}')
 
 
 def test_a_text_that_ends_engines_ends_two_and_fails_alone(server: Server) -> None:
