@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.subjects import bundled
+from deployments.config.model_files import resolve_model_path
 from deployments.engine.batch import TokenBatch, cosines
 from deployments.engine.choice import Packed, Scheduled
 from deployments.engine.sentence_transformers import Padded, load
@@ -86,7 +87,7 @@ def main() -> int:
     plan = bundled().plan()
     engine, _ = VllmEngine(plan)._load_engine()
     lines = []
-    folder = plan.worker.generator.model_path
+    folder = resolve_model_path(plan.worker.generator.model_path)
     for line in (*whole_steps(engine, folder, given.rounds), "", *host_costs(engine, given.rounds)):
         print(line, flush=True)
         lines.append(line)

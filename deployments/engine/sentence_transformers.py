@@ -20,7 +20,7 @@ from deployments.errors import EngineStartError
 # A forward pads its inputs to the longest of them, and holds no more tokens than this when it has.
 PADDED_TOKENS = 4096
 # What one more forward costs a CPU, in tokens: more padding than this makes one worth it.
-FORWARD_TOKENS = 64
+FORWARD_TOKENS = 32
 READ_MARK = "_is_hf_initialized"
 
 
