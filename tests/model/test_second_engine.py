@@ -92,7 +92,7 @@ def test_the_engine_is_chosen_when_the_file_is_read(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cant_be_loaded_is_told_in_a_line(tmp_path: Path) -> None:
-    """By each engine, at its first try, with what to do; the other model is served, as its authors do."""
+    """By each engine, at its first try, with what to do; the other model is served."""
     config = tmp_path / "workers"
     config.mkdir()
     folder = layouts.make(tmp_path / "model", gallery.VLLM["bert-cls"])
@@ -103,20 +103,34 @@ def test_a_folder_that_cant_be_loaded_is_told_in_a_line(tmp_path: Path) -> None:
     said = {"vllm": lack, "sentence-transformers": lack}
     for engine in said:
         worker_file(config, engine, folder, f'\nengine = "{engine}"')
-    good = layouts.make(tmp_path / "instructor", gallery.SECOND_ENGINE["instructor"])
-    worker_file(config, "good", good)
+    (config / "good.toml").write_text(workers.fake("good"))
     with start(config, tmp_path) as (process, url, log):
         wait_for(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None, 300, "the table")
         told = [line.partition("s  ")[2] for line in log.read_text().splitlines()]
         for engine, reason in said.items():
             assert f"{engine}: can't start: worker {engine}: {reason}" in told
-        texts = ["which instructions are left out?", "a sentence"]
-        body = {"model": "good", "input": texts, "input_type": "query"}
-        answer = httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).json()
-    vectors = np.array([each["embedding"] for each in answer["data"]], np.float32)
-    expected, counts = reference(str(good), [(text, "query") for text in texts], layouts.POSITIONS, {})
-    assert cosines(vectors, expected).min() >= 0.99999
-    assert answer["usage"]["prompt_tokens"] == sum(counts)
+        body = {"model": "good", "input": "x"}
+        assert httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).status_code == 200
+
+
+def test_a_prompt_is_left_out_of_the_pooling(tmp_path: Path) -> None:
+    """Where the model's authors leave theirs out: from a client's text to its vector."""
+    config = tmp_path / "workers"
+    config.mkdir()
+    folder = layouts.make(tmp_path / "model", gallery.SECOND_ENGINE["instructor"])
+    worker_file(config, "instructor", folder)
+    texts = ["which instructions are left out?", "a sentence"]
+    answers = {}
+    with start(config, tmp_path) as (process, url, log):
+        wait_for(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None, 300, "the table")
+        for use in (None, "query", "document"):
+            body = {"model": "instructor", "input": texts} | ({"input_type": use} if use else {})
+            answers[use] = httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).json()
+    for use, answer in answers.items():
+        vectors = np.array([each["embedding"] for each in answer["data"]], np.float32)
+        expected, counts = reference(str(folder), [(text, use) for text in texts], layouts.POSITIONS, {})
+        assert cosines(vectors, expected).min() >= 0.99999
+        assert answer["usage"]["prompt_tokens"] == sum(counts)
 
 
 def test_weights_of_other_shapes_than_the_config_has_are_refused(tmp_path: Path) -> None:
