@@ -229,9 +229,13 @@ def _plan(
             update={
                 # The token is for the world outside: neither replica nor ingress has a use for it.
                 "queue": worker.queue.model_copy(update={"token": None}),
-                # Listings show it.
+                # Listings show both.
                 "generator": worker.generator.model_copy(
-                    update={"engine": engine if files else worker.generator.engine}
+                    update={
+                        "engine": engine if files else worker.generator.engine,
+                        "max_model_len": worker.generator.max_model_len
+                        or (files.max_model_len if files else None),
+                    }
                 ),
             }
         ),

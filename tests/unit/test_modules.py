@@ -204,6 +204,16 @@ def test_what_vllm_computes_alike_is_taken(tmp_path: Path, files: dict[str, Any]
     assert found.is_bare == ("modules.json" in files and files["modules.json"] is None)
 
 
+def test_the_plan_knows_a_length_that_the_files_alone_say(tmp_path: Path) -> None:
+    """Listings show it."""
+    file = tmp_path / "minilm.toml"
+    file.write_text(workers.vllm("minilm", checkpoints.minilm()))
+    (worker,) = load_workers(file)
+    assert worker.generator.max_model_len is None
+    (plan,) = make_plans([worker], Machine(1, 0, 1))
+    assert plan.worker.generator.max_model_len == 256
+
+
 def test_the_models_of_packages_are_taken() -> None:
     """As they were published."""
     for folder in (checkpoints.minilm(), checkpoints.sre()):
