@@ -22,8 +22,12 @@ from tests.app.conftest import LocalHandle, make_serving
 from tests.app.test_auth import KEYS, bearer
 
 
-def application(handles: dict[str, LocalHandle]) -> httpx.AsyncClient:
-    """Return a client of an application with keys on, as the environment has it."""
+def application(
+    handles: dict[str, LocalHandle],
+    base: str = "http://cluster/v1",
+    key: str | None = "all",
+) -> httpx.AsyncClient:
+    """Return a client of an application with keys on, as the environment has it, and what key is sent."""
     access = Access(KeyRing(KEYS), LocalRates())
     serving = make_serving(handles, access.rates)
 
@@ -31,7 +35,7 @@ def application(handles: dict[str, LocalHandle]) -> httpx.AsyncClient:
         return [serving.metrics.text()]
 
     transport = httpx.ASGITransport(make_app(serving, gather, access=access), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://cluster/v1", headers=bearer("all"))
+    return httpx.AsyncClient(transport=transport, base_url=base, headers=bearer(key) if key else {})
 
 
 @pytest.fixture

@@ -13,13 +13,9 @@ from typing import ClassVar
 import httpx
 import pytest
 
-from deployments.http.app import make_app
-from deployments.http.auth import Access
-from deployments.keys.rates import LocalRates
-from deployments.keys.ring import KeyRing
 from deployments.page.assets import FOLDER, PAGE, TYPES, WELCOME, assets
-from tests.app.conftest import LocalHandle, make_serving
-from tests.app.test_auth import KEYS
+from tests.app.conftest import LocalHandle
+from tests.app.test_logs import application
 
 ROOT = Path(__file__).parents[2]
 OURS = sorted(file for file in FOLDER.glob("*") if file.suffix == ".js")
@@ -38,14 +34,7 @@ MAX_BYTES = 300 * 2**10
 @pytest.fixture
 def keyed(handles: dict[str, LocalHandle]) -> httpx.AsyncClient:
     """The application with keys, asked without one."""
-    access = Access(KeyRing(KEYS), LocalRates())
-    serving = make_serving(handles, access.rates)
-
-    async def gather() -> list[bytes]:
-        return [serving.metrics.text()]
-
-    transport = httpx.ASGITransport(make_app(serving, gather, access=access), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://cluster")
+    return application(handles, "http://cluster", key=None)
 
 
 async def test_every_file_is_open_to_anybody_and_sent_as_it_is(keyed: httpx.AsyncClient) -> None:
