@@ -7,6 +7,9 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
 
+# Where it is set, every process of a test compiles our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # pip's configured links to wheels, which uv doesn't read by itself.
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import FastAPI, Response
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
@@ -87,11 +87,10 @@ def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application 
         gather_usage = gather_usage or (lambda key: _alone(serving.usage.of(key)))
         entries.append(usage_route(gather_usage, access.ring))
     bodies = list(dict.fromkeys(model for each in entries for model in each.bodies))
-    router = APIRouter()
-    register(router, [*entries, *documentation_routes(app, bodies), *page_routes()])
-    app.include_router(router, prefix="/v1")
+    entries += [*documentation_routes(app, bodies), *page_routes()]
+    register(app.router, entries, prefix="/v1")
     # The same routes without prefix: some clients are given the host with /v1, some without.
-    app.include_router(router, include_in_schema=False)
+    register(app.router, entries, shown=False)
     return app
 
 

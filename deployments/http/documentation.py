@@ -16,6 +16,7 @@ from fastapi.responses import FileResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
+from deployments.api.encoding import ErrorResponse
 from deployments.dispatch.offload import INLINE, offload
 from deployments.http.errors import json_response
 from deployments.http.table import REFERENCE, Audience, Entry, audience_of
@@ -56,8 +57,6 @@ def document(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
     for path, operations in described["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI's own, which no route gives
-            for response in operation["responses"].values():
-                _errors_are_json(response["content"])
             if path in open_paths:
                 operation["security"] = []
     described["components"]["securitySchemes"] = SECURITY
@@ -77,13 +76,6 @@ def _restore_examples(route: APIRoute, operations: dict[str, Any]) -> None:
                 responses[str(status)]["content"][kind].update(examples)
 
 
-def _errors_are_json(content: dict[str, Any]) -> None:
-    """FastAPI puts an error's schema under the type of the route's answer; ours are JSON on every route."""
-    if len(content) > 1 and "text/plain" in content:
-        json, other = content["application/json"], content.pop("text/plain")
-        json["schema"] = other["schema"]
-
-
 def documentation_routes(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> Iterator[Entry]:
     """Yield the document, its page and the page's parts."""
     folder = assets_folder()
@@ -91,7 +83,9 @@ def documentation_routes(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> Ite
 
     async def openapi_json(request: Request) -> Response:
         if "document" not in made:
-            made["document"] = await offload(INLINE, lambda: orjson.dumps(document(app, bodies)))
+            made["document"] = await offload(
+                INLINE, lambda: orjson.dumps(document(app, (ErrorResponse, *bodies)))
+            )
         return json_response(made["document"])
 
     async def docs(request: Request) -> Response:

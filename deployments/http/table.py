@@ -1,6 +1,7 @@
 """The route table: what is asked how, by whom, what answers it, and what the OpenAPI document says of it."""
 
 import enum
+import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from deployments import errors
 from deployments.api.encoding import ErrorResponse, error_body
 
 REFERENCE = "#/components/schemas/{model}"
+ERROR = REFERENCE.format(model=ErrorResponse.__name__)
 Kinds = tuple[type[errors.EmbeddingError], ...]
 # What a request with a body may be answered, whatever it asks for.
 BODY: Kinds = (
@@ -108,11 +110,11 @@ class OperatorRoute(KeyRoute):
 ROUTES = {each.audience: each for each in (KeyRoute, PublicRoute, OperatorRoute)}
 
 
-def register(router: APIRouter, entries: Iterable[Entry]) -> None:
-    """Make routes of the entries, in their order."""
+def register(router: APIRouter, entries: Iterable[Entry], prefix: str = "", shown: bool = True) -> None:
+    """Make routes of the entries, in their order, under the prefix."""
     for each in entries:
         router.add_api_route(
-            each.path,
+            prefix + each.path,
             each.handler,
             methods=[each.method],
             route_class_override=ROUTES[each.access],
@@ -121,7 +123,7 @@ def register(router: APIRouter, entries: Iterable[Entry]) -> None:
             responses=dict(each.responses),
             openapi_extra={**(body(each.bodies) if each.bodies else {}), **each.document},
             response_class=each.response_class,
-            include_in_schema=each.shown,
+            include_in_schema=shown and each.shown,
         )
 
 
@@ -174,9 +176,9 @@ def answers(
         shown = found.setdefault(
             status,
             {
-                "model": ErrorResponse,
                 "description": kind.status.phrase if hasattr(kind.status, "phrase") else "",
-                "content": {"application/json": {"examples": {}}},
+                # By name: FastAPI builds a validator for each `model`, of each status of each route.
+                "content": {"application/json": {"schema": {"$ref": ERROR}, "examples": {}}},
             },
         )
         message = (kind.__doc__ or "").splitlines()[0]
@@ -203,6 +205,7 @@ def body(models: tuple[type[BaseModel], ...]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
 
+@functools.cache
 def _examples(model: type[BaseModel]) -> list[Any]:
     examples: list[Any] = model.model_json_schema().get("examples", [])
     return examples

@@ -32,6 +32,7 @@ def test_files_forms_and_every_dialect_are_among_them(found: list[Target]) -> No
     assert {"POST /v2/embed", "POST /embed", "POST /semantic_embed", "POST /tokenize"} <= names
 
 
+@pytest.mark.slow
 def test_whatever_comes_in_is_answered(found: list[Target]) -> None:
     """No 5xx, no traceback, no second of computing."""
     for target in found:

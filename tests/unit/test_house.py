@@ -1,10 +1,10 @@
 """The rules of the house, held by tests."""
 
 import ast
+import functools
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,13 +57,17 @@ MAX_FILES, MAX_LINES, MAX_FUNCTION = 12, 320, 40
 TABLES = {"Metrics.__init__", "batch_routes", "ray_service"}
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    """Yield every module of the package by name."""
+@functools.cache
+def modules() -> list[tuple[str, Path]]:
+    """Return every module of the package by name."""
+    found = []
     for path in sorted(ROOT.rglob("*.py")):
         parts = ("deployments", *path.relative_to(ROOT).with_suffix("").parts)
-        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+        found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    return found
 
 
+@functools.cache
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
     """Return the names of all modules that a file imports."""
     tree = ast.parse(path.read_text())
