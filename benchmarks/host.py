@@ -1,32 +1,39 @@
 """What an engine costs beside its model: `make bench-host`.
 
 The bundled model as a replica loads it, by each of the two engines in turn. Then with its forward replaced by
-nothing: what is left is the host's work for each input, by vLLM's scheduler and by packed steps. Then servers
-with a model that costs next to nothing, ours and vLLM's own, which so show what getting texts in and vectors
-out costs.
+nothing: what is left is the host's work for each input, by vLLM's scheduler and by packed steps. Then with
+forwards that take as long as an H100 would, without a core: the share of its time that one engine fills. Then
+servers with a model that costs next to nothing, ours and vLLM's own, which so show what getting texts in and
+vectors out costs.
 """
 
 import argparse
+import asyncio
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from benchmarks import report
+from benchmarks.simulation import BGE_PARAMETERS, H100_PEAK
 from benchmarks.subjects import bundled
 from deployments.config.model_files import resolve_model_path
+from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch, cosines
 from deployments.engine.choice import Packed, Scheduled
 from deployments.engine.sentence_transformers import Padded, load
-from deployments.engine.thread import Way
+from deployments.engine.thread import ThreadEngine, Way
 from deployments.engine.vllm import VllmEngine
 
 COUNTS = (1, 16, 64, 256)
 TOKENS = 20
 ROUNDS, ROUND_SECONDS = 9, 0.2
 SAME = 0.999
+# A forward of bge-base on an H100: its share of the peak, and bytes of its weights that are read each time.
+SHARE_OF_PEAK, WEIGHT_BYTES, BYTES_PER_SECOND = 0.4, 2 * BGE_PARAMETERS, 3.35e12
+CALLERS, CALL_INPUTS, FED_SECONDS = 4, 64, 3.0
 
 
 def without_forward(worker: Any) -> None:
@@ -78,8 +85,91 @@ def host_costs(engine: Any, rounds: int) -> Iterator[str]:
         yield f"| {count} | {theirs:,.1f} | {ours:,.1f} | {ratio:.1f} |"
 
 
+class Asleep(Way):
+    """A way whose forwards cost nothing, on a chip that takes an H100's time for one after the other."""
+
+    def __init__(self, way: Way, ahead: int) -> None:
+        """Take a way; `ahead` is as of `Way`."""
+        self.ahead = ahead
+        self.busy = self._free = 0.0
+        self._way = way
+
+    def embed(self, batch: TokenBatch) -> np.ndarray:
+        """See `Way`."""
+        return self.begin(batch)()
+
+    def begin(self, batch: TokenBatch) -> Callable[[], np.ndarray]:
+        """See `Way`: the host's work at once, the chip's while the caller does something else."""
+        rows = self._way.embed(batch)
+        computing = 2 * BGE_PARAMETERS * batch.tokens / (SHARE_OF_PEAK * H100_PEAK)
+        seconds = max(computing, WEIGHT_BYTES / BYTES_PER_SECOND)
+        end = self._free = max(time.perf_counter(), self._free) + seconds
+        self.busy += seconds
+
+        def vectors() -> np.ndarray:
+            time.sleep(max(0.0, end - time.perf_counter()))
+            return rows
+
+        return vectors
+
+
+class FedEngine(ThreadEngine):
+    """A replica's engine with a way in place of a model."""
+
+    def __init__(self, way: Way) -> None:
+        """Take the way."""
+        super().__init__(bundled().plan())
+        self._way = way
+
+    def _run(self) -> None:
+        self._serve(self._way)
+
+    def _load(self) -> tuple[Way, ModelCard]:
+        raise NotImplementedError
+
+    def _odd_weights(self, vocab_size: int) -> Iterable[str]:
+        raise NotImplementedError
+
+
+async def feed(engine: FedEngine, batch: TokenBatch) -> None:
+    """Let each of some callers ask for the batch again and again."""
+    end = time.perf_counter() + FED_SECONDS
+
+    async def call() -> None:
+        while time.perf_counter() < end:
+            await engine.embed(batch)
+
+    await asyncio.gather(*(call() for _ in range(CALLERS)))
+
+
+def chip_shares(engine: Any, rounds: int) -> Iterator[str]:
+    """Yield the lines of a table of the chip's time that is filled; forwards cost nothing by now."""
+    scheduled, packed = Scheduled(engine), Packed(engine)
+    ways = {
+        "vLLM's scheduler": (scheduled, 0),
+        "packed, one step after the other": (packed, 0),
+        "packed, one step ahead": (packed, 1),
+    }
+    shares: dict[str, list[float]] = {what: [] for what in ways}
+    batch = TokenBatch.of([[101, *range(2000, 2000 + TOKENS - 2), 102]] * CALL_INPUTS)
+    for _ in range(rounds):
+        for what, (way, ahead) in ways.items():
+            asleep = Asleep(way, ahead)
+            fed = FedEngine(asleep)
+            fed._thread.start()
+            begun = time.perf_counter()
+            asyncio.run(feed(fed, batch))
+            shares[what].append(asleep.busy / (time.perf_counter() - begun))
+            fed.stop()
+    callers = f"{CALLERS} callers with {CALL_INPUTS} texts of {TOKENS} tokens"
+    yield f"| bge-base on an H100, {callers} | share of its time that is filled |"
+    yield "|---|---|"
+    for what, each in shares.items():
+        yield f"| {what} | {np.median(each):.0%} |"
+
+
 def main() -> int:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--keep", action="store_true", help="put the table into benchmarks/README.md")
@@ -88,7 +178,8 @@ def main() -> int:
     engine, _ = VllmEngine(plan)._load_engine()
     lines = []
     folder = resolve_model_path(plan.worker.generator.model_path)
-    for line in (*whole_steps(engine, folder, given.rounds), "", *host_costs(engine, given.rounds)):
+    tables = (whole_steps(engine, folder, given.rounds), host_costs(engine, given.rounds))
+    for line in (*tables[0], "", *tables[1], "", *chip_shares(engine, given.rounds)):
         print(line, flush=True)
         lines.append(line)
     engine.engine_core.shutdown()

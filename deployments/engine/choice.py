@@ -1,7 +1,8 @@
 """The two ways to compute a step of the model that vLLM has loaded, and which of them serves."""
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ Wanted = Literal["auto", "packed", "scheduled"]
 Ended = Sequence[tuple[float, float]]
 
 
-class Scheduled:
+class Scheduled(Way):
     """By vLLM's scheduler: an object or two for each input, and every model that vLLM has."""
 
     def __init__(self, engine: Any) -> None:
@@ -57,11 +58,8 @@ class Scheduled:
         self._engine.collective_rpc("zero_caches")
         self._engine.reset_prefix_cache()
 
-    def count(self, batch: TokenBatch, waiting: int, ended: Ended) -> None:
-        """Leave it to vLLM."""
 
-
-class Packed:
+class Packed(Way):
     """By `PackedStep`: a step at once."""
 
     def __init__(self, engine: Any) -> None:
@@ -72,13 +70,20 @@ class Packed:
         self._counters = Counters(engine)
         if reasons := [reason for reason in engine.collective_rpc("prepare_packed_steps") if reason]:
             raise EngineError(reasons[0])
+        if engine.vllm_config.device_config.device_type != "cpu":
+            self.ahead = 1
 
     def embed(self, batch: TokenBatch) -> np.ndarray:
         """See `Way`."""
         self._counters.begin(len(batch))
         answers = self._engine.collective_rpc("packed_step", args=(batch.ids, batch.lengths))
-        vectors: np.ndarray = next(answer for answer in answers if answer is not None)
-        return vectors
+        return _of_first_rank(answers)
+
+    def begin(self, batch: TokenBatch) -> Callable[[], np.ndarray]:
+        """See `Way`."""
+        self._counters.begin(len(batch))
+        self._engine.collective_rpc("begin_packed_step", args=(batch.ids, batch.lengths))
+        return lambda: _of_first_rank(self._engine.collective_rpc("end_packed_step"))
 
     def clean(self) -> None:
         """See `Way`."""
@@ -87,6 +92,10 @@ class Packed:
     def count(self, batch: TokenBatch, waiting: int, ended: Ended) -> None:
         """See `Way`."""
         self._counters.count(len(batch), batch.tokens, waiting, ended)
+
+
+def _of_first_rank(answers: Sequence[np.ndarray | None]) -> np.ndarray:
+    return next(answer for answer in answers if answer is not None)
 
 
 class StepExtension:
@@ -98,15 +107,25 @@ class StepExtension:
             from deployments.engine.packed import PackedStep
 
             self._packed_step = PackedStep(self)
+            self._begun: deque[Callable[[], np.ndarray]] = deque()
         except Exception as error:  # as where a name of vLLM's has moved
             return first_line(error)
         return ""
 
     def packed_step(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
-        """Return `PackedStep.embed`'s vectors from the first rank, None from the others."""
+        """Return a step's vectors from the first rank, None from the others."""
+        self.begin_packed_step(ids, lengths)
+        return self.end_packed_step()
+
+    def begin_packed_step(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """See `PackedStep.begin`."""
+        self._begun.append(self._packed_step.begin(ids, lengths))
+
+    def end_packed_step(self) -> np.ndarray | None:
+        """Wait for the first of the steps that were begun; return its vectors from the first rank alone."""
         from vllm.distributed import get_tp_group
 
-        vectors: np.ndarray = self._packed_step.embed(ids, lengths)
+        vectors: np.ndarray = self._begun.popleft()()
         return vectors if get_tp_group().is_first_rank else None
 
     def odd_weights(self, vocab_size: int) -> list[str]:

@@ -67,7 +67,7 @@ class FakeEngine(StepEngine):
                 await asyncio.sleep(seconds)
             if self._arguments.fatal_token in step.batch.ids:
                 self._queue.close("the engine has ended: it met its fatal token")
-                self._queue.fail_all(step)
+                self._queue.fail_all([step])
             elif self._arguments.error_token in step.batch.ids:
                 self._queue.fail(step, EngineError("the engine met its error token"))
             else:

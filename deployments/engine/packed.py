@@ -82,11 +82,11 @@ class PackedStep:
         self._arange = np.arange(self._config.scheduler_config.max_num_batched_tokens, dtype=np.int64)
 
     @torch.inference_mode()
-    def embed(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return float32 vectors of shape (len(lengths), dimension).
+    def begin(self, ids: np.ndarray, lengths: np.ndarray) -> Callable[[], np.ndarray]:
+        """Begin a step, and return what waits for its vectors: float32 of shape (len(lengths), dimension).
 
         `ids` have shape (sum of lengths,) and stay as they are; both are int32. What is more than one
-        forward may have is computed in several.
+        forward may have is computed in several. A GPU computes while other steps begin.
         """
         rows, begin, token = [], 0, 0
         while begin < len(lengths):
@@ -95,7 +95,15 @@ class PackedStep:
             # The copy: BERT clears bits of the ids in place.
             rows.append(self._forward(ids[token:stop].astype(np.int32), lengths[begin:end]))
             begin, token = end, stop
-        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+        # The vectors' way to the host is the last of what the GPU has been given until now.
+        arrived = None if self._device.type == "cpu" else torch.cuda.current_stream().record_event()
+
+        def vectors() -> np.ndarray:
+            if arrived is not None:
+                arrived.synchronize()
+            return torch.cat(rows).numpy() if len(rows) > 1 else rows[0].numpy()
+
+        return vectors
 
     def _fitting(self, lengths: np.ndarray) -> int:
         """Return how many inputs a forward may have, and the cache has blocks for."""
@@ -105,7 +113,7 @@ class PackedStep:
             fitting = min(fitting, int(np.searchsorted(needed, blocks, side="right")))
         return max(1, fitting)
 
-    def _forward(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def _forward(self, ids: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         count, tokens = len(lengths), len(ids)
         starts = np.zeros(count + 1, np.int32)
         np.cumsum(lengths, out=starts[1:])
@@ -139,8 +147,8 @@ class PackedStep:
             )
         return self._pool(hidden, step.query_start_loc, on_host)
 
-    def _pool(self, hidden: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor) -> np.ndarray:
-        """Return the vectors of a step's hidden states, of shape (tokens, hidden size)."""
+    def _pool(self, hidden: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Return the vectors of a step's hidden states, of shape (tokens, hidden size), on the host."""
         pooling = PoolingMetadata(
             prompt_lens=lengths,
             prompt_token_ids=None,
@@ -159,8 +167,11 @@ class PackedStep:
         )
         rows = self._pooler(hidden_states=hidden, pooling_metadata=pooling)
         pooled = rows if isinstance(rows, torch.Tensor) else torch.stack(list(rows))
-        vectors: np.ndarray = pooled.to(device="cpu", dtype=torch.float32).numpy()
-        return vectors
+        pooled = pooled.to(torch.float32)
+        if self._device.type == "cpu":
+            return pooled
+        on_host = torch.empty(pooled.shape, dtype=torch.float32, pin_memory=True)
+        return on_host.copy_(pooled, non_blocking=True)
 
     def _metadata(
         self, step: CommonAttentionMetadata, lengths: np.ndarray, positions: np.ndarray

@@ -100,7 +100,7 @@ def _check_complete(model: Any) -> None:
         raise EngineStartError(lacking(missing))
 
 
-class Padded:
+class Padded(Way):
     """Steps as forwards of inputs of nearly one length each, padded to the longest."""
 
     def __init__(self, model: Any) -> None:
@@ -143,12 +143,6 @@ class Padded:
             numbers = np.flatnonzero(unpooled == count)
             for group in groups(batch.lengths[numbers], self._padding_tokens):
                 yield count, numbers[group].tolist()
-
-    def clean(self) -> None:
-        """Do nothing: it keeps nothing from step to step."""
-
-    def count(self, batch: TokenBatch, waiting: int, ended: Sequence[tuple[float, float]]) -> None:
-        """Do nothing: it has no metrics of its own."""
 
 
 def reference(

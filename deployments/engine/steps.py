@@ -11,7 +11,7 @@ import queue
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,7 +145,9 @@ class StepQueue:
         return future
 
     def take(self) -> Step | None:
-        """Return the next step, if there is one."""
+        """Return the next step, if there is one; None once closed."""
+        if self._end is not None:
+            return None
         while not self._arrived.empty():
             self._sort_in(self._arrived.get())
         for lane in (self._people, self._bulk):
@@ -208,10 +210,10 @@ class StepQueue:
         self._end = self._end or reason
         self._arrived.put(None)
 
-    def fail_all(self, step: Step | None = None) -> None:
-        """Fail every call that there is; those of a step in which the engine has ended may be the reason."""
+    def fail_all(self, steps: Iterable[Step] = ()) -> None:
+        """Fail every call that there is; those of steps in which the engine has ended may be the reason."""
         reason = self._end or ""
-        if step is not None:
+        for step in steps:
             self.fail(step, EngineCrashError(reason))
         while not self._arrived.empty():
             self._sort_in(self._arrived.get())

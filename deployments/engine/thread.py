@@ -1,13 +1,17 @@
 """What engines that compute share: a thread of their own, on cores of their own, one step after the other."""
 
+import contextlib
+import functools
 import logging
 import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -23,17 +27,38 @@ from deployments.priority import behind_requests
 logger = logging.getLogger("ray.serve")
 
 
-class Way(Protocol):
-    """A way to compute steps, in every rank."""
+class Way(ABC):
+    """A way to compute steps, in every rank.
 
+    While a GPU computes, the host prepares so many steps `ahead`; a CPU does one after the other.
+    """
+
+    ahead = 0
+
+    @abstractmethod
     def embed(self, batch: TokenBatch) -> np.ndarray:
         """Return float32 vectors of shape (len(batch), dimension)."""
 
-    def clean(self) -> None:
+    def begin(self, batch: TokenBatch) -> Callable[[], np.ndarray]:
+        """Begin a step, and return what waits for its vectors. They are asked for in the steps' order."""
+        return functools.partial(self.embed, batch)
+
+    def clean(self) -> None:  # noqa: B027 - not every way keeps anything
         """Take what isn't finite out of the caches of every rank."""
 
-    def count(self, batch: TokenBatch, waiting: int, ended: Sequence[tuple[float, float]]) -> None:
+    def count(  # noqa: B027 - nor has metrics of its own
+        self, batch: TokenBatch, waiting: int, ended: Sequence[tuple[float, float]]
+    ) -> None:
         """Count a step, how many inputs wait, and the seconds in line and in the engine of calls that end."""
+
+
+@dataclass(eq=False)
+class Begun:
+    """A step that is computed, since when by `time.perf_counter`, and what waits for its vectors."""
+
+    step: Step
+    since: float
+    vectors: Callable[[], np.ndarray] | None = None
 
 
 class ThreadEngine(StepEngine, ABC):
@@ -49,7 +74,8 @@ class ThreadEngine(StepEngine, ABC):
         self._started = threading.Event()
         self._card: ModelCard | None = None
         self._failure: BaseException | None = None
-        self._step: Step | None = None
+        self._begun: deque[Begun] = deque()
+        self._last_end = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @abstractmethod
@@ -107,7 +133,7 @@ class ThreadEngine(StepEngine, ABC):
             self._failure = failure
             self._queue.close(f"the engine has ended: {first_line(failure)}")
         finally:
-            self._queue.fail_all(self._step)
+            self._queue.fail_all(each.step for each in self._begun)
             self._unload()
             if claim is not None:
                 claim.release()
@@ -131,24 +157,41 @@ class ThreadEngine(StepEngine, ABC):
             os.environ["KMP_AFFINITY"] = f"granularity=fine,explicit,proclist=[{','.join(map(str, cores))}]"
 
     def _serve(self, way: Way) -> None:
-        """Compute one step after the other; sleep while there is nothing to do."""
-        while (step := self._queue.wait()) is not None:
-            self._step = step
-            begun = time.perf_counter()
-            try:
-                rows = way.embed(step.batch)
-            except EngineError as error:
-                self._queue.fail(step, error)
-                self._step = None
-                continue
-            seconds = time.perf_counter() - begun
-            finite, ended = self._queue.done(step, rows, seconds)
-            self._step = None
-            if not finite:
-                way.clean()
-            now = time.monotonic()
-            spent = [(call.begun - call.arrived, now - call.begun) for call in ended]
-            way.count(step.batch, self._queue.waiting, spent)
+        """Compute one step after the other, as many ahead as the way can; sleep while there is none."""
+        while True:
+            step = self._queue.take() if self._begun else self._queue.wait()
+            if step is not None:
+                self._begun.append(begun := Begun(step, time.perf_counter()))
+                with self._surviving(begun):
+                    begun.vectors = way.begin(step.batch)
+            elif not self._begun:
+                return
+            if self._begun and (step is None or len(self._begun) > way.ahead):
+                with self._surviving(self._begun[0]):
+                    self._give(self._begun[0], way)
+
+    @contextlib.contextmanager
+    def _surviving(self, begun: Begun) -> Iterator[None]:
+        """Fail the step with what the engine survives."""
+        try:
+            yield
+        except EngineError as error:
+            self._queue.fail(begun.step, error)
+            self._begun.remove(begun)
+
+    def _give(self, begun: Begun, way: Way) -> None:
+        """Wait for a step's vectors and give them to its calls."""
+        assert begun.vectors is not None
+        rows = begun.vectors()
+        # One that was begun ahead has waited for the one before.
+        since, self._last_end = max(begun.since, self._last_end), time.perf_counter()
+        finite, ended = self._queue.done(begun.step, rows, self._last_end - since)
+        self._begun.remove(begun)
+        if not finite:
+            way.clean()
+        now = time.monotonic()
+        spent = [(call.begun - call.arrived, now - call.begun) for call in ended]
+        way.count(begun.step.batch, self._queue.waiting, spent)
 
     def _published(self, files: ModelFiles | None) -> dict[str, Any]:
         """Return what a model's own files say on its card; of a hub's id the plan knows the prompts."""

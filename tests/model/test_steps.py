@@ -43,6 +43,8 @@ for file in files:
     theirs = {count: scheduled.embed(TokenBatch.of(inputs[:count])) for count in counts}
     packed = Packed(engine)
     ours = {count: packed.embed(TokenBatch.of(inputs[:count])) for count in counts}
+    begun = [packed.begin(TokenBatch.of(inputs[:count])) for count in (7, 1)]  # as on a GPU
+    ahead = np.concatenate([vectors() for vectors in begun])
     alone = np.concatenate([packed.embed(TokenBatch.of([ids])) for ids in inputs[:7]])
     reference = SentenceTransformer(plan.worker.generator.model_path, device="cpu").encode(words[:64])
     print(json.dumps({
@@ -50,6 +52,7 @@ for file in files:
         "shape": ours[64].shape == reference.shape,
         "scheduler": min(least(ours[count], theirs[count]) for count in counts),
         "alone": least(ours[7], alone),
+        "ahead": least(np.concatenate([ours[7], ours[1]]), ahead),
         "sentence-transformers": least(ours[64], reference),
         "apart": 1 - float(np.abs(np.corrcoef(ours[64]) - np.eye(64)).max()),
         "serves": choose(engine, card.tokenizer, card.max_model_len, "packed")[1],
