@@ -2,7 +2,8 @@
 
 A discrete-event simulation: requests arrive at random times, an ingress (one core, one request at a time)
 reads and tokenises each, sends it to the replica with the fewest requests that this ingress knows of, and
-writes the answer out. A replica embeds what waits in one step: first its Python, then the GPU. What they
+writes the answer out. A replica embeds what waits in one step: first its Python, then the GPU, which is
+given the next step before it is through with one. What they
 cost is measured, on this machine: per request by `make scale`, per input, token and
 number here. GPU speeds are published or derived; `benchmarks/README.md` names the sources.
 """
@@ -33,6 +34,7 @@ from deployments.api.openai import parse_request
 from deployments.config.load import load_workers
 from deployments.dispatch.dispatch import Dispatch
 from deployments.engine.batch import Embedded, TokenBatch
+from deployments.engine.choice import Packed
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.metrics import Metrics
 from deployments.transport.router import TokenRouter
@@ -43,8 +45,8 @@ LOAD = 0.8
 # No more of a request's time in the ingress, 99 times in 100, than this.
 P99_SECONDS = 0.02
 STEP_TOKENS = 16_384
-# What the host takes for a packed step and each of its inputs before the GPU has them, one after the other:
-# `make bench-host`, from steps of 1 and of 256.
+# What the host takes for a packed step and each of its inputs before the GPU has them, by `make bench-host`:
+# from steps of 1 and of 256.
 ENGINE_STEP_SECONDS, ENGINE_INPUT_SECONDS = 490e-6, 12e-6
 ROUTED = (1, 10, 100, 1000)
 # Engine processes that share one GPU.
@@ -238,11 +240,16 @@ class _Server:
 
 
 class _Replica:
-    """A GPU with one engine: what waits when it is free goes into its next step, up to a step's tokens."""
+    """A GPU with one engine: what waits when it can begin a step goes into that, up to a step's tokens."""
 
     def __init__(self) -> None:
         self.waiting: deque[_Request] = deque()
-        self.running = False
+        self.steps = 0
+        self.host, self.gpu = _Server(), _Server()
+
+    def may_begin(self, now: float) -> bool:
+        """Whether something waits, the host is free, and the GPU has one step at most."""
+        return bool(self.waiting) and self.host.free <= now and self.steps <= Packed.AHEAD
 
 
 @dataclass(frozen=True)
@@ -273,7 +280,7 @@ class Cluster:
         gpu = self.traffic.inputs * self.traffic.tokens / self.model.tokens_per_second
         step = self.costs.replica_step / self.traffic.requests_in_a_step
         python = self.costs.replica_call + step + self.traffic.inputs * self.costs.replica_input
-        return self.gpus * self.engines_per_gpu / (python + self.engines_per_gpu * gpu)
+        return self.gpus * self.engines_per_gpu / max(python, self.engines_per_gpu * gpu)
 
     def at(self, when: float, what: Callable[[float], None]) -> None:
         """Do something then."""
@@ -324,10 +331,11 @@ class Cluster:
         replica = self._replicas[place]
         replica.waiting.append(request)
         request.embedded = place + ingress * len(self._replicas)  # where to take it off again
-        if not replica.running:
-            self._step(replica, now)
+        self._step(replica, now)
 
     def _step(self, replica: _Replica, now: float) -> None:
+        if not replica.may_begin(now):
+            return
         traffic = self.traffic
         most = min(traffic.requests_in_a_step, len(replica.waiting))
         batch = [replica.waiting.popleft() for _ in range(most)]
@@ -336,12 +344,14 @@ class Cluster:
         calls = len(batch) * self.costs.replica_call
         python = calls + self.costs.replica_step + inputs * self.costs.replica_input
         self._gpu_seconds += gpu
-        replica.running = True
-        end = now + python + gpu * self.engines_per_gpu
+        replica.steps += 1
+        given = replica.host.take(now, python)
+        self.at(given, lambda when: self._step(replica, when))
+        end = replica.gpu.take(given, gpu * self.engines_per_gpu)
         self.at(end, lambda when: self._stepped(replica, batch, when))
 
     def _stepped(self, replica: _Replica, batch: list[_Request], now: float) -> None:
-        replica.running = False
+        replica.steps -= 1
         for request in batch:
             ingress, place = divmod(int(request.embedded), len(self._replicas))
             self._known[ingress, place] -= 1
@@ -349,8 +359,7 @@ class Cluster:
             request.queued += end - now
             self._done.append(request)
             self._finished.append(end)
-        if replica.waiting:
-            self._step(replica, now)
+        self._step(replica, now)
 
 
 def fed(cluster: Cluster, requests: int) -> Outcome:

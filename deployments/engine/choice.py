@@ -62,6 +62,8 @@ class Scheduled(Way):
 class Packed(Way):
     """By `PackedStep`: a step at once."""
 
+    AHEAD = 1  # on a GPU: what comes meanwhile waits for no more than that
+
     def __init__(self, engine: Any) -> None:
         """Take an `LLMEngine` whose model is loaded. Raises EngineError where that can't be served so."""
         from deployments.engine.packed import Counters
@@ -71,7 +73,7 @@ class Packed(Way):
         if reasons := [reason for reason in engine.collective_rpc("prepare_packed_steps") if reason]:
             raise EngineError(reasons[0])
         if engine.vllm_config.device_config.device_type != "cpu":
-            self.ahead = 1
+            self.ahead = self.AHEAD
 
     def embed(self, batch: TokenBatch) -> np.ndarray:
         """See `Way`."""

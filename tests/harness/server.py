@@ -109,9 +109,11 @@ def serve(
     tuned: bool = True,
     ingress_replicas: int = 1,
     keys: Path | None = None,
+    until: Callable[[str], bool] | None = None,
 ) -> Iterator[Server]:
     """Serve a worker file or folder until the block ends; `folder` gets the log, `keys` is a key file.
 
+    The block begins as soon as `until` holds of the address: without it, as every model answers.
     `tuned` means `embedding-cluster serve`; otherwise Ray's own `serve run` builds the application from
     a YAML file, which is where a port can be given to it, inside the cluster as under `serve deploy`.
     """
@@ -147,7 +149,8 @@ def serve(
         )
     server = Server(url, process, log, mark)
     try:
-        wait_for(lambda: process.poll() is not None or is_ready(url), START_SECONDS, log)
+        begins = until or is_ready
+        wait_for(lambda: process.poll() is not None or begins(url), START_SECONDS, log)
         assert process.poll() is None, log.read_text()
         yield server
     finally:
@@ -180,9 +183,9 @@ def deploy_file(config: Path, folder: Path, port: int, ingress_replicas: int) ->
     return file
 
 
-def is_ready(url: str) -> bool:
-    """Return whether every model answers."""
+def is_ready(url: str, path: str = "/ready") -> bool:
+    """Return whether every model answers; with another path, whether that does."""
     try:
-        return httpx.get(f"{url}/ready", timeout=10).status_code == 200
+        return httpx.get(f"{url}{path}", timeout=10).status_code == 200
     except httpx.HTTPError:
         return False

@@ -22,7 +22,7 @@ from playwright.sync_api import Browser, Page, expect
 from deployments.keys.file import Key, create_key
 from tests.harness import checkpoints, workers
 from tests.harness.browser import HOSTILE, Visit, articles, chromium, drop, grave_faults, keep, needs_chromium
-from tests.harness.server import PATIENCE, Server, serve
+from tests.harness.server import PATIENCE, START_SECONDS, Server, is_ready, serve, wait_for
 from tests.model.conftest import MINILM
 
 pytestmark = [pytest.mark.model, needs_chromium]
@@ -53,17 +53,24 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, s
 
 
 @pytest.fixture(scope="module")
-def server(
+def starting(
     secrets: tuple[Path, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """The bundled model, described by markup, behind keys."""
+    """The bundled model, described by markup, behind keys; it may not be loaded yet."""
     folder = tmp_path_factory.mktemp("server")
     file = folder / "minilm.toml"
     table = f'[queue.models."{MINILM}"'
     described = f"{table}]\ndescription = {json.dumps(HOSTILE)}\n{table}."
     file.write_text(workers.vllm(MINILM, checkpoints.minilm()).replace(f"{table}.", described))
-    with serve(file, folder, keys=secrets[0]) as server:
+    with serve(file, folder, keys=secrets[0], until=lambda url: is_ready(url, "/ui")) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def server(starting: Server) -> Server:
+    """The same, with its model loaded."""
+    wait_for(lambda: is_ready(starting.url), START_SECONDS, starting.log)
+    return starting
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +91,22 @@ def visit(browser: Browser, server: Server) -> Iterator[Visit]:
     """A visitor, who has seen nothing fail in the end."""
     visit = Visit(browser, server.url)
     yield visit
+    visit.leave()
+
+
+def test_the_model_is_seen_to_become_ready(
+    browser: Browser, starting: Server, secrets: tuple[Path, dict[str, str]], pictures: Path
+) -> None:
+    """Who opens the page while the model is loaded sees that it isn't ready, and then that it is."""
+    visit = Visit(browser, starting.url)
+    page = visit.enter(secrets[1]["operator"])
+    model = page.get_by_role("article", name=MINILM)
+    expect(model.locator(".pill")).to_have_text("not ready")
+    expect(page.locator(".notice.bad")).to_contain_text(f"{MINILM}: no replica answers: 1 starting")
+    keep(page, pictures, "starting")
+    expect(page.get_by_text("Every model answers.")).to_be_visible(timeout=RESTART)
+    expect(model.locator(".pill")).to_have_text("ready")
+    expect(model).to_contain_text("1 running")
     visit.leave()
 
 
