@@ -24,6 +24,7 @@ from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch, cosines
 from deployments.engine.choice import Packed, Scheduled
 from deployments.engine.sentence_transformers import Padded, load
+from deployments.engine.steps import StepQueue
 from deployments.engine.thread import ThreadEngine, Way
 from deployments.engine.vllm import VllmEngine
 
@@ -33,7 +34,7 @@ ROUNDS, ROUND_SECONDS = 9, 0.2
 SAME = 0.999
 # A forward of bge-base on an H100: its share of the peak, and bytes of its weights that are read each time.
 SHARE_OF_PEAK, WEIGHT_BYTES, BYTES_PER_SECOND = 0.4, 2 * BGE_PARAMETERS, 3.35e12
-CALLERS, CALL_INPUTS, FED_SECONDS = 4, 64, 3.0
+CALLERS, CALL_INPUTS, FED_SECONDS = 8, 64, 3.0
 
 
 def without_forward(worker: Any) -> None:
@@ -114,11 +115,12 @@ class Asleep(Way):
 
 
 class FedEngine(ThreadEngine):
-    """A replica's engine with a way in place of a model."""
+    """A replica's engine with a way in place of a model, whose steps have the inputs of one call."""
 
     def __init__(self, way: Way) -> None:
         """Take the way."""
         super().__init__(bundled().plan())
+        self._queue = StepQueue(CALL_INPUTS * TOKENS)
         self._way = way
 
     def _run(self) -> None:
@@ -161,8 +163,8 @@ def chip_shares(engine: Any, rounds: int) -> Iterator[str]:
             asyncio.run(feed(fed, batch))
             shares[what].append(asleep.busy / (time.perf_counter() - begun))
             fed.stop()
-    callers = f"{CALLERS} callers with {CALL_INPUTS} texts of {TOKENS} tokens"
-    yield f"| bge-base on an H100, {callers} | share of its time that is filled |"
+    steps = f"{CALLERS} callers, steps of {CALL_INPUTS} texts of {TOKENS} tokens"
+    yield f"| bge-base on an H100, {steps} | share of its time that is filled |"
     yield "|---|---|"
     for what, each in shares.items():
         yield f"| {what} | {np.median(each):.0%} |"
