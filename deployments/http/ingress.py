@@ -135,7 +135,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application; Ray Serve asks for it once the constructor is done."""
-        batches = self._batches.access() if self._batches else None
+        batches = self._batches.routes(self._serving) if self._batches else ()
         app = make_app(
             self._serving,
             self._gather,

@@ -27,8 +27,8 @@ from starlette.requests import Request
 
 from deployments import api
 from deployments.api import batches, tei, vllm
-from deployments.batches.desk import BatchAccess
-from deployments.batches.serving import DEFAULT_BATCHES, FORM_EXPIRY, MAX_BATCHES, MAX_FILES
+from deployments.batches.routes import batch_routes
+from deployments.batches.serving import DEFAULT_BATCHES, FORM_EXPIRY, MAX_BATCHES, MAX_FILES, BatchServing
 from deployments.batches.serving import _expiry as batches_form
 from deployments.batches.store import BatchPlace
 from deployments.config.load import load_workers
@@ -80,7 +80,7 @@ def address(tmp_path: Path) -> Iterator[str]:
 
         stored = BatchPlace(f"{tmp_path}/storage", 3600).open()
         # Whoever runs batches is another process.
-        batches = BatchAccess(stored, 1_000_000, lambda: None)
+        batches = batch_routes(BatchServing(stored, 1_000_000, lambda: None, serving))
         server.config.app = make_app(serving, gather, access=access, batches=batches)
         server.run()
 
@@ -167,12 +167,9 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     access = Access(KeyRing(Keys()), LocalRates())
 
     async def get() -> dict[str, Any]:
-        app = make_app(
-            make_serving({}, access.rates),
-            list,  # type: ignore[arg-type]
-            access=access,
-            batches=BatchAccess(stored, 1_000_000, lambda: None),
-        )
+        serving = make_serving({}, access.rates)
+        batches = batch_routes(BatchServing(stored, 1_000_000, lambda: None, serving))
+        app = make_app(serving, list, access=access, batches=batches)  # type: ignore[arg-type]
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cluster") as client:
             found: dict[str, Any] = (await client.get("/openapi.json")).json()
             return found
