@@ -4,7 +4,7 @@ import logging
 import os
 import threading
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from deployments.config.model_files import ModelFiles, is_hub_id, resolve_model_path
-from deployments.engine import ModelCard
+from deployments.engine import Engine, ModelCard
 from deployments.engine.batch import TokenBatch
 from deployments.engine.cores import CoreClaim, sharers
-from deployments.engine.steps import Step, StepEngine
+from deployments.engine.steps import Step
 from deployments.errors import EngineError, EngineStartError, first_line
 from deployments.plan.plan import WorkerPlan, objections
 from deployments.priority import behind_requests
@@ -36,7 +36,7 @@ class Way(Protocol):
         """Count a step, how many inputs wait, and the seconds in line and in the engine of calls that end."""
 
 
-class ThreadEngine(StepEngine, ABC):
+class ThreadEngine(Engine):
     """An engine whose model is loaded and computed on one thread, which owns all of torch's."""
 
     name = ""
