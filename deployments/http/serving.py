@@ -16,10 +16,9 @@ from deployments.api.fields import Body, count_values
 from deployments.api.request import EmbeddingRequest, EmbeddingResult
 from deployments.dispatch.catalog import Catalog, Served
 from deployments.dispatch.offload import offload
-from deployments.dispatch.prepare import prepare
+from deployments.dispatch.prepare import Prepared, prepare
 from deployments.dispatch.work import Lane
 from deployments.engine import ModelCard
-from deployments.engine.batch import TokenBatch
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.errors import (
     DeadlineExceededError,
@@ -126,32 +125,29 @@ class Serving:
     ) -> tuple[bytes, int]:
         """Return the JSON answer and its tokens, or raise an EmbeddingError."""
         worker = served.dispatch.worker
-        truncated, unit = tuple[int, ...](), True
 
-        async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
-            nonlocal truncated, unit
+        async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> Prepared:
             with self._timed("tokenise", worker.name):
                 prepared = await prepare(wanted, served.model.embedding_task, worker.limits, card, tokenizer)
-            truncated, unit = prepared.truncated, card.normalizes
             if (trace := current.get()) is not None:
                 describe_inputs(trace, served, prepared.batch)
-            return prepared.batch
+            return prepared
 
         async def charge(tokens: int) -> None:
             if not client.charged:  # a model that changes meanwhile costs nothing more
                 await self.charge(client.key, TOKENS, tokens)
                 client.charged = True
 
-        batch, vectors = await served.dispatch.embed_by(
+        card, prepared, vectors = await served.dispatch.embed_by(
             tokens_for, deadline, client.lane, client.caller, charge
         )
+        batch, cut, version = prepared.batch, prepared.truncated, str(worker.queue.version)
 
         def encode() -> bytes:
-            shown = truncate(vectors, wanted.dimensions, unit)
+            shown = truncate(vectors, wanted.dimensions, card.normalizes)
             if wanted.normalize:
                 shown = normalize(shown)
-            version = str(worker.queue.version)
-            return wanted.answer(EmbeddingResult(shown, served.name, batch.tokens, truncated, version))
+            return wanted.answer(EmbeddingResult(shown, served.name, batch.tokens, cut, version))
 
         with self._timed("encode", worker.name):
             answer = await offload(vectors.size, encode)
