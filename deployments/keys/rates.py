@@ -26,7 +26,6 @@ CENTRAL_SECONDS = 0.5
 KINDS = ("requests", "tokens")
 REQUESTS, TOKENS = range(len(KINDS))
 Limits = tuple[float, float]  # requests and tokens per minute; infinite where there is no limit
-UNLIMITED: Limits = (math.inf, math.inf)
 
 
 def limits_of(key: Key) -> Limits:
