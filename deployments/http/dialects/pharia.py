@@ -75,11 +75,13 @@ def pharia_routes(serving: Serving) -> Iterator[Entry]:
     """Yield what else Pharia's clients ask for. Before `/models/{name}`, whose names may hold slashes."""
 
     async def tokenizer(request: Request, name: str) -> Response:
+        """Return a model's tokenizer in the JSON of Hugging Face's `tokenizers`."""
         arrival = asyncio.get_running_loop().time()
         card, _ = await model_of(serving.find(request, name), request, arrival)
         return json_response(card.tokenizer)
 
     async def settings(request: Request) -> Response:
+        """Return every model that the client may use, and whether it can answer now."""
         return as_json(await asyncio.gather(*map(_settings, serving.visible(request))))
 
     yield Entry(
