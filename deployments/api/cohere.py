@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 import orjson
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deployments.api import fields as read
 from deployments.api.encoding import EmbedDtype, base64_rows, check_dtype, convert, json_rows
 from deployments.api.fields import Count, Text
-from deployments.api.known import COHERE
+from deployments.api.known import Body
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
@@ -86,7 +86,7 @@ def parse_first(fields: Mapping[str, Any]) -> CohereRequest:
 
 def parse_fields(fields: Mapping[str, Any]) -> CohereRequest:
     """Parse the fields of a body."""
-    COHERE.check(fields)
+    CohereBody.check(fields)
     texts, field = _read_texts(fields)
     types = read.not_empty(fields.get("embedding_types", ["float"]), "embedding_types")
     if any(kind not in EMBEDDING_TYPES for kind in types if isinstance(kind, str)) or not all(
@@ -166,26 +166,24 @@ class Input(BaseModel):
     content: list[Content] = Field(json_schema_extra={"contains": {"properties": {"text": {"minLength": 1}}}})
 
 
-class CohereBody(BaseModel):
+class CohereBody(Body):
     """The body of `POST /v2/embed`. Fields that are null count as absent."""
 
-    model_config = ConfigDict(
-        title="CohereEmbedRequest",
-        json_schema_extra=COHERE.describe(
-            examples=[
-                {
-                    "model": "all-minilm-l6-v2",
-                    "texts": ["Hello"],
-                    "input_type": "search_query",
-                    "embedding_types": ["float"],
-                }
-            ],
-            oneOf=[
-                {"required": [one], "properties": {one: {"type": "array"}, other: {"type": "null"}}}
-                for one, other in (("texts", "inputs"), ("inputs", "texts"))
-            ],
-        ),
-    )
+    model_config = ConfigDict(title="CohereEmbedRequest")
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [
+            {
+                "model": "all-minilm-l6-v2",
+                "texts": ["Hello"],
+                "input_type": "search_query",
+                "embedding_types": ["float"],
+            }
+        ],
+        "oneOf": [
+            {"required": [one], "properties": {one: {"type": "array"}, other: {"type": "null"}}}
+            for one, other in (("texts", "inputs"), ("inputs", "texts"))
+        ],
+    }
 
     model: Text | None = Field(None, description="May be left out where there is only one.")
     input_type: Text | None = Field(

@@ -24,7 +24,7 @@ from deployments.api.encoding import (
     numbers,
 )
 from deployments.api.fields import Count, Inputs, Text, Written
-from deployments.api.known import OPENAI
+from deployments.api.known import Body
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Raw, Truncation
 from deployments.errors import InvalidRequestError
 
@@ -151,7 +151,7 @@ def _parse_format(fields: Mapping[str, Any], formats: Sequence[str]) -> Encoding
 
 def _parse_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the fields ask for that few clients send. Raises for those that nobody knows."""
-    OPENAI.check(fields)
+    EmbeddingRequestBody.check(fields)
     read.choice(fields, "padding", PADDING, PADDING[0])
     truncation, longest = _parse_truncation(fields)
     unit = {name: read.flag(fields, name) for name in UNIT if name in fields}
@@ -192,15 +192,13 @@ def _parse_prompt(fields: Mapping[str, Any]) -> Prompt | None:
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
 
 
-class EmbeddingRequestBody(BaseModel):
+class EmbeddingRequestBody(Body):
     """The body of `POST /embeddings`. Fields that are null count as absent."""
 
-    model_config = ConfigDict(
-        title="EmbeddingRequest",
-        json_schema_extra=OPENAI.describe(
-            examples=[{"model": "all-minilm-l6-v2", "input": ["Hello", "world"]}]
-        ),
-    )
+    model_config = ConfigDict(title="EmbeddingRequest")
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [{"model": "all-minilm-l6-v2", "input": ["Hello", "world"]}]
+    }
 
     model: Text | None = Field(None, description=MODEL)
     input: Inputs = Field(

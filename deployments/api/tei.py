@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,7 +12,7 @@ from deployments.api import cohere, pharia
 from deployments.api import fields as read
 from deployments.api.encoding import json_rows
 from deployments.api.fields import Count, Inputs, Text, TokenIds
-from deployments.api.known import TEI, TEI_DECODE, TEI_PAIRS, TEI_PARAMETERS, TEI_SIMILARITY, TEI_TOKENIZE
+from deployments.api.known import ASIDE, Body
 from deployments.api.request import (
     EmbeddingRequest,
     EmbeddingResult,
@@ -42,7 +42,7 @@ def is_mine(fields: Mapping[str, Any]) -> bool:
 
 def parse_fields(fields: Mapping[str, Any]) -> TeiRequest:
     """Parse the fields of a body."""
-    TEI.check(fields)
+    TeiBody.check(fields)
     texts, ids = read.texts_or_ids(fields.get("inputs"), "inputs")
     unit = read.flag(fields, "normalize")
     return TeiRequest(
@@ -83,11 +83,11 @@ class SimilarityRequest(EmbeddingRequest):
 def parse_similarity(body: read.Body) -> SimilarityRequest:
     """Parse a body of `POST /similarity`."""
     fields = read.read_object(body)
-    TEI_SIMILARITY.check(fields)
+    SimilarityBody.check(fields)
     pair = _object(fields, "inputs")
-    TEI_PAIRS.check(pair)
+    Pairs.check(pair)
     options = _object(fields, "parameters") if "parameters" in fields else {}
-    TEI_PARAMETERS.check(options)
+    Parameters.check(options)
     others = read.not_empty(pair.get("sentences"), "sentences")
     read.check_texts(others, "sentences")
     return SimilarityRequest(
@@ -131,7 +131,7 @@ def _tokens(text: str, encoding: Encoding) -> list[dict[str, Any]]:
 
 def parse_tokenize(fields: Mapping[str, Any]) -> TokenizeRequest:
     """Parse the fields of a body of `POST /tokenize`."""
-    TEI_TOKENIZE.check(fields)
+    TeiTokenizeBody.check(fields)
     texts = [fields["inputs"]] if isinstance(fields["inputs"], str) else read.strings(fields, "inputs")
     return TokenizeRequest(
         model=read.string(fields, "model"),
@@ -157,7 +157,7 @@ class DecodeRequest(TokensRequest):
 def parse_decode(body: read.Body) -> DecodeRequest:
     """Parse a body of `POST /decode`."""
     fields = read.read_object(body)
-    TEI_DECODE.check(fields)
+    TeiDecodeBody.check(fields)
     given = read.not_empty(fields.get("ids"), "ids")
     lists = given if isinstance(given[0], list) else [given]
     return DecodeRequest(
@@ -180,15 +180,15 @@ def refuse_unpooled(body: read.Body) -> EmbeddingRequest:
 # --- the same format as a model, for the OpenAPI document only -------------------------------------
 
 
-class TeiBody(BaseModel):
+class TeiBody(Body):
     """The body of text-embeddings-inference's `POST /embed`. Fields that are null count as absent."""
 
-    model_config = ConfigDict(
-        title="TeiEmbedRequest",
-        json_schema_extra=TEI.describe(
-            examples=[{"model": "all-minilm-l6-v2", "inputs": ["Hello", "world"]}]
-        ),
-    )
+    model_config = ConfigDict(title="TeiEmbedRequest")
+    # Of Hugging Face's hosted endpoints: whether to wait, and to cache.
+    aside = ASIDE | {"options"}
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [{"model": "all-minilm-l6-v2", "inputs": ["Hello", "world"]}]
+    }
 
     inputs: Inputs
     model: Text | None = Field(None, description="May be left out where there is only one.")
@@ -205,34 +205,32 @@ class TeiBody(BaseModel):
     input_type: None = None
 
 
-class Pairs(BaseModel):
+class Pairs(Body):
     """What is compared."""
 
-    model_config = ConfigDict(json_schema_extra=TEI_PAIRS.describe())
+    aside = frozenset()
 
     source_sentence: Text
     sentences: Annotated[list[Text], Field(min_length=1)]
 
 
-class Parameters(BaseModel):
+class Parameters(Body):
     """How it is read."""
 
-    model_config = ConfigDict(json_schema_extra=TEI_PARAMETERS.describe())
+    aside = frozenset()
 
     truncate: bool | None = None
     truncation_direction: Literal["Left", "Right"] | None = "Right"
     prompt_name: Text | None = None
 
 
-class SimilarityBody(BaseModel):
+class SimilarityBody(Body):
     """The body of text-embeddings-inference's `POST /similarity`."""
 
-    model_config = ConfigDict(
-        title="TeiSimilarityRequest",
-        json_schema_extra=TEI_SIMILARITY.describe(
-            examples=[{"inputs": {"source_sentence": "Hello", "sentences": ["Hi", "Goodbye"]}}]
-        ),
-    )
+    model_config = ConfigDict(title="TeiSimilarityRequest")
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [{"inputs": {"source_sentence": "Hello", "sentences": ["Hi", "Goodbye"]}}]
+    }
 
     inputs: Pairs
     parameters: Parameters | None = None
@@ -240,12 +238,11 @@ class SimilarityBody(BaseModel):
     tags: list[Text] | None = None
 
 
-class TeiTokenizeBody(BaseModel):
+class TeiTokenizeBody(Body):
     """text-embeddings-inference's body of `POST /tokenize`."""
 
-    model_config = ConfigDict(
-        title="TeiTokenizeRequest", json_schema_extra=TEI_TOKENIZE.describe(examples=[{"inputs": "Hello"}])
-    )
+    model_config = ConfigDict(title="TeiTokenizeRequest")
+    described: ClassVar[dict[str, Any]] = {"examples": [{"inputs": "Hello"}]}
 
     inputs: str | list[Text]
     add_special_tokens: bool | None = True
@@ -267,12 +264,11 @@ class Token(BaseModel):
     stop: int | None
 
 
-class TeiDecodeBody(BaseModel):
+class TeiDecodeBody(Body):
     """The body of text-embeddings-inference's `POST /decode`."""
 
-    model_config = ConfigDict(
-        title="TeiDecodeRequest", json_schema_extra=TEI_DECODE.describe(examples=[{"ids": [101, 7592, 102]}])
-    )
+    model_config = ConfigDict(title="TeiDecodeRequest")
+    described: ClassVar[dict[str, Any]] = {"examples": [{"ids": [101, 7592, 102]}]}
 
     ids: TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
     skip_special_tokens: bool | None = True

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deployments.api import fields as read
 from deployments.api import openai, pharia, tei
 from deployments.api.fields import Text, TokenId
-from deployments.api.known import CHAT, POOLING, VLLM_DETOKENIZE, VLLM_TOKENIZE
+from deployments.api.known import CHAT, Body
 from deployments.api.request import EmbeddingRequest, Reader, TokensRequest
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
@@ -53,7 +53,7 @@ def parse_tokenize(body: read.Body) -> TokensRequest:
         return pharia.parse_tokenize(fields)
     if "inputs" in fields:
         return tei.parse_tokenize(fields)
-    VLLM_TOKENIZE.check(fields)
+    VllmTokenizeBody.check(fields)
     return TokenizeRequest(
         model=read.string(fields, "model"),
         texts=[read.text(fields, "prompt")],
@@ -68,7 +68,7 @@ def parse_detokenize(body: read.Body) -> TokensRequest:
     fields = read.read_object(body)
     if "tokens" not in fields:
         return pharia.parse_detokenize(fields)
-    VLLM_DETOKENIZE.check(fields)
+    VllmDetokenizeBody.check(fields)
     ids = [read.few_or_no_ids(fields, "tokens")]
     return DetokenizeRequest(
         model=read.string(fields, "model"), ids=ids, field="tokens", tags=read.tags(fields)
@@ -104,13 +104,11 @@ def parse_invocation(body: read.Body) -> EmbeddingRequest:
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
 
 
-class VllmTokenizeBody(BaseModel):
+class VllmTokenizeBody(Body):
     """vLLM's body of `POST /tokenize`. Fields that are null count as absent."""
 
-    model_config = ConfigDict(
-        title="VllmTokenizeRequest",
-        json_schema_extra=VLLM_TOKENIZE.describe(examples=[{"model": "all-minilm-l6-v2", "prompt": "Hello"}]),
-    )
+    model_config = ConfigDict(title="VllmTokenizeRequest")
+    described: ClassVar[dict[str, Any]] = {"examples": [{"model": "all-minilm-l6-v2", "prompt": "Hello"}]}
 
     model: Text | None = Field(None, description=openai.MODEL)
     prompt: str
@@ -132,15 +130,13 @@ class VllmTokenizeResponse(BaseModel):
     token_strs: list[str] | None = None
 
 
-class VllmDetokenizeBody(BaseModel):
+class VllmDetokenizeBody(Body):
     """vLLM's body of `POST /detokenize`."""
 
-    model_config = ConfigDict(
-        title="VllmDetokenizeRequest",
-        json_schema_extra=VLLM_DETOKENIZE.describe(
-            examples=[{"model": "all-minilm-l6-v2", "tokens": [101, 7592, 102]}]
-        ),
-    )
+    model_config = ConfigDict(title="VllmDetokenizeRequest")
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [{"model": "all-minilm-l6-v2", "tokens": [101, 7592, 102]}]
+    }
 
     model: Text | None = Field(None, description=openai.MODEL)
     tokens: list[TokenId]
@@ -156,10 +152,8 @@ class VllmDetokenizeResponse(BaseModel):
 class PoolingBody(openai.EmbeddingRequestBody):
     """The body of vLLM's `POST /pooling`."""
 
-    model_config = ConfigDict(
-        title="PoolingRequest",
-        json_schema_extra=POOLING.describe(examples=[{"model": "all-minilm-l6-v2", "input": ["Hello"]}]),
-    )
+    model_config = ConfigDict(title="PoolingRequest")
+    described: ClassVar[dict[str, Any]] = {"examples": [{"model": "all-minilm-l6-v2", "input": ["Hello"]}]}
 
     task: Literal["embed"] | None = Field(None, description="No model here has another one.")
     dimensions: None = Field(None, description="`/embeddings` takes it.")

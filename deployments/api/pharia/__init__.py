@@ -12,17 +12,17 @@ import orjson
 
 from deployments.api import fields as read
 from deployments.api.encoding import json_rows
-from deployments.api.known import (
-    PHARIA_BATCH,
-    PHARIA_DETOKENIZE,
-    PHARIA_INSTRUCTABLE,
-    PHARIA_SEMANTIC,
-    PHARIA_TOKENIZE,
+from deployments.api.pharia.schema import (
+    MAX_PROMPTS,
+    BatchSemanticBody,
+    DetokenizeBody,
+    InstructableBody,
+    SemanticBody,
+    TokenizeBody,
 )
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Reader, TokensRequest
 from deployments.errors import InvalidRequestError, MissingCapabilityError, TooManyInputsError
 
-MAX_PROMPTS = 100
 COMPRESSED_SIZE = 128
 # Which of a model's prompts a representation means, under the names that models give them.
 REPRESENTATIONS = {
@@ -55,7 +55,7 @@ class PhariaRequest(EmbeddingRequest):
 def parse_semantic(body: read.Body) -> PhariaRequest:
     """Parse a body of `POST /semantic_embed`."""
     fields = read.read_object(body)
-    PHARIA_SEMANTIC.check(fields)
+    SemanticBody.check(fields)
     texts, ids = _read_prompt(fields.get("prompt"), "prompt", "prompt")
     return PhariaRequest(texts=texts, token_ids=ids, **_semantic(fields, "prompt"))
 
@@ -63,7 +63,7 @@ def parse_semantic(body: read.Body) -> PhariaRequest:
 def parse_batch(body: read.Body) -> PhariaRequest:
     """Parse a body of `POST /batch_semantic_embed`."""
     fields = read.read_object(body)
-    PHARIA_BATCH.check(fields)
+    BatchSemanticBody.check(fields)
     prompts = read.not_empty(fields.get("prompts"), "prompts")
     if len(prompts) > MAX_PROMPTS:
         raise TooManyInputsError(
@@ -80,7 +80,7 @@ def parse_batch(body: read.Body) -> PhariaRequest:
 def parse_instructable(body: read.Body) -> PhariaRequest:
     """Parse a body of `POST /instructable_embed`."""
     fields = read.read_object(body)
-    PHARIA_INSTRUCTABLE.check(fields)
+    InstructableBody.check(fields)
     texts, ids = _read_prompt(fields.get("input"), "input", "input")
     instruction = read.required_string(fields, "instruction")
     return PhariaRequest(texts=texts, token_ids=ids, instruction=instruction, **_common(fields, "input"))
@@ -182,7 +182,7 @@ class TokenizeRequest(TokensRequest):
 
 def parse_tokenize(fields: read.Fields) -> TokenizeRequest:
     """Parse the fields of a body of `POST /tokenize`."""
-    PHARIA_TOKENIZE.check(fields)
+    TokenizeBody.check(fields)
     wanted = {name: read.flag(fields, name) for name in ("tokens", "token_ids")}
     for name, value in wanted.items():
         if value is None:
@@ -206,7 +206,7 @@ class DetokenizeRequest(TokensRequest):
 
 def parse_detokenize(fields: read.Fields) -> DetokenizeRequest:
     """Parse the fields of a body of `POST /detokenize`."""
-    PHARIA_DETOKENIZE.check(fields)
+    DetokenizeBody.check(fields)
     ids = [read.few_or_no_ids(fields, "token_ids")]
     return DetokenizeRequest(
         model=read.string(fields, "model"), ids=ids, field="token_ids", tags=read.tags(fields)
