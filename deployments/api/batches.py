@@ -35,9 +35,8 @@ class NewBatch:
     output_seconds: int | None
 
 
-def parse_create(body: read.Body) -> NewBatch:
+def parse_create(fields: read.Fields) -> NewBatch:
     """Parse a body. Raises InvalidRequestError whose `param` names the field."""
-    fields = read.read_object(body)
     file_id = read.required_string(fields, "input_file_id")
     read.required_string(fields, "endpoint")
     read.choice(fields, "endpoint", (ENDPOINT,), ENDPOINT)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deployments.api import fields as read
 from deployments.api.encoding import EmbedDtype, base64_rows, check_dtype, convert, json_rows
 from deployments.api.fields import Count, Text
-from deployments.api.known import Body
+from deployments.api.known import DialectBody
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
@@ -72,11 +72,6 @@ def is_mine(fields: Mapping[str, Any]) -> bool:
     return items or any(name in fields for name in ("texts", "images", "embedding_types", "input_type"))
 
 
-def parse_request(body: read.Body) -> CohereRequest:
-    """Parse a body of `POST /v2/embed`."""
-    return parse_fields(read.read_object(body))
-
-
 def parse_first(fields: Mapping[str, Any]) -> CohereRequest:
     """Parse the fields of a body of version 1, whose answer is a bare list unless types are named."""
     request = parse_fields(fields)
@@ -85,7 +80,7 @@ def parse_first(fields: Mapping[str, Any]) -> CohereRequest:
 
 
 def parse_fields(fields: Mapping[str, Any]) -> CohereRequest:
-    """Parse the fields of a body."""
+    """Parse the fields of a body of `POST /v2/embed`."""
     CohereBody.check(fields)
     texts, field = _read_texts(fields)
     types = read.not_empty(fields.get("embedding_types", ["float"]), "embedding_types")
@@ -166,7 +161,7 @@ class Input(BaseModel):
     content: list[Content] = Field(json_schema_extra={"contains": {"properties": {"text": {"minLength": 1}}}})
 
 
-class CohereBody(Body):
+class CohereBody(DialectBody):
     """The body of `POST /v2/embed`. Fields that are null count as absent."""
 
     model_config = ConfigDict(title="CohereEmbedRequest")

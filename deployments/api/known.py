@@ -42,7 +42,7 @@ MISSING = {
 LONGEST_NAME = 64
 
 
-class Body(BaseModel):
+class DialectBody(BaseModel):
     """A body: its fields are read, and stand in the OpenAPI document; those that are `aside` change nothing.
 
     `described` is what else the document says of it.

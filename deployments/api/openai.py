@@ -24,7 +24,7 @@ from deployments.api.encoding import (
     numbers,
 )
 from deployments.api.fields import Count, Inputs, Text, Written
-from deployments.api.known import Body
+from deployments.api.known import DialectBody
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Raw, Truncation
 from deployments.errors import InvalidRequestError
 
@@ -121,13 +121,11 @@ class OpenAIRequest(EmbeddingRequest):
         return answer
 
 
-def parse_request(body: read.Body) -> OpenAIRequest:
-    """Parse a body. Raises InvalidRequestError whose `param` names the field."""
-    return parse_fields(read.read_object(body), FORMATS)
+def parse_fields(fields: read.Fields, formats: Sequence[str] = FORMATS) -> OpenAIRequest:
+    """Parse a body's fields, among which none is null, into a request whose answer has one of the formats.
 
-
-def parse_fields(fields: read.Fields, formats: Sequence[str] = JSON_FORMATS) -> OpenAIRequest:
-    """Parse a body's fields, among which none is null, into a request whose answer has one of the formats."""
+    Raises InvalidRequestError whose `param` names the field.
+    """
     options = {} if fields.keys() <= USUAL else _parse_options(fields)
     if "input" not in fields:
         raise InvalidRequestError("`input` is missing", "input")
@@ -192,7 +190,7 @@ def _parse_prompt(fields: Mapping[str, Any]) -> Prompt | None:
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
 
 
-class EmbeddingRequestBody(Body):
+class EmbeddingRequestBody(DialectBody):
     """The body of `POST /embeddings`. Fields that are null count as absent."""
 
     model_config = ConfigDict(title="EmbeddingRequest")

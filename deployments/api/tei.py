@@ -12,7 +12,7 @@ from deployments.api import cohere, pharia
 from deployments.api import fields as read
 from deployments.api.encoding import json_rows
 from deployments.api.fields import Count, Inputs, Text, TokenIds
-from deployments.api.known import ASIDE, Body
+from deployments.api.known import ASIDE, DialectBody
 from deployments.api.request import (
     EmbeddingRequest,
     EmbeddingResult,
@@ -80,9 +80,8 @@ class SimilarityRequest(EmbeddingRequest):
         return b"[%b]" % b",".join(orjson.dumps(float(each @ source)) for each in others)
 
 
-def parse_similarity(body: read.Body) -> SimilarityRequest:
+def parse_similarity(fields: read.Fields) -> SimilarityRequest:
     """Parse a body of `POST /similarity`."""
-    fields = read.read_object(body)
     SimilarityBody.check(fields)
     pair = _object(fields, "inputs")
     Pairs.check(pair)
@@ -154,9 +153,8 @@ class DecodeRequest(TokensRequest):
         return orjson.dumps([reader.decode(ids, self.special) for ids in self.ids])
 
 
-def parse_decode(body: read.Body) -> DecodeRequest:
+def parse_decode(fields: read.Fields) -> DecodeRequest:
     """Parse a body of `POST /decode`."""
-    fields = read.read_object(body)
     TeiDecodeBody.check(fields)
     given = read.not_empty(fields.get("ids"), "ids")
     lists = given if isinstance(given[0], list) else [given]
@@ -169,9 +167,8 @@ def parse_decode(body: read.Body) -> DecodeRequest:
     )
 
 
-def refuse_unpooled(body: read.Body) -> EmbeddingRequest:
+def refuse_unpooled(_: read.Fields) -> EmbeddingRequest:
     """Refuse a body of `POST /embed_all` or `/embed_sparse`."""
-    read.read_object(body)
     raise MissingCapabilityError(
         "no model here gives vectors of single tokens, or sparse ones; /embed gives one for each input"
     )
@@ -180,7 +177,7 @@ def refuse_unpooled(body: read.Body) -> EmbeddingRequest:
 # --- the same format as a model, for the OpenAPI document only -------------------------------------
 
 
-class TeiBody(Body):
+class TeiBody(DialectBody):
     """The body of text-embeddings-inference's `POST /embed`. Fields that are null count as absent."""
 
     model_config = ConfigDict(title="TeiEmbedRequest")
@@ -205,7 +202,7 @@ class TeiBody(Body):
     input_type: None = None
 
 
-class Pairs(Body):
+class Pairs(DialectBody):
     """What is compared."""
 
     aside = frozenset()
@@ -214,7 +211,7 @@ class Pairs(Body):
     sentences: Annotated[list[Text], Field(min_length=1)]
 
 
-class Parameters(Body):
+class Parameters(DialectBody):
     """How it is read."""
 
     aside = frozenset()
@@ -224,7 +221,7 @@ class Parameters(Body):
     prompt_name: Text | None = None
 
 
-class SimilarityBody(Body):
+class SimilarityBody(DialectBody):
     """The body of text-embeddings-inference's `POST /similarity`."""
 
     model_config = ConfigDict(title="TeiSimilarityRequest")
@@ -238,7 +235,7 @@ class SimilarityBody(Body):
     tags: list[Text] | None = None
 
 
-class TeiTokenizeBody(Body):
+class TeiTokenizeBody(DialectBody):
     """text-embeddings-inference's body of `POST /tokenize`."""
 
     model_config = ConfigDict(title="TeiTokenizeRequest")
@@ -264,7 +261,7 @@ class Token(BaseModel):
     stop: int | None
 
 
-class TeiDecodeBody(Body):
+class TeiDecodeBody(DialectBody):
     """The body of text-embeddings-inference's `POST /decode`."""
 
     model_config = ConfigDict(title="TeiDecodeRequest")
@@ -276,13 +273,8 @@ class TeiDecodeBody(Body):
     tags: list[Text] | None = None
 
 
-def parse_any(body: read.Body) -> EmbeddingRequest:
+def parse_any(fields: read.Fields) -> EmbeddingRequest:
     """Parse a body of `POST /embed`, whichever dialect it is; Pharia's asks for what vLLM can't do."""
-    return parse_any_fields(read.read_object(body))
-
-
-def parse_any_fields(fields: read.Fields) -> EmbeddingRequest:
-    """Parse the fields of such a body."""
     if cohere.is_mine(fields):
         return cohere.parse_first(fields)
     if is_mine(fields):

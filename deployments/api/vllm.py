@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deployments.api import fields as read
 from deployments.api import openai, pharia, tei
 from deployments.api.fields import Text, TokenId
-from deployments.api.known import CHAT, Body
+from deployments.api.known import CHAT, DialectBody
 from deployments.api.request import EmbeddingRequest, Reader, TokensRequest
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
@@ -46,9 +46,8 @@ class DetokenizeRequest(TokensRequest):
         return orjson.dumps({"prompt": reader.decode(self.ids[0], special=True)})
 
 
-def parse_tokenize(body: read.Body) -> TokensRequest:
+def parse_tokenize(fields: read.Fields) -> TokensRequest:
     """Parse a body of `POST /tokenize`: TEI's has `inputs`, Pharia's says what it wants, or it is vLLM's."""
-    fields = read.read_object(body)
     if "tokens" in fields or "token_ids" in fields:
         return pharia.parse_tokenize(fields)
     if "inputs" in fields:
@@ -63,9 +62,8 @@ def parse_tokenize(body: read.Body) -> TokensRequest:
     )
 
 
-def parse_detokenize(body: read.Body) -> TokensRequest:
+def parse_detokenize(fields: read.Fields) -> TokensRequest:
     """Parse a body of `POST /detokenize`: vLLM's holds `tokens`, Pharia's `token_ids`."""
-    fields = read.read_object(body)
     if "tokens" not in fields:
         return pharia.parse_detokenize(fields)
     VllmDetokenizeBody.check(fields)
@@ -82,29 +80,27 @@ class PoolingRequest(openai.OpenAIRequest):
     item = b'{"object":"pooling","index":%d,"data":%b}'
 
 
-def parse_pooling(body: read.Body) -> PoolingRequest:
+def parse_pooling(fields: read.Fields) -> PoolingRequest:
     """Parse a body of `POST /pooling`; what isn't pooled, token by token, no engine here gives."""
-    fields = read.read_object(body)
     if fields.get("task", EMBED) != EMBED:
         raise MissingCapabilityError("no model here has another task than `embed`", "task")
     if "dimensions" in fields:
         raise InvalidRequestError("`dimensions` isn't taken here; /embeddings takes it", "dimensions")
     rest = {name: value for name, value in fields.items() if name != "task"}
-    return PoolingRequest(**vars(openai.parse_fields(rest, openai.FORMATS)))
+    return PoolingRequest(**vars(openai.parse_fields(rest)))
 
 
-def parse_invocation(body: read.Body) -> EmbeddingRequest:
+def parse_invocation(fields: read.Fields) -> EmbeddingRequest:
     """Parse a body of `POST /invocations`: that of whichever route it fits."""
-    fields = read.read_object(body)
     if "input" in fields or any(name in fields for name in CHAT):
-        return openai.parse_fields(fields, openai.FORMATS)
-    return tei.parse_any_fields(fields)
+        return openai.parse_fields(fields)
+    return tei.parse_any(fields)
 
 
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
 
 
-class VllmTokenizeBody(Body):
+class VllmTokenizeBody(DialectBody):
     """vLLM's body of `POST /tokenize`. Fields that are null count as absent."""
 
     model_config = ConfigDict(title="VllmTokenizeRequest")
@@ -130,7 +126,7 @@ class VllmTokenizeResponse(BaseModel):
     token_strs: list[str] | None = None
 
 
-class VllmDetokenizeBody(Body):
+class VllmDetokenizeBody(DialectBody):
     """vLLM's body of `POST /detokenize`."""
 
     model_config = ConfigDict(title="VllmDetokenizeRequest")

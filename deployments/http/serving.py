@@ -12,7 +12,7 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from deployments.api.encoding import normalize, truncate
-from deployments.api.fields import Body, count_values
+from deployments.api.fields import Body, Fields, count_values, read_object
 from deployments.api.request import EmbeddingRequest, EmbeddingResult
 from deployments.dispatch.catalog import Catalog, Served
 from deployments.dispatch.offload import offload
@@ -39,8 +39,8 @@ from deployments.status.history import History
 from deployments.tracing import current, tracer
 
 T = TypeVar("T")
-# Reads a dialect's body.
-Parse = Callable[[Body], EmbeddingRequest]
+# Reads the fields of a dialect's body, none of them null.
+Parse = Callable[[Fields], EmbeddingRequest]
 
 # Ray Serve's own header: a client may lower its request's deadline, never raise it.
 TIMEOUT_HEADER = "x-request-timeout-seconds"
@@ -157,7 +157,7 @@ class Serving:
             self.usage.count(client.key, served.name, len(batch), batch.tokens)
         return answer, batch.tokens
 
-    async def parse(self, parse: Callable[[Body], T], body: Body) -> T:
+    async def parse(self, parse: Callable[[Fields], T], body: Body) -> T:
         """Return what a dialect makes of a body. Raises InvalidRequestError by field."""
         limits = [dispatch.worker.limits for dispatch in self.catalog.dispatches.values()]
         most = max((each.max_inputs + each.max_request_tokens for each in limits), default=0)
@@ -166,7 +166,7 @@ class Serving:
         def bounded() -> T:
             if len(body) > few and count_values(body, few) > few:
                 raise TooManyInputsError("the body holds more than any model here takes", "body")
-            return parse(body)
+            return parse(read_object(body))
 
         return await offload(len(body), bounded)
 

@@ -180,6 +180,6 @@ async def test_more_tokens_than_the_model_takes_are_no_length_to_cut_to(client: 
         schema.InstructableBody,
     ],
 )
-def test_what_is_read_is_not_set_aside(body: type[known.Body]) -> None:
+def test_what_is_read_is_not_set_aside(body: type[known.DialectBody]) -> None:
     """Else the document would describe a field that means nothing, or leave one out that does."""
     assert not body.model_fields.keys() & body.aside

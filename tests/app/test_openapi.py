@@ -9,7 +9,7 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from starlette.requests import Request
 
 from deployments import api
 from deployments.api import batches, tei, vllm
+from deployments.api.fields import read_object
 from deployments.batches.routes import batch_routes
 from deployments.batches.serving import DEFAULT_BATCHES, FORM_EXPIRY, MAX_BATCHES, MAX_FILES, BatchServing
 from deployments.batches.serving import _expiry as batches_form
@@ -129,7 +130,7 @@ def test_a_body_in_another_encoding_is_refused_as_documented(address: str, descr
 
 # --- each body's schema, and what reads it --------------------------------------------------------
 
-PARSERS: dict[str, Callable[[bytes], object]] = {
+PARSERS: dict[str, Callable[[Mapping[str, Any]], object]] = {
     **{f"/v1{route.path}": route.parse for route in EMBEDDING_ROUTES},
     "/v1/tokenize": vllm.parse_tokenize,
     "/v1/detokenize": vllm.parse_detokenize,
@@ -192,10 +193,10 @@ def allows(schema: dict[str, Any], described: dict[str, Any]) -> Callable[[Any],
     return jsonschema_rs.validator_for({**schema, "components": described["components"]}).is_valid
 
 
-def takes(parse: Callable[[bytes], object], body: Any) -> bool:
+def takes(parse: Callable[[Mapping[str, Any]], object], body: Any) -> bool:
     """Whether a parser takes a body."""
     try:
-        parse(json.dumps(body).encode())
+        parse(read_object(json.dumps(body).encode()))
     except EmbeddingError:
         return False
     return True

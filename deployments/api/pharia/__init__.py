@@ -52,17 +52,15 @@ class PhariaRequest(EmbeddingRequest):
         )
 
 
-def parse_semantic(body: read.Body) -> PhariaRequest:
+def parse_semantic(fields: read.Fields) -> PhariaRequest:
     """Parse a body of `POST /semantic_embed`."""
-    fields = read.read_object(body)
     SemanticBody.check(fields)
     texts, ids = _read_prompt(fields.get("prompt"), "prompt", "prompt")
     return PhariaRequest(texts=texts, token_ids=ids, **_semantic(fields, "prompt"))
 
 
-def parse_batch(body: read.Body) -> PhariaRequest:
+def parse_batch(fields: read.Fields) -> PhariaRequest:
     """Parse a body of `POST /batch_semantic_embed`."""
-    fields = read.read_object(body)
     BatchSemanticBody.check(fields)
     prompts = read.not_empty(fields.get("prompts"), "prompts")
     if len(prompts) > MAX_PROMPTS:
@@ -77,9 +75,8 @@ def parse_batch(body: read.Body) -> PhariaRequest:
     return PhariaRequest(texts=texts, token_ids=ids, batch=True, **_semantic(fields, "prompts"))
 
 
-def parse_instructable(body: read.Body) -> PhariaRequest:
+def parse_instructable(fields: read.Fields) -> PhariaRequest:
     """Parse a body of `POST /instructable_embed`."""
-    fields = read.read_object(body)
     InstructableBody.check(fields)
     texts, ids = _read_prompt(fields.get("input"), "input", "input")
     instruction = read.required_string(fields, "instruction")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api.fields import Text, TokenId, TokenIds
-from deployments.api.known import ASIDE, Body
+from deployments.api.known import ASIDE, DialectBody
 
 MAX_PROMPTS = 100
 MODEL = "One of the names that `GET /models` lists; may be left out where there is only one."
@@ -38,7 +38,7 @@ TextPrompt = Text | Annotated[list[TextItem], Field(json_schema_extra=NOT_ALL_EM
 IdsPrompt = Annotated[list[TokenIdsItem], Field(min_length=1)]
 
 
-class Common(Body):
+class Common(DialectBody):
     """What every body may hold. Fields that are null count as absent."""
 
     model: Text | None = Field(None, description=MODEL)
