@@ -47,7 +47,7 @@ class Desk(Protocol):
 def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application may have
     serving: Serving,
     gather: Gather,
-    ports: Mapping[str, MetricsPort] | None = None,
+    ports: Mapping[str, MetricsPort] = {},
     access: Access | None = None,
     gather_usage: GatherUsage | None = None,
     batches: Iterable[Entry] = (),
@@ -57,18 +57,9 @@ def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application 
 
     Without `access` anybody who reaches it may ask; `batches` are the routes of files and batches.
     """
-    ports = {} if ports is None else ports
     app = _bare_app(ports)
     app.add_middleware(Paced, in_hand=serving.in_hand)
     app.add_middleware(Errors)
-    if access is not None:
-
-        def refuse(error: EmbeddingError) -> Response:
-            serving.metrics.denied.labels(error.code).inc()
-            return error_response(error)
-
-        # Outside of the errors: an answer that refuses says what is left of the key's limits too.
-        app.add_middleware(Auth, access=access, refuse=refuse)
     app.add_exception_handler(HTTPException, http_exception)
     entries = [
         *embedding_routes(serving),
@@ -79,10 +70,16 @@ def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application 
         *batches,
     ]
     if access is not None:
+
+        def refuse(error: EmbeddingError) -> Response:
+            serving.metrics.denied.labels(error.code).inc()
+            return error_response(error)
+
+        # Outside of the errors: an answer that refuses says what is left of the key's limits too.
+        app.add_middleware(Auth, access=access, refuse=refuse)
         gather_usage = gather_usage or (lambda key: _alone(serving.usage.of(key)))
         entries.append(usage_route(gather_usage, access.ring))
-    bodies = list(dict.fromkeys(model for each in entries for model in each.bodies))
-    entries += [*documentation_routes(app, bodies), *page_routes()]
+    entries += [*documentation_routes(app, entries), *page_routes()]
     register(app.router, entries, prefix="/v1")
     # The same routes without prefix: some clients are given the host with /v1, some without.
     register(app.router, entries, shown=False)
