@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deployments.api import fields as read
 from deployments.api.encoding import EmbedDtype, base64_rows, check_dtype, convert, json_rows
 from deployments.api.fields import Count, Text
-from deployments.api.known import DialectBody
+from deployments.api.known import ModelBody
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
@@ -161,7 +161,7 @@ class Input(BaseModel):
     content: list[Content] = Field(json_schema_extra={"contains": {"properties": {"text": {"minLength": 1}}}})
 
 
-class CohereBody(DialectBody):
+class CohereBody(ModelBody):
     """The body of `POST /v2/embed`. Fields that are null count as absent."""
 
     model_config = ConfigDict(title="CohereEmbedRequest")
@@ -180,7 +180,6 @@ class CohereBody(DialectBody):
         ],
     }
 
-    model: Text | None = Field(None, description="May be left out where there is only one.")
     input_type: Text | None = Field(
         None,
         description="search_document, search_query, classification, clustering, or a prompt of the model",
@@ -196,7 +195,6 @@ class CohereBody(DialectBody):
     output_dimension: Count | None = None
     max_tokens: Count | None = Field(None, description="Cut each text to that many.")
     truncate: Literal["NONE", "START", "END"] | None = Field("END", description="Which side is cut.")
-    tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
 
 
 class CohereFloats(BaseModel):

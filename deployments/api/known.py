@@ -8,8 +8,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from deployments.api.fields import Text
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
 # Who asks, how the answer is paid for, found again, cached or waited for: of OpenAI's API, of the gateways
@@ -77,3 +78,13 @@ class DialectBody(BaseModel):
         for name in sorted(cls.aside - schema["properties"].keys()):
             schema["properties"][name] = {"description": "Accepted and not used."}
         schema.update(additionalProperties={"type": "null"}, **cls.described)
+
+
+class ModelBody(DialectBody):
+    """A body that asks a model. Fields that are null count as absent."""
+
+    model: Text | None = Field(
+        None,
+        description="One of the names that `GET /models` lists; may be left out where there is only one.",
+    )
+    tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")

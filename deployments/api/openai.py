@@ -24,11 +24,10 @@ from deployments.api.encoding import (
     numbers,
 )
 from deployments.api.fields import Count, Inputs, Text, Written
-from deployments.api.known import DialectBody
+from deployments.api.known import ModelBody
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Raw, Truncation
 from deployments.errors import InvalidRequestError
 
-MODEL = "One of the names that `GET /models` lists; may be left out where there is only one."
 # vLLM's names for what is dropped, and ours.
 SIDES: dict[str, Truncation] = {"left": "start", "right": "end"}
 # vLLM's way to say: as many as the model takes.
@@ -190,7 +189,7 @@ def _parse_prompt(fields: Mapping[str, Any]) -> Prompt | None:
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
 
 
-class EmbeddingRequestBody(DialectBody):
+class EmbeddingRequestBody(ModelBody):
     """The body of `POST /embeddings`. Fields that are null count as absent."""
 
     model_config = ConfigDict(title="EmbeddingRequest")
@@ -198,7 +197,6 @@ class EmbeddingRequestBody(DialectBody):
         "examples": [{"model": "all-minilm-l6-v2", "input": ["Hello", "world"]}]
     }
 
-    model: Text | None = Field(None, description=MODEL)
     input: Inputs = Field(
         description="A text, several texts, one text's token ids, or several texts' token ids."
     )
@@ -210,7 +208,6 @@ class EmbeddingRequestBody(DialectBody):
     dimensions: Count | Written | None = Field(
         None, description="Shorter vectors, where the model allows it."
     )
-    tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
     input_type: str | None = Field(
         None, description="Puts the model's prompt of that name before each text: `query`, `document`, …"
     )

@@ -12,7 +12,7 @@ from deployments.api import cohere, pharia
 from deployments.api import fields as read
 from deployments.api.encoding import json_rows
 from deployments.api.fields import Count, Inputs, Text, TokenIds
-from deployments.api.known import ASIDE, DialectBody
+from deployments.api.known import ASIDE, DialectBody, ModelBody
 from deployments.api.request import (
     EmbeddingRequest,
     EmbeddingResult,
@@ -33,11 +33,6 @@ class TeiRequest(EmbeddingRequest):
     def answer(self, result: EmbeddingResult) -> bytes:
         """Return a list of vectors; the format has no place for anything else."""
         return b"[%b]" % b",".join(json_rows(result.vectors))
-
-
-def is_mine(fields: Mapping[str, Any]) -> bool:
-    """Whether a body of `POST /embed` is this dialect's."""
-    return "inputs" in fields
 
 
 def parse_fields(fields: Mapping[str, Any]) -> TeiRequest:
@@ -177,7 +172,7 @@ def refuse_unpooled(_: read.Fields) -> EmbeddingRequest:
 # --- the same format as a model, for the OpenAPI document only -------------------------------------
 
 
-class TeiBody(DialectBody):
+class TeiBody(ModelBody):
     """The body of text-embeddings-inference's `POST /embed`. Fields that are null count as absent."""
 
     model_config = ConfigDict(title="TeiEmbedRequest")
@@ -188,13 +183,11 @@ class TeiBody(DialectBody):
     }
 
     inputs: Inputs
-    model: Text | None = Field(None, description="May be left out where there is only one.")
     normalize: bool | None = True
     truncate: bool | None = Field(None, description="Default: as the worker file says.")
     truncation_direction: Literal["Left", "Right"] | None = "Right"
     prompt_name: Text | None = None
     dimensions: Count | None = None
-    tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
     # With any of these a body is Cohere's.
     texts: None = None
     images: None = None
@@ -221,7 +214,7 @@ class Parameters(DialectBody):
     prompt_name: Text | None = None
 
 
-class SimilarityBody(DialectBody):
+class SimilarityBody(ModelBody):
     """The body of text-embeddings-inference's `POST /similarity`."""
 
     model_config = ConfigDict(title="TeiSimilarityRequest")
@@ -231,11 +224,9 @@ class SimilarityBody(DialectBody):
 
     inputs: Pairs
     parameters: Parameters | None = None
-    model: Text | None = None
-    tags: list[Text] | None = None
 
 
-class TeiTokenizeBody(DialectBody):
+class TeiTokenizeBody(ModelBody):
     """text-embeddings-inference's body of `POST /tokenize`."""
 
     model_config = ConfigDict(title="TeiTokenizeRequest")
@@ -244,8 +235,6 @@ class TeiTokenizeBody(DialectBody):
     inputs: str | list[Text]
     add_special_tokens: bool | None = True
     prompt_name: Text | None = None
-    model: Text | None = None
-    tags: list[Text] | None = None
     # With either of these a body is Pharia's.
     tokens: None = None
     token_ids: None = None
@@ -261,7 +250,7 @@ class Token(BaseModel):
     stop: int | None
 
 
-class TeiDecodeBody(DialectBody):
+class TeiDecodeBody(ModelBody):
     """The body of text-embeddings-inference's `POST /decode`."""
 
     model_config = ConfigDict(title="TeiDecodeRequest")
@@ -269,15 +258,13 @@ class TeiDecodeBody(DialectBody):
 
     ids: TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
     skip_special_tokens: bool | None = True
-    model: Text | None = None
-    tags: list[Text] | None = None
 
 
 def parse_any(fields: read.Fields) -> EmbeddingRequest:
     """Parse a body of `POST /embed`, whichever dialect it is; Pharia's asks for what vLLM can't do."""
     if cohere.is_mine(fields):
         return cohere.parse_first(fields)
-    if is_mine(fields):
+    if "inputs" in fields:
         return parse_fields(fields)
     if "prompt" in fields or "layers" in fields:
         pharia.refuse_raw(fields)

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api import fields as read
 from deployments.api import openai, pharia, tei
-from deployments.api.fields import Text, TokenId
-from deployments.api.known import CHAT, DialectBody
+from deployments.api.fields import TokenId
+from deployments.api.known import CHAT, ModelBody
 from deployments.api.request import EmbeddingRequest, Reader, TokensRequest
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
@@ -100,17 +100,15 @@ def parse_invocation(fields: read.Fields) -> EmbeddingRequest:
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
 
 
-class VllmTokenizeBody(DialectBody):
+class VllmTokenizeBody(ModelBody):
     """vLLM's body of `POST /tokenize`. Fields that are null count as absent."""
 
     model_config = ConfigDict(title="VllmTokenizeRequest")
     described: ClassVar[dict[str, Any]] = {"examples": [{"model": "all-minilm-l6-v2", "prompt": "Hello"}]}
 
-    model: Text | None = Field(None, description=openai.MODEL)
     prompt: str
     add_special_tokens: bool | None = True
     return_token_strs: bool | None = False
-    tags: list[Text] | None = None
     # With any of these a body is Pharia's, or text-embeddings-inference's.
     tokens: None = None
     token_ids: None = None
@@ -126,7 +124,7 @@ class VllmTokenizeResponse(BaseModel):
     token_strs: list[str] | None = None
 
 
-class VllmDetokenizeBody(DialectBody):
+class VllmDetokenizeBody(ModelBody):
     """vLLM's body of `POST /detokenize`."""
 
     model_config = ConfigDict(title="VllmDetokenizeRequest")
@@ -134,9 +132,7 @@ class VllmDetokenizeBody(DialectBody):
         "examples": [{"model": "all-minilm-l6-v2", "tokens": [101, 7592, 102]}]
     }
 
-    model: Text | None = Field(None, description=openai.MODEL)
     tokens: list[TokenId]
-    tags: list[Text] | None = None
 
 
 class VllmDetokenizeResponse(BaseModel):

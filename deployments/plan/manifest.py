@@ -96,8 +96,10 @@ def ray_service(
 
     `files` are the worker files' texts by name, as `without_secrets` gives them.
     """
-    plans = tuple(plans)
-    groups = [_group(device, of) for device in ("cpu", "gpu") if (of := _on(device, plans))]
+    by_device: dict[Device, list[WorkerPlan]] = {"cpu": [], "gpu": []}
+    for plan in plans:
+        by_device[plan.device].append(plan)
+    groups = [_group(device, of) for device, of in by_device.items() if of]
     secret = {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -156,10 +158,6 @@ def without_secrets(text: str, worker: Worker) -> str:
                 f"worker `{worker.name}`: {name}: can't be taken out of the file; use a variable"
             )
     return text
-
-
-def _on(device: Device, plans: tuple[WorkerPlan, ...]) -> list[WorkerPlan]:
-    return [plan for plan in plans if plan.device == device]
 
 
 def _group(device: Device, plans: list[WorkerPlan]) -> dict[str, Any]:

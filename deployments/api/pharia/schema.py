@@ -5,10 +5,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api.fields import Text, TokenId, TokenIds
-from deployments.api.known import ASIDE, DialectBody
+from deployments.api.known import ASIDE, ModelBody
 
 MAX_PROMPTS = 100
-MODEL = "One of the names that `GET /models` lists; may be left out where there is only one."
 
 
 class Item(BaseModel):
@@ -38,14 +37,7 @@ TextPrompt = Text | Annotated[list[TextItem], Field(json_schema_extra=NOT_ALL_EM
 IdsPrompt = Annotated[list[TokenIdsItem], Field(min_length=1)]
 
 
-class Common(DialectBody):
-    """What every body may hold. Fields that are null count as absent."""
-
-    model: Text | None = Field(None, description=MODEL)
-    tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
-
-
-class Embed(Common):
+class Embed(ModelBody):
     """What every body that embeds may hold."""
 
     aside = ASIDE | {"control_log_additive"}
@@ -116,7 +108,7 @@ class BatchSemanticResponse(BaseModel):
     num_tokens_prompt_total: int
 
 
-class TokenizeBody(Common):
+class TokenizeBody(ModelBody):
     """The body of `POST /tokenize`."""
 
     model_config = ConfigDict(title="TokenizationRequest")
@@ -136,7 +128,7 @@ class TokenizeResponse(BaseModel):
     token_ids: list[int] | None = None
 
 
-class DetokenizeBody(Common):
+class DetokenizeBody(ModelBody):
     """The body of `POST /detokenize`."""
 
     model_config = ConfigDict(title="DetokenizationRequest")
