@@ -14,7 +14,7 @@ from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, NO_BATCHES, Wo
 from deployments.errors import ConfigError
 from deployments.front.switches import FAST_DATA_PLANE
 from deployments.keys.file import KEYS_VARIABLE
-from deployments.plan.placement import Device
+from deployments.plan.placement import DEVICES, Device
 from deployments.plan.plan import WorkerPlan, engines_version, ingress_config
 
 # One goes on while another is replaced.
@@ -96,9 +96,8 @@ def ray_service(
 
     `files` are the worker files' texts by name, as `without_secrets` gives them.
     """
-    by_device: dict[Device, list[WorkerPlan]] = {"cpu": [], "gpu": []}
-    for plan in plans:
-        by_device[plan.device].append(plan)
+    plans = tuple(plans)
+    by_device = {device: [plan for plan in plans if plan.device == device] for device in DEVICES}
     groups = [_group(device, of) for device, of in by_device.items() if of]
     secret = {
         "apiVersion": "v1",
