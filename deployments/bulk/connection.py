@@ -13,7 +13,8 @@ from typing import Any, TypedDict
 import numpy as np
 
 from deployments.api.encoding import truncate
-from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
+from deployments.api.openai import OpenAIRequest
+from deployments.api.request import Prompt, Truncation
 from deployments.bulk.patience import Patience
 from deployments.bulk.window import TOKENS_PER_CHARACTER, Window
 from deployments.config.worker import Worker
@@ -89,14 +90,6 @@ class Attempt:
     errors: dict[int, EmbeddingError] = field(default_factory=dict)
     tokens: int = 0
     versions: frozenset[str] = frozenset()
-
-
-class _Texts(EmbeddingRequest):
-    """A request that no dialect has made."""
-
-    def answer(self, result: EmbeddingResult) -> bytes:
-        """Return the vectors' own bytes."""
-        return result.vectors.tobytes()
 
 
 class Connection:
@@ -229,7 +222,7 @@ class Connection:
         """Return the token ids of the texts that the model takes; as truncated those that it doesn't."""
         task = served.model.embedding_task
         refuses = (how.truncation or task.truncation) == "none"
-        request = _Texts(
+        request = OpenAIRequest(
             texts=texts,
             input_field=FIELD,
             dimensions=how.dimensions,
