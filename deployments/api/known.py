@@ -4,13 +4,13 @@ A field is read, or it is known to change no vector and set aside; whatever else
 its name. Nothing is ignored that may change a vector, whoever made it up, and a slip of the pen is told.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api.fields import Text
+from deployments.config.explain import did_you_mean
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
 # Who asks, how the answer is paid for, found again, cached or waited for: of OpenAI's API, of the gateways
@@ -66,8 +66,7 @@ class DialectBody(BaseModel):
         shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
         if name in MISSING:
             return MissingCapabilityError(f"`{name}`: {MISSING[name]}", name)
-        near = difflib.get_close_matches(name[:LONGEST_NAME], sorted(cls.model_fields), 1)
-        meant = f"; did you mean `{near[0]}`?" if near else ""
+        meant = did_you_mean(name[:LONGEST_NAME], sorted(cls.model_fields))
         return InvalidRequestError(
             f"`{shown}` isn't known here, and may change the vectors{meant}", shown or "body"
         )

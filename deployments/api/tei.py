@@ -102,18 +102,8 @@ def _object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
     return read.present(value)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizeRequest(TokensRequest):
-    """The body of `POST /tokenize` with `inputs`."""
-
-    special: bool = True
-
-    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
-        """Return each text's tokens: id, text, and where it stands, in characters."""
-        return orjson.dumps([_tokens(text, reader.read(text, self.special)) for text in texts])
-
-
 def _tokens(text: str, encoding: Encoding) -> list[dict[str, Any]]:
+    """Return a text's tokens: id, text, and where it stands, in characters."""
     parts = zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True)
     return [
         {"id": token, "text": name, "special": True, "start": None, "stop": None}
@@ -123,41 +113,38 @@ def _tokens(text: str, encoding: Encoding) -> list[dict[str, Any]]:
     ]
 
 
-def parse_tokenize(fields: Mapping[str, Any]) -> TokenizeRequest:
-    """Parse the fields of a body of `POST /tokenize`."""
+def parse_tokenize(fields: Mapping[str, Any]) -> TokensRequest:
+    """Parse the fields of a body of `POST /tokenize` with `inputs`."""
     TeiTokenizeBody.check(fields)
     texts = [fields["inputs"]] if isinstance(fields["inputs"], str) else read.strings(fields, "inputs")
-    return TokenizeRequest(
-        model=read.string(fields, "model"),
+    model, special = read.string(fields, "model"), read.flag(fields, "add_special_tokens") is not False
+
+    def answer(texts: Sequence[str], reader: Reader, _: int) -> bytes:
+        return orjson.dumps([_tokens(text, reader.read(text, special)) for text in texts])
+
+    return TokensRequest(
+        model=model,
         texts=texts,
         field="inputs",
-        special=read.flag(fields, "add_special_tokens") is not False,
+        answer=answer,
         prompt=_prompt(fields),
         tags=read.tags(fields),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecodeRequest(TokensRequest):
-    """The body of `POST /decode`."""
-
-    special: bool = False
-
-    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
-        """Return the text of each list of ids."""
-        return orjson.dumps([reader.decode(ids, self.special) for ids in self.ids])
-
-
-def parse_decode(fields: read.Fields) -> DecodeRequest:
+def parse_decode(fields: read.Fields) -> TokensRequest:
     """Parse a body of `POST /decode`."""
     TeiDecodeBody.check(fields)
     given = read.not_empty(fields.get("ids"), "ids")
     lists = given if isinstance(given[0], list) else [given]
-    return DecodeRequest(
-        model=read.string(fields, "model"),
-        ids=[read.token_ids(ids, f"ids[{index}]", "ids") for index, ids in enumerate(lists)],
+    model = read.string(fields, "model")
+    found = [read.token_ids(ids, f"ids[{index}]", "ids") for index, ids in enumerate(lists)]
+    special = read.flag(fields, "skip_special_tokens") is False
+    return TokensRequest(
+        model=model,
+        ids=found,
         field="ids",
-        special=read.flag(fields, "skip_special_tokens") is False,
+        answer=lambda _, reader, __: orjson.dumps([reader.decode(ids, special) for ids in found]),
         tags=read.tags(fields),
     )
 

@@ -1,7 +1,7 @@
 """vLLM's server beside its embeddings: tokens, pooling, and a body of any of its routes (SageMaker's)."""
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import orjson
@@ -18,34 +18,6 @@ from deployments.errors import InvalidRequestError, MissingCapabilityError
 EMBED = "embed"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizeRequest(TokensRequest):
-    """vLLM's body of `POST /tokenize`."""
-
-    special: bool = True
-    strings: bool = False
-
-    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
-        """Return the ids, their count, and what the model takes."""
-        encoding = reader.read(texts[0], self.special)
-        return orjson.dumps(
-            {
-                "count": len(encoding.ids),
-                "max_model_len": max_model_len,
-                "tokens": encoding.ids,
-                "token_strs": encoding.tokens if self.strings else None,
-            }
-        )
-
-
-class DetokenizeRequest(TokensRequest):
-    """vLLM's body of `POST /detokenize`."""
-
-    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
-        """Return the text, special tokens included."""
-        return orjson.dumps({"prompt": reader.decode(self.ids[0], special=True)})
-
-
 def parse_tokenize(fields: read.Fields) -> TokensRequest:
     """Parse a body of `POST /tokenize`: TEI's has `inputs`, Pharia's says what it wants, or it is vLLM's."""
     if "tokens" in fields or "token_ids" in fields:
@@ -53,13 +25,24 @@ def parse_tokenize(fields: read.Fields) -> TokensRequest:
     if "inputs" in fields:
         return tei.parse_tokenize(fields)
     VllmTokenizeBody.check(fields)
-    return TokenizeRequest(
+    return TokensRequest(
         model=read.string(fields, "model"),
         texts=[read.text(fields, "prompt")],
-        special=read.flag(fields, "add_special_tokens") is not False,
-        strings=read.flag(fields, "return_token_strs") is True,
+        answer=functools.partial(
+            _tokens,
+            special=read.flag(fields, "add_special_tokens") is not False,
+            strings=read.flag(fields, "return_token_strs") is True,
+        ),
         tags=read.tags(fields),
     )
+
+
+def _tokens(texts: Sequence[str], reader: Reader, longest: int, *, special: bool, strings: bool) -> bytes:
+    """Return the ids, their count, and what the model takes."""
+    encoding = reader.read(texts[0], special)
+    strs = encoding.tokens if strings else None
+    answer = {"count": len(encoding.ids), "max_model_len": longest, "tokens": encoding.ids}
+    return orjson.dumps({**answer, "token_strs": strs})
 
 
 def parse_detokenize(fields: read.Fields) -> TokensRequest:
@@ -68,8 +51,12 @@ def parse_detokenize(fields: read.Fields) -> TokensRequest:
         return pharia.parse_detokenize(fields)
     VllmDetokenizeBody.check(fields)
     ids = [read.few_or_no_ids(fields, "tokens")]
-    return DetokenizeRequest(
-        model=read.string(fields, "model"), ids=ids, field="tokens", tags=read.tags(fields)
+    return TokensRequest(
+        model=read.string(fields, "model"),
+        ids=ids,
+        field="tokens",
+        answer=lambda _, reader, __: orjson.dumps({"prompt": reader.decode(ids[0], special=True)}),
+        tags=read.tags(fields),
     )
 
 

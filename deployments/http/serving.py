@@ -36,7 +36,7 @@ from deployments.keys.usage import Usage
 from deployments.logs import Record, RequestLog, spent
 from deployments.metrics import CANCELLED, SUCCESS, Metrics
 from deployments.status.history import History
-from deployments.tracing import current, tracer
+from deployments.tracing import current, stage, tracer
 
 T = TypeVar("T")
 # Reads the fields of a dialect's body, none of them null.
@@ -213,20 +213,16 @@ class Serving:
                 end_trace(trace, counted.model, "" if outcome == SUCCESS else outcome, status)
 
     @contextmanager
-    def _timed(self, stage: str, worker: str | None = None) -> Iterator["_Timed"]:
+    def _timed(self, name: str, worker: str | None = None) -> Iterator["_Timed"]:
         """Time a stage, and count it where the worker is known already."""
-        timed = _Timed()
-        begun = time.perf_counter()  # uvloop's own clock counts milliseconds
-        try:
+        timed, begun = _Timed(), time.perf_counter()  # uvloop's own clock counts milliseconds
+        with stage(name):
             yield timed
-        finally:
-            if (trace := current.get()) is not None:
-                trace.note(stage, begun, time.perf_counter())
         timed.seconds = time.perf_counter() - begun
         if worker is not None:
-            self.metrics.stage_seconds.labels(worker, stage).observe(timed.seconds)
+            self.metrics.stage_seconds.labels(worker, name).observe(timed.seconds)
             if (stages := spent.get()) is not None:
-                stages[stage] = timed.seconds
+                stages[name] = timed.seconds
 
 
 class _Timed:

@@ -159,54 +159,37 @@ def _read_item(item: Any, name: str, param: str) -> str | list[int]:
 # --- tokens ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizeRequest(TokensRequest):
-    """A body of `POST /tokenize`: which of the two lists are wanted."""
-
-    tokens: bool
-    token_ids: bool
-
-    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
-        """Return the lists that were asked for, special tokens included."""
-        encoding = reader.read(texts[0])
-        answer: dict[str, Any] = {}
-        if self.tokens:
-            answer["tokens"] = encoding.tokens
-        if self.token_ids:
-            answer["token_ids"] = encoding.ids
-        return orjson.dumps(answer)
-
-
-def parse_tokenize(fields: read.Fields) -> TokenizeRequest:
-    """Parse the fields of a body of `POST /tokenize`."""
+def parse_tokenize(fields: read.Fields) -> TokensRequest:
+    """Parse the fields of a body of `POST /tokenize`, which says which of two lists are wanted."""
     TokenizeBody.check(fields)
     wanted = {name: read.flag(fields, name) for name in ("tokens", "token_ids")}
     for name, value in wanted.items():
         if value is None:
             raise InvalidRequestError(f"`{name}` is missing", name)
-    return TokenizeRequest(
+
+    def answer(texts: Sequence[str], reader: Reader, _: int) -> bytes:
+        encoding = reader.read(texts[0])
+        found = {"tokens": encoding.tokens, "token_ids": encoding.ids}
+        return orjson.dumps({name: found[name] for name in wanted if wanted[name]})
+
+    return TokensRequest(
         model=read.string(fields, "model"),
         texts=[read.text(fields, "prompt")],
-        tokens=bool(wanted["tokens"]),
-        token_ids=bool(wanted["token_ids"]),
+        answer=answer,
         tags=read.tags(fields),
     )
 
 
-class DetokenizeRequest(TokensRequest):
-    """A body of `POST /detokenize`."""
-
-    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
-        """Return the text, special tokens left out."""
-        return orjson.dumps({"result": reader.decode(self.ids[0])})
-
-
-def parse_detokenize(fields: read.Fields) -> DetokenizeRequest:
+def parse_detokenize(fields: read.Fields) -> TokensRequest:
     """Parse the fields of a body of `POST /detokenize`."""
     DetokenizeBody.check(fields)
     ids = [read.few_or_no_ids(fields, "token_ids")]
-    return DetokenizeRequest(
-        model=read.string(fields, "model"), ids=ids, field="token_ids", tags=read.tags(fields)
+    return TokensRequest(
+        model=read.string(fields, "model"),
+        ids=ids,
+        field="token_ids",
+        answer=lambda _, reader, __: orjson.dumps({"result": reader.decode(ids[0])}),
+        tags=read.tags(fields),
     )
 
 
