@@ -5,7 +5,7 @@ What is wrong with a single line is that line's error and stops no other one.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import orjson
 
@@ -184,8 +184,5 @@ def parse_page(query: Mapping[str, str], default: int, most: int) -> Page:
     limit = read.decimal(query.get("limit", str(default)))
     if limit is None or not 1 <= limit <= most:
         raise InvalidRequestError(f"`limit` must be 1 to {most}", "limit")
-    order = read.choice(query, "order", get_args(Order), "desc")
+    order = read.choice(query, "order", ("asc", "desc"), "desc")
     return Page(limit, query.get("after"), order == "asc")
-
-
-Order = Literal["asc", "desc"]
