@@ -57,8 +57,9 @@ class DialectBody(BaseModel):
     @classmethod
     def check(cls, fields: Mapping[str, Any]) -> None:
         """Raise InvalidRequestError or MissingCapabilityError for the first field that isn't known."""
+        read, aside = cls.model_fields, cls.aside
         for name in fields:
-            if name not in cls.model_fields and name not in cls.aside:
+            if name not in read and name not in aside:
                 raise cls._unknown(name)
 
     @classmethod
