@@ -28,7 +28,8 @@ from hypothesis import strategies as st
 
 from deployments.api.batches import LineError, parse_line
 from deployments.api.upload import Upload
-from deployments.batches.desk import BatchAccess
+from deployments.batches.routes import batch_routes
+from deployments.batches.serving import BatchServing
 from deployments.batches.store import BatchPlace
 from deployments.batches.validation import BatchFailed, make_plan, read_lines
 from deployments.bulk.connection import mistake
@@ -210,7 +211,9 @@ def application(folder: Path) -> FastAPI:
     async def gather() -> list[bytes]:
         return []
 
-    return make_app(serving, gather, batches=BatchAccess(batches, 10_000, lambda: None))
+    return make_app(
+        serving, gather, batches=batch_routes(BatchServing(batches, 10_000, lambda: None, serving))
+    )
 
 
 def routes_of(app: FastAPI) -> Iterator[str]:

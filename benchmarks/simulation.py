@@ -30,7 +30,8 @@ from benchmarks.results import FOLDER
 from benchmarks.scale import NONE
 from benchmarks.workloads import DIMENSION, pool, tokenizer
 from deployments.api.encoding import embedding_texts
-from deployments.api.openai import parse_request
+from deployments.api.fields import read_object
+from deployments.api.openai import parse_fields
 from deployments.config.load import load_workers
 from deployments.dispatch.dispatch import Dispatch
 from deployments.engine.batch import Embedded, TokenBatch
@@ -156,7 +157,7 @@ def measured_costs() -> Costs:
     body = json.dumps({"model": "m", "input": texts}).encode()
     vectors = np.random.default_rng(0).standard_normal((512, DIMENSION)).astype(np.float32)
     # Both runs hold what a dispatch costs once; their difference, what it costs by input.
-    per_input = best(lambda: parse_request(body))
+    per_input = best(lambda: parse_fields(read_object(body)))
     per_input += best(lambda: dispatched(ids, vectors)) - best(lambda: dispatched(ids[:1], vectors))
     return Costs(
         request=roles["ingress"] / 1e6,

@@ -4,11 +4,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-from deployments.command.dashboard import add_dashboard_command
-from deployments.command.embed import add_embed_command
+from deployments.command.dashboard import add_dashboard_command, yaml_text
+from deployments.command.embed import add_embed_command, positive
 from deployments.command.keys import add_keys_command
 from deployments.command.models import add_model_commands
 from deployments.command.status import add_status_command
@@ -24,13 +24,6 @@ from deployments.plan.placement import Machine
 from deployments.plan.plan import make_plans
 
 BUNDLED = Path(__file__).parent / "workers"
-OTHERS = (
-    add_model_commands,
-    add_status_command,
-    add_dashboard_command,
-    add_embed_command,
-    add_keys_command,
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,7 +103,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     if parsed.format == "serve":
         keys = str(Path(parsed.keys).resolve()) if parsed.keys else ""
         front = Front(keys, parsed.insecure, batches=parsed.batches, allow_origins=parsed.allow_origins)
-        print(_yaml(serve_config(plans, str(Path(parsed.path).resolve()), front)), end="")
+        print(yaml_text(serve_config(plans, str(Path(parsed.path).resolve()), front)), end="")
         return 0
     if parsed.format == "rayservice":
         if any(not file.is_file() for file in workers):
@@ -121,8 +114,8 @@ def _plan(parsed: argparse.Namespace) -> int:
         }
         # The keys come from a secret of their own, by the environment.
         front = Front("", parsed.insecure, True, parsed.batches, parsed.allow_origins)
-        inside = _yaml(serve_config(plans, WORKERS_FOLDER, front))
-        print(_yaml(*ray_service(plans, files, parsed.image, inside)), end="")
+        inside = yaml_text(serve_config(plans, WORKERS_FOLDER, front))
+        print(yaml_text(*ray_service(plans, files, parsed.image, inside)), end="")
         return 0
     if parsed.format == "json":
         print(json.dumps([plan.describe() for plan in plans], indent=2, default=str))
@@ -140,24 +133,7 @@ def _serve(parsed: argparse.Namespace) -> int:
     from deployments.command.serve import run
     from deployments.command.summary import ServeArguments
 
-    return run(
-        ServeArguments(
-            parsed.path,
-            parsed.host,
-            parsed.port,
-            parsed.ingress_replicas,
-            parsed.keys,
-            parsed.insecure,
-            parsed.batches,
-            parsed.allow_origins,
-        )
-    )
-
-
-def _yaml(*documents: Any) -> str:
-    import yaml
-
-    return yaml.safe_dump_all(documents, sort_keys=False, width=110)
+    return run(ServeArguments(**{each.name: getattr(parsed, each.name) for each in fields(ServeArguments)}))
 
 
 def _port(text: str) -> int:
@@ -169,14 +145,7 @@ def _port(text: str) -> int:
 
 def _count_or_auto(text: str) -> int:
     """Return a number of processes; 0 for `auto`."""
-    return 0 if text == "auto" else _positive(text)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} isn't a positive number")
-    return number
+    return 0 if text == "auto" else positive(text)
 
 
 if __name__ == "__main__":

@@ -34,14 +34,19 @@ class FileObject(BaseModel):
     expires_at: int | None = Field(None, description="When it is removed.")
 
 
-class FileList(BaseModel):
-    """A part of the files."""
+class Listing(BaseModel):
+    """A part of what there is, with the ids of its ends."""
 
     object: Literal["list"] = "list"
-    data: list[FileObject]
     first_id: str | None
     last_id: str | None
     has_more: bool
+
+
+class FileList(Listing):
+    """A part of the files."""
+
+    data: list[FileObject]
 
 
 class DeletedFile(BaseModel):
@@ -125,14 +130,10 @@ class Batch(BaseModel):
     metadata: Metadata | None = None
 
 
-class BatchList(BaseModel):
+class BatchList(Listing):
     """A part of the batches, the newest first."""
 
-    object: Literal["list"] = "list"
     data: list[Batch]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class OutputExpiry(BaseModel):

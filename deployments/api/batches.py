@@ -5,7 +5,7 @@ What is wrong with a single line is that line's error and stops no other one.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import orjson
 
@@ -35,9 +35,8 @@ class NewBatch:
     output_seconds: int | None
 
 
-def parse_create(body: read.Body) -> NewBatch:
+def parse_create(fields: read.Fields) -> NewBatch:
     """Parse a body. Raises InvalidRequestError whose `param` names the field."""
-    fields = read.read_object(body)
     file_id = read.required_string(fields, "input_file_id")
     read.required_string(fields, "endpoint")
     read.choice(fields, "endpoint", (ENDPOINT,), ENDPOINT)
@@ -185,8 +184,5 @@ def parse_page(query: Mapping[str, str], default: int, most: int) -> Page:
     limit = read.decimal(query.get("limit", str(default)))
     if limit is None or not 1 <= limit <= most:
         raise InvalidRequestError(f"`limit` must be 1 to {most}", "limit")
-    order = read.choice(query, "order", get_args(Order), "desc")
+    order = read.choice(query, "order", ("asc", "desc"), "desc")
     return Page(limit, query.get("after"), order == "asc")
-
-
-Order = Literal["asc", "desc"]

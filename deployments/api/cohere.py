@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 import orjson
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deployments.api import fields as read
 from deployments.api.encoding import EmbedDtype, base64_rows, check_dtype, convert, json_rows
 from deployments.api.fields import Count, Text
-from deployments.api.known import COHERE
+from deployments.api.known import ModelBody
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
@@ -72,11 +72,6 @@ def is_mine(fields: Mapping[str, Any]) -> bool:
     return items or any(name in fields for name in ("texts", "images", "embedding_types", "input_type"))
 
 
-def parse_request(body: read.Body) -> CohereRequest:
-    """Parse a body of `POST /v2/embed`."""
-    return parse_fields(read.read_object(body))
-
-
 def parse_first(fields: Mapping[str, Any]) -> CohereRequest:
     """Parse the fields of a body of version 1, whose answer is a bare list unless types are named."""
     request = parse_fields(fields)
@@ -85,8 +80,8 @@ def parse_first(fields: Mapping[str, Any]) -> CohereRequest:
 
 
 def parse_fields(fields: Mapping[str, Any]) -> CohereRequest:
-    """Parse the fields of a body."""
-    COHERE.check(fields)
+    """Parse the fields of a body of `POST /v2/embed`."""
+    CohereBody.check(fields)
     texts, field = _read_texts(fields)
     types = read.not_empty(fields.get("embedding_types", ["float"]), "embedding_types")
     if any(kind not in EMBEDDING_TYPES for kind in types if isinstance(kind, str)) or not all(
@@ -166,28 +161,25 @@ class Input(BaseModel):
     content: list[Content] = Field(json_schema_extra={"contains": {"properties": {"text": {"minLength": 1}}}})
 
 
-class CohereBody(BaseModel):
+class CohereBody(ModelBody):
     """The body of `POST /v2/embed`. Fields that are null count as absent."""
 
-    model_config = ConfigDict(
-        title="CohereEmbedRequest",
-        json_schema_extra=COHERE.describe(
-            examples=[
-                {
-                    "model": "all-minilm-l6-v2",
-                    "texts": ["Hello"],
-                    "input_type": "search_query",
-                    "embedding_types": ["float"],
-                }
-            ],
-            oneOf=[
-                {"required": [one], "properties": {one: {"type": "array"}, other: {"type": "null"}}}
-                for one, other in (("texts", "inputs"), ("inputs", "texts"))
-            ],
-        ),
-    )
+    model_config = ConfigDict(title="CohereEmbedRequest")
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [
+            {
+                "model": "all-minilm-l6-v2",
+                "texts": ["Hello"],
+                "input_type": "search_query",
+                "embedding_types": ["float"],
+            }
+        ],
+        "oneOf": [
+            {"required": [one], "properties": {one: {"type": "array"}, other: {"type": "null"}}}
+            for one, other in (("texts", "inputs"), ("inputs", "texts"))
+        ],
+    }
 
-    model: Text | None = Field(None, description="May be left out where there is only one.")
     input_type: Text | None = Field(
         None,
         description="search_document, search_query, classification, clustering, or a prompt of the model",
@@ -203,7 +195,6 @@ class CohereBody(BaseModel):
     output_dimension: Count | None = None
     max_tokens: Count | None = Field(None, description="Cut each text to that many.")
     truncate: Literal["NONE", "START", "END"] | None = Field("END", description="Which side is cut.")
-    tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
 
 
 class CohereFloats(BaseModel):

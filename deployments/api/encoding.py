@@ -24,6 +24,8 @@ INT8_MAX = 127
 # What rounding leaves of a length of 1 in float32.
 UNIT_TOLERANCE = 1e-6
 BITS = 8
+# To turn this bit adds 128 or takes it off.
+SIGN = 0x80
 
 
 def truncate(vectors: np.ndarray, dimensions: int | None, unit: bool = True) -> np.ndarray:
@@ -65,11 +67,11 @@ def convert(vectors: np.ndarray, dtype: EmbedDtype) -> np.ndarray:
         case "int8" | "uint8":
             largest = np.abs(vectors).max(axis=1, keepdims=True)
             scaled = np.divide(vectors * INT8_MAX, largest, out=np.zeros_like(vectors), where=largest > 0)
-            small = np.rint(scaled).astype(np.int8)
-            return small if dtype == "int8" else _unsigned(small)
+            small: np.ndarray = np.rint(scaled).astype(np.int8)
+            return small if dtype == "int8" else small.view(np.uint8) ^ SIGN
         case "binary" | "ubinary":
             packed = np.packbits(vectors > 0, axis=1)
-            return packed if dtype == "ubinary" else _signed(packed)
+            return packed if dtype == "ubinary" else (packed ^ SIGN).view(np.int8)
 
 
 def _eight_bits(vectors: np.ndarray, dtype: Literal["fp8_e4m3", "fp8_e5m2"]) -> np.ndarray:
@@ -95,16 +97,6 @@ def check_dtype(dtype: EmbedDtype, dimension: int, param: str) -> None:
     """Raise InvalidRequestError for bits that don't fill bytes."""
     if dtype in ("binary", "ubinary") and dimension % BITS:
         raise InvalidRequestError(f"{dimension} dimensions can't be packed into bytes", param)
-
-
-def _signed(array: np.ndarray) -> np.ndarray:
-    """Return uint8 less 128, as int8: its highest bit turned."""
-    return (array ^ 0x80).view(np.int8)
-
-
-def _unsigned(array: np.ndarray) -> np.ndarray:
-    """Return int8 plus 128, as uint8."""
-    return array.view(np.uint8) ^ 0x80
 
 
 def json_rows(array: np.ndarray) -> list[bytes]:

@@ -1,14 +1,16 @@
-"""What each dialect knows of a request's fields: the one table.
+"""What each dialect knows of a request's fields: the base of all bodies.
 
 A field is read, or it is known to change no vector and set aside; whatever else a body holds is refused by
 its name. Nothing is ignored that may change a vector, whoever made it up, and a slip of the pen is told.
 """
 
-import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from deployments.api.fields import Text
+from deployments.config.explain import did_you_mean
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
 # Who asks, how the answer is paid for, found again, cached or waited for: of OpenAI's API, of the gateways
@@ -38,74 +40,51 @@ MISSING = {
 }
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """The fields of a dialect's body: those that are `read`, and those that are set `aside`."""
+LONGEST_NAME = 64
 
-    read: frozenset[str]
-    aside: frozenset[str] = ASIDE
 
-    def check(self, fields: Mapping[str, Any]) -> None:
+class DialectBody(BaseModel):
+    """A body: its fields are read, and stand in the OpenAPI document; those that are `aside` change nothing.
+
+    `described` is what else the document says of it.
+    """
+
+    model_config = ConfigDict(json_schema_extra=lambda schema, body: body.complete(schema))
+
+    aside: ClassVar[frozenset[str]] = ASIDE
+    described: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def check(cls, fields: Mapping[str, Any]) -> None:
         """Raise InvalidRequestError or MissingCapabilityError for the first field that isn't known."""
+        read, aside = cls.model_fields, cls.aside
         for name in fields:
-            if name not in self.read and name not in self.aside:
-                raise self._unknown(name)
+            if name not in read and name not in aside:
+                raise cls._unknown(name)
 
-    def _unknown(self, name: str) -> InvalidRequestError:
+    @classmethod
+    def _unknown(cls, name: str) -> InvalidRequestError:
         shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
         if name in MISSING:
             return MissingCapabilityError(f"`{name}`: {MISSING[name]}", name)
-        near = difflib.get_close_matches(name[:LONGEST_NAME], sorted(self.read), 1)
-        meant = f"; did you mean `{near[0]}`?" if near else ""
+        meant = did_you_mean(name[:LONGEST_NAME], sorted(cls.model_fields))
         return InvalidRequestError(
             f"`{shown}` isn't known here, and may change the vectors{meant}", shown or "body"
         )
 
-    def describe(self, **more: Any) -> Callable[[dict[str, Any]], None]:
-        """Return what completes a schema of the fields that are read, for the OpenAPI document."""
-
-        def complete(schema: dict[str, Any]) -> None:
-            for name in sorted(self.aside - schema["properties"].keys()):
-                schema["properties"][name] = {"description": "Accepted and not used."}
-            schema.update(additionalProperties={"type": "null"}, **more)
-
-        return complete
+    @classmethod
+    def complete(cls, schema: dict[str, Any]) -> None:
+        """Say in a schema of the fields that are read what else there may be."""
+        for name in sorted(cls.aside - schema["properties"].keys()):
+            schema["properties"][name] = {"description": "Accepted and not used."}
+        schema.update(additionalProperties={"type": "null"}, **cls.described)
 
 
-LONGEST_NAME = 64
-COMMON = frozenset(("model", "tags"))
-PROMPT = frozenset(("input_type", "prompt_name"))
-VLLM = frozenset(
-    (
-        *("truncate_prompt_tokens", "truncation_side", "add_special_tokens", "use_activation", "padding"),
-        *("embed_dtype", "endianness"),
+class ModelBody(DialectBody):
+    """A body that asks a model. Fields that are null count as absent."""
+
+    model: Text | None = Field(
+        None,
+        description="One of the names that `GET /models` lists; may be left out where there is only one.",
     )
-)
-OPENAI = Dialect(
-    COMMON | PROMPT | VLLM | {"input", "encoding_format", "dimensions", "normalize", "normalized", "truncate"}
-)
-COHERE = Dialect(
-    COMMON
-    | {"texts", "inputs", "images", "input_type", "embedding_types", "truncate", "max_tokens"}
-    | {"output_dimension"}
-)
-TEI = Dialect(
-    COMMON | {"inputs", "normalize", "truncate", "truncation_direction", "prompt_name", "dimensions"},
-    ASIDE | {"options"},  # of Hugging Face's hosted endpoints: whether to wait, and to cache
-)
-EMBED = COMMON | {"normalize", "contextual_control_threshold"}
-PHARIA_ASIDE = ASIDE | {"control_log_additive"}
-SEMANTIC = EMBED | {"representation", "compress_to_size"}
-TOKENIZE = {"prompt", "add_special_tokens", "return_token_strs"}
-VLLM_TOKENIZE, VLLM_DETOKENIZE = Dialect(COMMON | TOKENIZE), Dialect(COMMON | {"tokens"})
-POOLING = Dialect(OPENAI.read | {"task"})
-TEI_TOKENIZE = Dialect(COMMON | {"inputs", "add_special_tokens", "prompt_name"})
-TEI_DECODE = Dialect(COMMON | {"ids", "skip_special_tokens"})
-TEI_SIMILARITY = Dialect(COMMON | {"inputs", "parameters"})
-TEI_PAIRS = Dialect(frozenset(("source_sentence", "sentences")), frozenset())
-TEI_PARAMETERS = Dialect(frozenset(("truncate", "truncation_direction", "prompt_name")), frozenset())
-PHARIA_TOKENIZE = Dialect(COMMON | {"prompt", "tokens", "token_ids"})
-PHARIA_DETOKENIZE = Dialect(COMMON | {"token_ids"})
-PHARIA_SEMANTIC = Dialect(SEMANTIC | {"prompt"}, PHARIA_ASIDE)
-PHARIA_BATCH = Dialect(SEMANTIC | {"prompts"}, PHARIA_ASIDE)
-PHARIA_INSTRUCTABLE = Dialect(EMBED | {"input", "instruction"}, PHARIA_ASIDE)
+    tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")

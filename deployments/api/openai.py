@@ -24,11 +24,10 @@ from deployments.api.encoding import (
     numbers,
 )
 from deployments.api.fields import Count, Inputs, Text, Written
-from deployments.api.known import OPENAI
+from deployments.api.known import ModelBody
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Raw, Truncation
 from deployments.errors import InvalidRequestError
 
-MODEL = "One of the names that `GET /models` lists; may be left out where there is only one."
 # vLLM's names for what is dropped, and ours.
 SIDES: dict[str, Truncation] = {"left": "start", "right": "end"}
 # vLLM's way to say: as many as the model takes.
@@ -121,13 +120,11 @@ class OpenAIRequest(EmbeddingRequest):
         return answer
 
 
-def parse_request(body: read.Body) -> OpenAIRequest:
-    """Parse a body. Raises InvalidRequestError whose `param` names the field."""
-    return parse_fields(read.read_object(body), FORMATS)
+def parse_fields(fields: read.Fields, formats: Sequence[str] = FORMATS) -> OpenAIRequest:
+    """Parse a body's fields, among which none is null, into a request whose answer has one of the formats.
 
-
-def parse_fields(fields: read.Fields, formats: Sequence[str] = JSON_FORMATS) -> OpenAIRequest:
-    """Parse a body's fields, among which none is null, into a request whose answer has one of the formats."""
+    Raises InvalidRequestError whose `param` names the field.
+    """
     options = {} if fields.keys() <= USUAL else _parse_options(fields)
     if "input" not in fields:
         raise InvalidRequestError("`input` is missing", "input")
@@ -151,7 +148,7 @@ def _parse_format(fields: Mapping[str, Any], formats: Sequence[str]) -> Encoding
 
 def _parse_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the fields ask for that few clients send. Raises for those that nobody knows."""
-    OPENAI.check(fields)
+    EmbeddingRequestBody.check(fields)
     read.choice(fields, "padding", PADDING, PADDING[0])
     truncation, longest = _parse_truncation(fields)
     unit = {name: read.flag(fields, name) for name in UNIT if name in fields}
@@ -192,17 +189,14 @@ def _parse_prompt(fields: Mapping[str, Any]) -> Prompt | None:
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
 
 
-class EmbeddingRequestBody(BaseModel):
+class EmbeddingRequestBody(ModelBody):
     """The body of `POST /embeddings`. Fields that are null count as absent."""
 
-    model_config = ConfigDict(
-        title="EmbeddingRequest",
-        json_schema_extra=OPENAI.describe(
-            examples=[{"model": "all-minilm-l6-v2", "input": ["Hello", "world"]}]
-        ),
-    )
+    model_config = ConfigDict(title="EmbeddingRequest")
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [{"model": "all-minilm-l6-v2", "input": ["Hello", "world"]}]
+    }
 
-    model: Text | None = Field(None, description=MODEL)
     input: Inputs = Field(
         description="A text, several texts, one text's token ids, or several texts' token ids."
     )
@@ -214,7 +208,6 @@ class EmbeddingRequestBody(BaseModel):
     dimensions: Count | Written | None = Field(
         None, description="Shorter vectors, where the model allows it."
     )
-    tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
     input_type: str | None = Field(
         None, description="Puts the model's prompt of that name before each text: `query`, `document`, …"
     )

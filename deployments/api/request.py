@@ -1,7 +1,7 @@
 """What every dialect's body becomes, and what its answers are made of: the seam between format and work."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -95,16 +95,17 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokensRequest(ABC):
-    """A parsed request for tokens: of `texts`, or the text of `ids`. A dialect adds how to answer."""
+class TokensRequest:
+    """A parsed request for tokens: of `texts`, or the text of `ids`.
 
+    `answer` makes the JSON answer in the dialect of the request: of its texts, with the model's prompt before
+    each, the model's tokenizer, and the most tokens that the model takes.
+    """
+
+    answer: Callable[[Sequence[str], Reader, int], bytes]
     model: str | None = None
     texts: Sequence[str] = ()
     ids: Sequence[Sequence[int]] = ()
     field: str = "prompt"
     prompt: Prompt | None = None
     tags: frozenset[str] = frozenset()
-
-    @abstractmethod
-    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
-        """Return the JSON answer; `texts` are its own with the model's prompt before each."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,7 +12,7 @@ from deployments.api import cohere, pharia
 from deployments.api import fields as read
 from deployments.api.encoding import json_rows
 from deployments.api.fields import Count, Inputs, Text, TokenIds
-from deployments.api.known import TEI, TEI_DECODE, TEI_PAIRS, TEI_PARAMETERS, TEI_SIMILARITY, TEI_TOKENIZE
+from deployments.api.known import ASIDE, DialectBody, ModelBody
 from deployments.api.request import (
     EmbeddingRequest,
     EmbeddingResult,
@@ -35,14 +35,9 @@ class TeiRequest(EmbeddingRequest):
         return b"[%b]" % b",".join(json_rows(result.vectors))
 
 
-def is_mine(fields: Mapping[str, Any]) -> bool:
-    """Whether a body of `POST /embed` is this dialect's."""
-    return "inputs" in fields
-
-
 def parse_fields(fields: Mapping[str, Any]) -> TeiRequest:
     """Parse the fields of a body."""
-    TEI.check(fields)
+    TeiBody.check(fields)
     texts, ids = read.texts_or_ids(fields.get("inputs"), "inputs")
     unit = read.flag(fields, "normalize")
     return TeiRequest(
@@ -80,14 +75,13 @@ class SimilarityRequest(EmbeddingRequest):
         return b"[%b]" % b",".join(orjson.dumps(float(each @ source)) for each in others)
 
 
-def parse_similarity(body: read.Body) -> SimilarityRequest:
+def parse_similarity(fields: read.Fields) -> SimilarityRequest:
     """Parse a body of `POST /similarity`."""
-    fields = read.read_object(body)
-    TEI_SIMILARITY.check(fields)
+    SimilarityBody.check(fields)
     pair = _object(fields, "inputs")
-    TEI_PAIRS.check(pair)
+    Pairs.check(pair)
     options = _object(fields, "parameters") if "parameters" in fields else {}
-    TEI_PARAMETERS.check(options)
+    Parameters.check(options)
     others = read.not_empty(pair.get("sentences"), "sentences")
     read.check_texts(others, "sentences")
     return SimilarityRequest(
@@ -108,18 +102,8 @@ def _object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
     return read.present(value)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizeRequest(TokensRequest):
-    """The body of `POST /tokenize` with `inputs`."""
-
-    special: bool = True
-
-    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
-        """Return each text's tokens: id, text, and where it stands, in characters."""
-        return orjson.dumps([_tokens(text, reader.read(text, self.special)) for text in texts])
-
-
 def _tokens(text: str, encoding: Encoding) -> list[dict[str, Any]]:
+    """Return a text's tokens: id, text, and where it stands, in characters."""
     parts = zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True)
     return [
         {"id": token, "text": name, "special": True, "start": None, "stop": None}
@@ -129,49 +113,44 @@ def _tokens(text: str, encoding: Encoding) -> list[dict[str, Any]]:
     ]
 
 
-def parse_tokenize(fields: Mapping[str, Any]) -> TokenizeRequest:
-    """Parse the fields of a body of `POST /tokenize`."""
-    TEI_TOKENIZE.check(fields)
+def parse_tokenize(fields: Mapping[str, Any]) -> TokensRequest:
+    """Parse the fields of a body of `POST /tokenize` with `inputs`."""
+    TeiTokenizeBody.check(fields)
     texts = [fields["inputs"]] if isinstance(fields["inputs"], str) else read.strings(fields, "inputs")
-    return TokenizeRequest(
-        model=read.string(fields, "model"),
+    model, special = read.string(fields, "model"), read.flag(fields, "add_special_tokens") is not False
+
+    def answer(texts: Sequence[str], reader: Reader, _: int) -> bytes:
+        return orjson.dumps([_tokens(text, reader.read(text, special)) for text in texts])
+
+    return TokensRequest(
+        model=model,
         texts=texts,
         field="inputs",
-        special=read.flag(fields, "add_special_tokens") is not False,
+        answer=answer,
         prompt=_prompt(fields),
         tags=read.tags(fields),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecodeRequest(TokensRequest):
-    """The body of `POST /decode`."""
-
-    special: bool = False
-
-    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
-        """Return the text of each list of ids."""
-        return orjson.dumps([reader.decode(ids, self.special) for ids in self.ids])
-
-
-def parse_decode(body: read.Body) -> DecodeRequest:
+def parse_decode(fields: read.Fields) -> TokensRequest:
     """Parse a body of `POST /decode`."""
-    fields = read.read_object(body)
-    TEI_DECODE.check(fields)
+    TeiDecodeBody.check(fields)
     given = read.not_empty(fields.get("ids"), "ids")
     lists = given if isinstance(given[0], list) else [given]
-    return DecodeRequest(
-        model=read.string(fields, "model"),
-        ids=[read.token_ids(ids, f"ids[{index}]", "ids") for index, ids in enumerate(lists)],
+    model = read.string(fields, "model")
+    found = [read.token_ids(ids, f"ids[{index}]", "ids") for index, ids in enumerate(lists)]
+    special = read.flag(fields, "skip_special_tokens") is False
+    return TokensRequest(
+        model=model,
+        ids=found,
         field="ids",
-        special=read.flag(fields, "skip_special_tokens") is False,
+        answer=lambda _, reader, __: orjson.dumps([reader.decode(ids, special) for ids in found]),
         tags=read.tags(fields),
     )
 
 
-def refuse_unpooled(body: read.Body) -> EmbeddingRequest:
+def refuse_unpooled(_: read.Fields) -> EmbeddingRequest:
     """Refuse a body of `POST /embed_all` or `/embed_sparse`."""
-    read.read_object(body)
     raise MissingCapabilityError(
         "no model here gives vectors of single tokens, or sparse ones; /embed gives one for each input"
     )
@@ -180,24 +159,22 @@ def refuse_unpooled(body: read.Body) -> EmbeddingRequest:
 # --- the same format as a model, for the OpenAPI document only -------------------------------------
 
 
-class TeiBody(BaseModel):
+class TeiBody(ModelBody):
     """The body of text-embeddings-inference's `POST /embed`. Fields that are null count as absent."""
 
-    model_config = ConfigDict(
-        title="TeiEmbedRequest",
-        json_schema_extra=TEI.describe(
-            examples=[{"model": "all-minilm-l6-v2", "inputs": ["Hello", "world"]}]
-        ),
-    )
+    model_config = ConfigDict(title="TeiEmbedRequest")
+    # Of Hugging Face's hosted endpoints: whether to wait, and to cache.
+    aside = ASIDE | {"options"}
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [{"model": "all-minilm-l6-v2", "inputs": ["Hello", "world"]}]
+    }
 
     inputs: Inputs
-    model: Text | None = Field(None, description="May be left out where there is only one.")
     normalize: bool | None = True
     truncate: bool | None = Field(None, description="Default: as the worker file says.")
     truncation_direction: Literal["Left", "Right"] | None = "Right"
     prompt_name: Text | None = None
     dimensions: Count | None = None
-    tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
     # With any of these a body is Cohere's.
     texts: None = None
     images: None = None
@@ -205,53 +182,46 @@ class TeiBody(BaseModel):
     input_type: None = None
 
 
-class Pairs(BaseModel):
+class Pairs(DialectBody):
     """What is compared."""
 
-    model_config = ConfigDict(json_schema_extra=TEI_PAIRS.describe())
+    aside = frozenset()
 
     source_sentence: Text
     sentences: Annotated[list[Text], Field(min_length=1)]
 
 
-class Parameters(BaseModel):
+class Parameters(DialectBody):
     """How it is read."""
 
-    model_config = ConfigDict(json_schema_extra=TEI_PARAMETERS.describe())
+    aside = frozenset()
 
     truncate: bool | None = None
     truncation_direction: Literal["Left", "Right"] | None = "Right"
     prompt_name: Text | None = None
 
 
-class SimilarityBody(BaseModel):
+class SimilarityBody(ModelBody):
     """The body of text-embeddings-inference's `POST /similarity`."""
 
-    model_config = ConfigDict(
-        title="TeiSimilarityRequest",
-        json_schema_extra=TEI_SIMILARITY.describe(
-            examples=[{"inputs": {"source_sentence": "Hello", "sentences": ["Hi", "Goodbye"]}}]
-        ),
-    )
+    model_config = ConfigDict(title="TeiSimilarityRequest")
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [{"inputs": {"source_sentence": "Hello", "sentences": ["Hi", "Goodbye"]}}]
+    }
 
     inputs: Pairs
     parameters: Parameters | None = None
-    model: Text | None = None
-    tags: list[Text] | None = None
 
 
-class TeiTokenizeBody(BaseModel):
+class TeiTokenizeBody(ModelBody):
     """text-embeddings-inference's body of `POST /tokenize`."""
 
-    model_config = ConfigDict(
-        title="TeiTokenizeRequest", json_schema_extra=TEI_TOKENIZE.describe(examples=[{"inputs": "Hello"}])
-    )
+    model_config = ConfigDict(title="TeiTokenizeRequest")
+    described: ClassVar[dict[str, Any]] = {"examples": [{"inputs": "Hello"}]}
 
     inputs: str | list[Text]
     add_special_tokens: bool | None = True
     prompt_name: Text | None = None
-    model: Text | None = None
-    tags: list[Text] | None = None
     # With either of these a body is Pharia's.
     tokens: None = None
     token_ids: None = None
@@ -267,29 +237,21 @@ class Token(BaseModel):
     stop: int | None
 
 
-class TeiDecodeBody(BaseModel):
+class TeiDecodeBody(ModelBody):
     """The body of text-embeddings-inference's `POST /decode`."""
 
-    model_config = ConfigDict(
-        title="TeiDecodeRequest", json_schema_extra=TEI_DECODE.describe(examples=[{"ids": [101, 7592, 102]}])
-    )
+    model_config = ConfigDict(title="TeiDecodeRequest")
+    described: ClassVar[dict[str, Any]] = {"examples": [{"ids": [101, 7592, 102]}]}
 
     ids: TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
     skip_special_tokens: bool | None = True
-    model: Text | None = None
-    tags: list[Text] | None = None
 
 
-def parse_any(body: read.Body) -> EmbeddingRequest:
+def parse_any(fields: read.Fields) -> EmbeddingRequest:
     """Parse a body of `POST /embed`, whichever dialect it is; Pharia's asks for what vLLM can't do."""
-    return parse_any_fields(read.read_object(body))
-
-
-def parse_any_fields(fields: read.Fields) -> EmbeddingRequest:
-    """Parse the fields of such a body."""
     if cohere.is_mine(fields):
         return cohere.parse_first(fields)
-    if is_mine(fields):
+    if "inputs" in fields:
         return parse_fields(fields)
     if "prompt" in fields or "layers" in fields:
         pharia.refuse_raw(fields)

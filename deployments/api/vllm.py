@@ -1,16 +1,16 @@
 """vLLM's server beside its embeddings: tokens, pooling, and a body of any of its routes (SageMaker's)."""
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api import fields as read
 from deployments.api import openai, pharia, tei
-from deployments.api.fields import Text, TokenId
-from deployments.api.known import CHAT, POOLING, VLLM_DETOKENIZE, VLLM_TOKENIZE
+from deployments.api.fields import TokenId
+from deployments.api.known import CHAT, ModelBody
 from deployments.api.request import EmbeddingRequest, Reader, TokensRequest
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
@@ -18,60 +18,45 @@ from deployments.errors import InvalidRequestError, MissingCapabilityError
 EMBED = "embed"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizeRequest(TokensRequest):
-    """vLLM's body of `POST /tokenize`."""
-
-    special: bool = True
-    strings: bool = False
-
-    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
-        """Return the ids, their count, and what the model takes."""
-        encoding = reader.read(texts[0], self.special)
-        return orjson.dumps(
-            {
-                "count": len(encoding.ids),
-                "max_model_len": max_model_len,
-                "tokens": encoding.ids,
-                "token_strs": encoding.tokens if self.strings else None,
-            }
-        )
-
-
-class DetokenizeRequest(TokensRequest):
-    """vLLM's body of `POST /detokenize`."""
-
-    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
-        """Return the text, special tokens included."""
-        return orjson.dumps({"prompt": reader.decode(self.ids[0], special=True)})
-
-
-def parse_tokenize(body: read.Body) -> TokensRequest:
+def parse_tokenize(fields: read.Fields) -> TokensRequest:
     """Parse a body of `POST /tokenize`: TEI's has `inputs`, Pharia's says what it wants, or it is vLLM's."""
-    fields = read.read_object(body)
     if "tokens" in fields or "token_ids" in fields:
         return pharia.parse_tokenize(fields)
     if "inputs" in fields:
         return tei.parse_tokenize(fields)
-    VLLM_TOKENIZE.check(fields)
-    return TokenizeRequest(
+    VllmTokenizeBody.check(fields)
+    return TokensRequest(
         model=read.string(fields, "model"),
         texts=[read.text(fields, "prompt")],
-        special=read.flag(fields, "add_special_tokens") is not False,
-        strings=read.flag(fields, "return_token_strs") is True,
+        answer=functools.partial(
+            _tokens,
+            special=read.flag(fields, "add_special_tokens") is not False,
+            strings=read.flag(fields, "return_token_strs") is True,
+        ),
         tags=read.tags(fields),
     )
 
 
-def parse_detokenize(body: read.Body) -> TokensRequest:
+def _tokens(texts: Sequence[str], reader: Reader, longest: int, *, special: bool, strings: bool) -> bytes:
+    """Return the ids, their count, and what the model takes."""
+    encoding = reader.read(texts[0], special)
+    strs = encoding.tokens if strings else None
+    answer = {"count": len(encoding.ids), "max_model_len": longest, "tokens": encoding.ids}
+    return orjson.dumps({**answer, "token_strs": strs})
+
+
+def parse_detokenize(fields: read.Fields) -> TokensRequest:
     """Parse a body of `POST /detokenize`: vLLM's holds `tokens`, Pharia's `token_ids`."""
-    fields = read.read_object(body)
     if "tokens" not in fields:
         return pharia.parse_detokenize(fields)
-    VLLM_DETOKENIZE.check(fields)
+    VllmDetokenizeBody.check(fields)
     ids = [read.few_or_no_ids(fields, "tokens")]
-    return DetokenizeRequest(
-        model=read.string(fields, "model"), ids=ids, field="tokens", tags=read.tags(fields)
+    return TokensRequest(
+        model=read.string(fields, "model"),
+        ids=ids,
+        field="tokens",
+        answer=lambda _, reader, __: orjson.dumps({"prompt": reader.decode(ids[0], special=True)}),
+        tags=read.tags(fields),
     )
 
 
@@ -82,41 +67,35 @@ class PoolingRequest(openai.OpenAIRequest):
     item = b'{"object":"pooling","index":%d,"data":%b}'
 
 
-def parse_pooling(body: read.Body) -> PoolingRequest:
+def parse_pooling(fields: read.Fields) -> PoolingRequest:
     """Parse a body of `POST /pooling`; what isn't pooled, token by token, no engine here gives."""
-    fields = read.read_object(body)
     if fields.get("task", EMBED) != EMBED:
         raise MissingCapabilityError("no model here has another task than `embed`", "task")
     if "dimensions" in fields:
         raise InvalidRequestError("`dimensions` isn't taken here; /embeddings takes it", "dimensions")
     rest = {name: value for name, value in fields.items() if name != "task"}
-    return PoolingRequest(**vars(openai.parse_fields(rest, openai.FORMATS)))
+    return PoolingRequest(**vars(openai.parse_fields(rest)))
 
 
-def parse_invocation(body: read.Body) -> EmbeddingRequest:
+def parse_invocation(fields: read.Fields) -> EmbeddingRequest:
     """Parse a body of `POST /invocations`: that of whichever route it fits."""
-    fields = read.read_object(body)
     if "input" in fields or any(name in fields for name in CHAT):
-        return openai.parse_fields(fields, openai.FORMATS)
-    return tei.parse_any_fields(fields)
+        return openai.parse_fields(fields)
+    return tei.parse_any(fields)
 
 
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
 
 
-class VllmTokenizeBody(BaseModel):
+class VllmTokenizeBody(ModelBody):
     """vLLM's body of `POST /tokenize`. Fields that are null count as absent."""
 
-    model_config = ConfigDict(
-        title="VllmTokenizeRequest",
-        json_schema_extra=VLLM_TOKENIZE.describe(examples=[{"model": "all-minilm-l6-v2", "prompt": "Hello"}]),
-    )
+    model_config = ConfigDict(title="VllmTokenizeRequest")
+    described: ClassVar[dict[str, Any]] = {"examples": [{"model": "all-minilm-l6-v2", "prompt": "Hello"}]}
 
-    model: Text | None = Field(None, description=openai.MODEL)
     prompt: str
     add_special_tokens: bool | None = True
     return_token_strs: bool | None = False
-    tags: list[Text] | None = None
     # With any of these a body is Pharia's, or text-embeddings-inference's.
     tokens: None = None
     token_ids: None = None
@@ -132,19 +111,15 @@ class VllmTokenizeResponse(BaseModel):
     token_strs: list[str] | None = None
 
 
-class VllmDetokenizeBody(BaseModel):
+class VllmDetokenizeBody(ModelBody):
     """vLLM's body of `POST /detokenize`."""
 
-    model_config = ConfigDict(
-        title="VllmDetokenizeRequest",
-        json_schema_extra=VLLM_DETOKENIZE.describe(
-            examples=[{"model": "all-minilm-l6-v2", "tokens": [101, 7592, 102]}]
-        ),
-    )
+    model_config = ConfigDict(title="VllmDetokenizeRequest")
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [{"model": "all-minilm-l6-v2", "tokens": [101, 7592, 102]}]
+    }
 
-    model: Text | None = Field(None, description=openai.MODEL)
     tokens: list[TokenId]
-    tags: list[Text] | None = None
 
 
 class VllmDetokenizeResponse(BaseModel):
@@ -156,10 +131,8 @@ class VllmDetokenizeResponse(BaseModel):
 class PoolingBody(openai.EmbeddingRequestBody):
     """The body of vLLM's `POST /pooling`."""
 
-    model_config = ConfigDict(
-        title="PoolingRequest",
-        json_schema_extra=POOLING.describe(examples=[{"model": "all-minilm-l6-v2", "input": ["Hello"]}]),
-    )
+    model_config = ConfigDict(title="PoolingRequest")
+    described: ClassVar[dict[str, Any]] = {"examples": [{"model": "all-minilm-l6-v2", "input": ["Hello"]}]}
 
     task: Literal["embed"] | None = Field(None, description="No model here has another one.")
     dimensions: None = Field(None, description="`/embeddings` takes it.")

@@ -9,18 +9,12 @@ from ray.serve.handle import DeploymentHandle
 from deployments.batches.lines import Bulk
 from deployments.batches.runner import Runner
 from deployments.batches.store import BatchPlace
-from deployments.dispatch.catalog import Catalog
-from deployments.dispatch.workers import Workers
 from deployments.errors import EmbeddingError
-from deployments.http.ingress import AccessSettings
-from deployments.http.serving import Serving
-from deployments.keys.usage import Counts
-from deployments.metrics import Metrics
+from deployments.http.ingress import AccessSettings, Sender
 from deployments.priority import in_background
-from deployments.status.history import Minutes
 
 
-class BatchRunner:
+class BatchRunner(Sender):
     """Runs what waits in the storage, from its start on."""
 
     def __init__(
@@ -30,8 +24,7 @@ class BatchRunner:
         in_background()
         access = access_settings.access()
         # No body is read here: what the lines hold was bounded when their file came.
-        self._serving = Serving(Catalog({}), Metrics(), 0, access.rates if access else None)
-        self._workers = Workers(handles, self._serving.catalog, self._serving.metrics)
+        super().__init__(handles, 0, access)
         keys = access.ring if access else None
         self._runner = Runner(place.open().files, Bulk(self._serving).embed, keys, place.keep_seconds)
         self._task: asyncio.Task[None] | None = None
@@ -51,15 +44,3 @@ class BatchRunner:
     async def wake(self) -> None:
         """Look at once: there is a new batch, or one to cancel."""
         self._runner.wake()
-
-    async def usage(self, key: str) -> dict[str, Counts]:
-        """Return what a key's batches have used."""
-        return self._serving.usage.of(key)
-
-    async def counts(self) -> Minutes:
-        """Return the last minutes of this process."""
-        return self._serving.history.minutes()
-
-    async def metrics(self) -> bytes:
-        """Return the metrics of this process as text."""
-        return self._serving.metrics.text()

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.batches.routes import batch_routes
 from deployments.batches.serving import BatchServing
 from deployments.batches.storage import Storage
-from deployments.batches.store import Batches, BatchPlace, Quota
+from deployments.batches.store import BatchPlace, Quota
 from deployments.config.worker import NO_BATCHES
 from deployments.http.serving import Serving
 from deployments.http.table import Entry
@@ -27,19 +27,6 @@ DAY_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
-class BatchAccess:
-    """Where files and batches are, how large a file may be, and what tells the runner of something new."""
-
-    batches: Batches
-    max_file_bytes: int
-    wake: Callable[[], None]
-
-    def routes(self, serving: Serving) -> Iterator[Entry]:
-        """Return the routes of files and batches."""
-        return batch_routes(BatchServing(self.batches, self.max_file_bytes, self.wake, serving))
-
-
-@dataclass(frozen=True)
 class BatchDesk:
     """Where files and batches are, the largest file in bytes, and the handle of the runner."""
 
@@ -47,8 +34,8 @@ class BatchDesk:
     max_file_bytes: int
     runner: DeploymentHandle[Any]
 
-    def access(self) -> BatchAccess:
-        """Open the storage. Raises ConfigError."""
+    def routes(self, serving: Serving) -> Iterator[Entry]:
+        """Open the storage; return the routes of files and batches. Raises ConfigError."""
         waking: set[asyncio.Task[None]] = set()  # else a task may be collected before its end
 
         async def wake() -> None:
@@ -61,7 +48,7 @@ class BatchDesk:
             waking.add(task)
             task.add_done_callback(waking.discard)
 
-        return BatchAccess(self.place.open(), self.max_file_bytes, wake_later)
+        return batch_routes(BatchServing(self.place.open(), self.max_file_bytes, wake_later, serving))
 
 
 def batch_place(url: str, days: int, nodes: int, quota: Quota | None = None) -> BatchPlace | None:

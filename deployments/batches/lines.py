@@ -44,7 +44,7 @@ class Bulk:
         """Return the answer and its tokens. Raises the EmbeddingError that can't be waited out."""
         model, outcome = NO_MODEL, EmbeddingError.code
         try:
-            wanted = openai.parse_fields(fields)
+            wanted = openai.parse_fields(fields, openai.JSON_FORMATS)
             served = self._serving.find_for(key, wanted.model, wanted.tags)
             model = served.name
             served.check_embeds()

@@ -6,7 +6,6 @@ each; the runner writes the plan once, and the progress over and over.
 
 import re
 import secrets
-import time
 from collections.abc import Callable, Iterable
 
 from pydantic import BaseModel, ConfigDict
@@ -180,8 +179,3 @@ def batch_object(order: Order, progress: Progress, cancellation: Cancellation | 
         request_counts=RequestCounts(total=progress.total, completed=done.completed, failed=done.failed),
         usage=BatchUsage(input_tokens=done.tokens, total_tokens=done.tokens),
     )
-
-
-def now_seconds() -> float:
-    """Return the time that is shown to people."""
-    return time.time()

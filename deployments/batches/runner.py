@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import secrets
+import time
 from collections import Counter
 
 from deployments.api.batch_objects import WINDOW_SECONDS, BatchError
@@ -18,7 +19,6 @@ from deployments.batches.records import (
     Record,
     is_id,
     made_at,
-    now_seconds,
 )
 from deployments.batches.run import BatchRun, Embed, Place
 from deployments.batches.store import NOBODY, Files, batch_folder, file_folder, load, waiting_path
@@ -65,7 +65,7 @@ class Runner:
     """
 
     def __init__(
-        self, files: Files, embed: Embed, keys: KeyRing | None, keep_seconds: int, clock: Clock = now_seconds
+        self, files: Files, embed: Embed, keys: KeyRing | None, keep_seconds: int, clock: Clock = time.time
     ) -> None:
         """Do nothing yet; `keep_seconds` is how long a batch is kept after its end."""
         self._files = files

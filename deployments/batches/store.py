@@ -9,9 +9,10 @@ OWNER is the key's name, or `_` where there are no keys:
 """
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from deployments.api.batch_objects import WINDOW_SECONDS, Batch, BatchList, FileList, FileObject
 from deployments.api.batches import NewBatch, Page
@@ -27,7 +28,6 @@ from deployments.batches.records import (
     batch_object,
     is_id,
     new_id,
-    now_seconds,
 )
 from deployments.batches.storage import Storage
 from deployments.errors import BatchMissingError, FileMissingError, InvalidRequestError, QuotaError
@@ -79,7 +79,7 @@ class Files:
     """The files of all owners. Without another expiry a file is kept for `keep_seconds`."""
 
     def __init__(
-        self, storage: Storage, keep_seconds: int, clock: Clock = now_seconds, quota: Quota | None = None
+        self, storage: Storage, keep_seconds: int, clock: Clock = time.time, quota: Quota | None = None
     ) -> None:
         """Keep them in a storage."""
         self.storage = storage
@@ -139,9 +139,7 @@ class Files:
             return record.shown
 
         folder = f"files/{owner}"
-        found, more = await _page(self.storage, page, _Folder(folder, FILE, ("record.json",), shown))
-        first, last = _ends(found)
-        return FileList(data=found, has_more=more, first_id=first, last_id=last)
+        return FileList(**await _page(self.storage, page, _Folder(folder, FILE, ("record.json",), shown)))
 
     async def remove(self, owner: str, name: str) -> None:
         """Remove a file and its content. Raises FileMissingError."""
@@ -160,7 +158,7 @@ class Files:
 class Batches:
     """The batches of all owners, as the ingress sees them: it makes and cancels them, a runner works."""
 
-    def __init__(self, files: Files, clock: Clock = now_seconds) -> None:
+    def __init__(self, files: Files, clock: Clock = time.time) -> None:
         """Keep them in the files' storage."""
         self.files = files
         self._storage = files.storage
@@ -202,9 +200,7 @@ class Batches:
     async def list(self, owner: str, page: Page) -> BatchList:
         """Return a part of an owner's batches."""
         folder = _Folder(f"batches/{owner}", BATCH, PARTS, _batch)
-        found, more = await _page(self._storage, page, folder)
-        first, last = _ends(found)
-        return BatchList(data=found, has_more=more, first_id=first, last_id=last)
+        return BatchList(**await _page(self._storage, page, folder))
 
     async def cancel(self, owner: str, name: str) -> Batch:
         """Let a batch end. Raises BatchMissingError, InvalidRequestError where it has ended otherwise."""
@@ -259,8 +255,8 @@ class _Folder(Generic[S]):
     shown: Callable[[list[bytes | None]], S | None]
 
 
-async def _page(storage: Storage, page: Page, folder: _Folder[S]) -> tuple[list[S], bool]:
-    """Return what a page shows of a folder, and whether there is more; ids sort by time."""
+async def _page(storage: Storage, page: Page, folder: _Folder[S]) -> dict[str, Any]:
+    """Return the fields of a listing: what a page shows of a folder; ids sort by time."""
     names = [name for name in await storage.names(folder.path) if is_id(name, folder.kind)]
     if not page.oldest_first:
         names.reverse()
@@ -276,9 +272,6 @@ async def _page(storage: Storage, page: Page, folder: _Folder[S]) -> tuple[list[
         texts = await storage.read_all(itertools.chain.from_iterable(paths))
         each = (folder.shown([texts.get(path) for path in parts]) for parts in paths)
         found += [one for one in each if one is not None]
-    return found[: page.limit], len(found) > page.limit
-
-
-def _ends(found: Sequence[S]) -> tuple[str | None, str | None]:
-    """Return the ids of the first and the last."""
-    return (found[0].id, found[-1].id) if found else (None, None)
+    shown = found[: page.limit]
+    first, last = (shown[0].id, shown[-1].id) if shown else (None, None)
+    return {"data": shown, "has_more": len(found) > page.limit, "first_id": first, "last_id": last}

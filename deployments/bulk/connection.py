@@ -13,13 +13,14 @@ from typing import Any, TypedDict
 import numpy as np
 
 from deployments.api.encoding import truncate
-from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Truncation
+from deployments.api.openai import OpenAIRequest
+from deployments.api.request import Prompt, Truncation
 from deployments.bulk.patience import Patience
 from deployments.bulk.window import TOKENS_PER_CHARACTER, Window
 from deployments.config.worker import Worker
 from deployments.dispatch.catalog import Catalog, Served
 from deployments.dispatch.dispatch import Dispatch
-from deployments.dispatch.prepare import prepare
+from deployments.dispatch.prepare import Prepared, prepare
 from deployments.dispatch.work import Lane
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
@@ -89,14 +90,6 @@ class Attempt:
     errors: dict[int, EmbeddingError] = field(default_factory=dict)
     tokens: int = 0
     versions: frozenset[str] = frozenset()
-
-
-class _Texts(EmbeddingRequest):
-    """A request that no dialect has made."""
-
-    def answer(self, result: EmbeddingResult) -> bytes:
-        """Return the vectors' own bytes."""
-        return result.vectors.tobytes()
 
 
 class Connection:
@@ -207,33 +200,29 @@ class Connection:
     async def _try(
         self, texts: Sequence[str], served: Served, how: How, caller: str, deadline: float
     ) -> Attempt:
-        cut: tuple[int, ...] = ()
-        version, longest, unit = "", 0, True
-
-        async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
-            nonlocal cut, version, longest, unit
+        async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> Prepared:
             with stage("tokenise"):
-                batch, cut = await self._prepare(texts, served, how, card, tokenizer)
-            version, longest, unit = card.version, card.max_model_len, card.normalizes
-            return batch
+                return await self._prepare(texts, served, how, card, tokenizer)
 
         if how.dry_run:
-            batch = await tokens_for(*await self.dispatch.model(deadline))
-            vectors = np.empty((len(batch), 0), np.float32)
+            card, tokenizer = await self.dispatch.model(deadline)
+            prepared = await tokens_for(card, tokenizer)
+            vectors = np.empty((len(prepared.batch), 0), np.float32)
         else:
             lane = Lane.BULK if how.bulk else Lane.INTERACTIVE
-            batch, vectors = await self.dispatch.embed_by(tokens_for, deadline, lane, caller)
-        self._learn(texts, batch, cut)
-        errors: dict[int, EmbeddingError] = {row: _too_long(longest) for row in cut}
-        return Attempt(truncate(vectors, how.dimensions, unit), errors, batch.tokens, frozenset({version}))
+            card, prepared, vectors = await self.dispatch.embed_by(tokens_for, deadline, lane, caller)
+        self._learn(texts, prepared)
+        errors: dict[int, EmbeddingError] = {row: _too_long(card.max_model_len) for row in prepared.truncated}
+        shown = truncate(vectors, how.dimensions, card.normalizes)
+        return Attempt(shown, errors, prepared.batch.tokens, frozenset({card.version}))
 
     async def _prepare(
         self, texts: Sequence[str], served: Served, how: How, card: ModelCard, tokenizer: TextTokenizer
-    ) -> tuple[TokenBatch, tuple[int, ...]]:
-        """Return the token ids of the texts that the model takes, and the indices of the too long ones."""
+    ) -> Prepared:
+        """Return the token ids of the texts that the model takes; as truncated those that it doesn't."""
         task = served.model.embedding_task
         refuses = (how.truncation or task.truncation) == "none"
-        request = _Texts(
+        request = OpenAIRequest(
             texts=texts,
             input_field=FIELD,
             dimensions=how.dimensions,
@@ -245,17 +234,17 @@ class Connection:
         limits = self.dispatch.worker.limits.model_copy(update=UNBOUNDED)
         prepared = await prepare(request, task, limits, card, tokenizer)
         if not refuses or not prepared.truncated:
-            return prepared.batch, ()
+            return Prepared(prepared.batch)
         too_long = set(prepared.truncated)
         if len(too_long) == len(texts):
             raise _too_long(card.max_model_len)
         kept = [ids for row, ids in enumerate(prepared.batch) if row not in too_long]
-        return TokenBatch.join(kept), prepared.truncated
+        return Prepared(TokenBatch.join(kept), prepared.truncated)
 
-    def _learn(self, texts: Sequence[str], batch: TokenBatch, cut: tuple[int, ...]) -> None:
+    def _learn(self, texts: Sequence[str], prepared: Prepared) -> None:
         characters = sum(map(len, texts))
-        if characters and not cut:
-            seen = batch.tokens / characters
+        if characters and not prepared.truncated:
+            seen = prepared.batch.tokens / characters
             self._tokens_per_character += RATIO_SHARE * (seen - self._tokens_per_character)
 
 

@@ -73,10 +73,10 @@ def files(places: Places) -> dict[str, str]:
     }
     return {
         f"grafana/dashboards/{UID}.json": json.dumps(dashboard(), indent=2) + "\n",
-        f"grafana/provisioning/dashboards/{UID}.yaml": _yaml({"apiVersion": 1, "providers": [provider]}),
-        f"grafana/provisioning/datasources/{UID}.yaml": _yaml({"apiVersion": 1, "datasources": [source]}),
-        "prometheus/prometheus.yml": _yaml(prometheus(places)),
-        "prometheus/alerts.yml": _yaml(rules()),
+        f"grafana/provisioning/dashboards/{UID}.yaml": yaml_text({"apiVersion": 1, "providers": [provider]}),
+        f"grafana/provisioning/datasources/{UID}.yaml": yaml_text({"apiVersion": 1, "datasources": [source]}),
+        "prometheus/prometheus.yml": yaml_text(prometheus(places)),
+        "prometheus/alerts.yml": yaml_text(rules()),
     }
 
 
@@ -191,11 +191,11 @@ def _panel(panel: Panel, place: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _yaml(content: dict[str, Any]) -> str:
+def yaml_text(*documents: Any) -> str:
+    """Return one or several documents as YAML, their keys in order."""
     import yaml
 
-    text: str = yaml.safe_dump(content, sort_keys=False, width=110)
-    return text
+    return yaml.safe_dump_all(documents, sort_keys=False, width=110)
 
 
 def address(text: str) -> str:

@@ -38,13 +38,13 @@ def add_embed_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         "--truncation", choices=("none", "start", "end"), help="what is dropped of a text that is too long"
     )
     what = "embed only the first N rows: a trial"
-    embed.add_argument("--limit", type=_positive, metavar="N", help=what)
+    embed.add_argument("--limit", type=positive, metavar="N", help=what)
     what = "embed nothing: read all rows and print those that would be refused, a JSON object on each line"
     embed.add_argument("--dry-run", action="store_true", help=what)
     embed.add_argument("--resume", action="store_true", help="go on where a run was ended, or begin")
     embed.add_argument("--overwrite", action="store_true", help="replace an output that is there")
     embed.add_argument(
-        "--part-rows", type=_positive, default=8192, help="rows that a kill may cost (default: %(default)s)"
+        "--part-rows", type=positive, default=8192, help="rows that a kill may cost (default: %(default)s)"
     )
     embed.add_argument(
         "--timeout", type=float, default=600.0, help="seconds to wait for a model that is away (default: 600)"
@@ -146,7 +146,8 @@ def _client(parsed: argparse.Namespace, job: "Job") -> "Client":
     return EmbeddingClient(parsed.model, **asdict(job.how))
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Return a number of at least one. Raises ArgumentTypeError."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} isn't a positive number")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from deployments.config.init import is_model, worker_text
 from deployments.config.load import load_files
 from deployments.config.model_files import resolve_model_path
+from deployments.config.worker import EmbeddingTask, Limits
 from deployments.errors import ConfigError
 from deployments.machine import cores_here
 from deployments.plan.placement import Machine
@@ -98,6 +99,9 @@ def embed(plan: WorkerPlan) -> Embedded:
     """Embed the texts, one of them with each prompt too, by the engine of a plan."""
     import numpy as np  # the command line starts without all of these
 
+    from deployments.api.openai import OpenAIRequest
+    from deployments.api.request import Prompt
+    from deployments.dispatch.prepare import prepare
     from deployments.engine import make_engine
     from deployments.engine.batch import TokenBatch
     from deployments.engine.tokenizer import TextTokenizer
@@ -108,14 +112,12 @@ def embed(plan: WorkerPlan) -> Embedded:
         texts: dict[str, Text] = {what: (text, None) for what, text in TEXTS.items()}
         texts.update({f"prompt `{use}`": (TEXTS["a sentence"], use) for use in card.prompts})
         tokenizer = TextTokenizer(card.tokenizer)
+        task = EmbeddingTask(truncation="start" if card.truncates_start else "end")
         inputs = []
         for text, use in texts.values():
-            prompt = card.default_prompt if use is None else card.prompts[use]
-            (ids,) = tokenizer.encode([prompt + text])
-            one = TokenBatch.of(
-                [tokenizer.truncate(ids, card.max_model_len, card.truncates_start, framed=True)]
-            )
-            inputs.append(one if card.pools_prompt else one.unpooled(tokenizer.count_prompt(prompt)))
+            prompt = Prompt((use,), "prompt_name") if use is not None else None
+            request = OpenAIRequest(texts=[text], prompt=prompt)
+            inputs.append(asyncio.run(prepare(request, task, Limits(), card, tokenizer)).batch)
         together = asyncio.run(engine.embed(TokenBatch.join([each.ids for each in inputs])))
         alone = [asyncio.run(engine.embed(each)) for each in inputs]
     finally:

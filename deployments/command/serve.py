@@ -73,7 +73,7 @@ def _serve(arguments: ServeArguments, stop: threading.Event, reload: threading.E
     level = os.environ.get("LOG_LEVEL", "WARNING").upper()
     logging_config()  # an unknown level is told before anything starts
     logging.getLogger("ray.serve").setLevel(level)
-    workers = load_workers(arguments.config)
+    workers = load_workers(arguments.path)
     if any(worker.generator.type == "vllm" for worker in workers):
         require_vllm()
     started = time.monotonic()
@@ -116,7 +116,7 @@ def _build(arguments: ServeArguments, workers: Iterable[Worker]) -> "Application
         raise ConfigError("\n".join(problems))
     return build(
         BuildArguments(
-            config=arguments.config,
+            config=arguments.path,
             ingress_replicas=arguments.ingress_replicas or ingress_replicas(plans, machine),
             metrics_host=arguments.host,
             keys=arguments.keys,
@@ -140,7 +140,7 @@ def _reload(arguments: ServeArguments, stop: threading.Event) -> None:
     started = time.monotonic()
     _say(started, "reading the worker files again")
     try:
-        workers = load_workers(arguments.config)
+        workers = load_workers(arguments.path)
         _deploy(_build(arguments, workers))
     except ConfigError as error:
         print(f"{error.message}\nnothing has changed", file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ WIDTH = 10_000
 class ServeArguments:
     """What the command line says; zero `ingress_replicas` are as many as there are cores for."""
 
-    config: str
+    path: str
     host: str
     port: int
     ingress_replicas: int

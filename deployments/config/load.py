@@ -212,10 +212,9 @@ def _check_model(file: Path, content: dict[str, Any], check_models: bool) -> Ite
 
 def _with_absolute_path(worker: Worker, file: Path) -> Worker:
     """A relative folder is meant from its worker file, wherever the replica runs."""
-    path = file.parent / worker.generator.model_path
-    if worker.generator.model_path.startswith((PACKAGE, "/")) or not path.is_dir():
-        return worker
-    if not worker.generator.model_path:
+    named = worker.generator.model_path
+    path = file.parent / named
+    if not named or named.startswith((PACKAGE, "/")) or not path.is_dir():
         return worker
     generator = worker.generator.model_copy(update={"model_path": str(path.resolve())})
     return worker.model_copy(update={"generator": generator})

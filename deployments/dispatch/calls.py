@@ -193,7 +193,7 @@ class Calls:
         """Embed one part and settle its inputs; on failure try it again, elsewhere."""
         self._count(part)
         try:
-            embedded = await self._ask(part)
+            embedded = await noted(self._ask(part), part)
         except Exception as error:
             self._failed(part, error)
             return
@@ -205,7 +205,6 @@ class Calls:
         for each, result in zip(part.inputs, results, strict=True):
             self._settle(each, result)
 
-    @noted
     async def _ask(self, part: Part) -> Embedded:
         """Call a replica; cut the call off when its replica hangs and there is another one."""
         bulk = part.lane is Lane.BULK

@@ -17,6 +17,7 @@ from deployments.dispatch.admission import Admission
 from deployments.dispatch.cache import VectorCache
 from deployments.dispatch.calls import Calls
 from deployments.dispatch.offload import offload
+from deployments.dispatch.prepare import Prepared
 from deployments.dispatch.work import Input, Lane, Part, Pending, split
 from deployments.engine import ModelCard
 from deployments.engine.batch import CallContext, TokenBatch
@@ -36,7 +37,7 @@ CHANGE_PAUSE_SECONDS = 0.05
 
 Model = tuple[ModelCard, TextTokenizer]
 # Makes token ids of a request, for the model that answers it.
-Prepare = Callable[[ModelCard, TextTokenizer], Awaitable[TokenBatch]]
+Prepare = Callable[[ModelCard, TextTokenizer], Awaitable[Prepared]]
 # Uses up so many tokens of what the caller may have. Raises RateLimitError.
 Charge = Callable[[int], Awaitable[None]]
 
@@ -86,8 +87,8 @@ class Dispatch:
         lane: Lane = Lane.INTERACTIVE,
         caller: str = "",
         charge: Charge | None = None,
-    ) -> tuple[TokenBatch, np.ndarray]:
-        """As `embed`, of what `prepare` makes of the model; return its batch too.
+    ) -> tuple[ModelCard, Prepared, np.ndarray]:
+        """As `embed`, of what `prepare` makes of the model; return the model's card and that too.
 
         Where the model changes meanwhile all of it is prepared and embedded anew: an answer never mixes the
         vectors of two versions, nor one version's token ids with the other's vectors.
@@ -95,14 +96,15 @@ class Dispatch:
         while True:
             # Who would be refused with a single token is refused before any work is done for it.
             self._admission.check(1, caller, self.worker.limits, self._calls.rate)
-            model = await self.model(deadline)
+            card, tokenizer = await self.model(deadline)
             try:
                 async with asyncio.timeout_at(deadline):
-                    batch = await prepare(*model)
+                    prepared = await prepare(card, tokenizer)
             except TimeoutError:
                 raise self._late() from None
             try:
-                return batch, await self.embed(batch, deadline, lane, caller, model[0].version, charge)
+                vectors = await self.embed(prepared.batch, deadline, lane, caller, card.version, charge)
+                return card, prepared, vectors
             except ModelChangedError:
                 self._model = None
                 await asyncio.sleep(CHANGE_PAUSE_SECONDS)

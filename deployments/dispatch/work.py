@@ -2,13 +2,12 @@
 
 import asyncio
 import enum
-import functools
 import itertools
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +21,6 @@ MAX_CALL_INPUTS = 1024
 
 # To tell of a call costs 1 to 3 microseconds for each of its requests: a short one is told to nobody.
 TOLD_SECONDS = 0.05
-
-
-Caller = TypeVar("Caller")
-# Sends a part to a replica.
-Ask = Callable[[Caller, "Part"], Coroutine[Any, Any, Embedded]]
 
 
 class Lane(enum.IntEnum):
@@ -144,15 +138,9 @@ class Part:
         return sum(len(each.ids) for each in self.inputs)
 
 
-def noted(ask: "Ask[Caller]") -> "Ask[Caller]":
-    """Let each call that `ask` makes stand in the traces of all requests that wait for it."""
-
-    @functools.wraps(ask)
-    def asking(caller: Caller, part: Part) -> Coroutine[Any, Any, Embedded]:
-        answer = ask(caller, part)
-        return answer if tracer() is None else _noted(answer, part)
-
-    return asking
+def noted(answer: Coroutine[Any, Any, Embedded], part: Part) -> Coroutine[Any, Any, Embedded]:
+    """Let a call with a part stand in the traces of all requests that wait for it."""
+    return answer if tracer() is None else _noted(answer, part)
 
 
 async def _noted(answer: Awaitable[Embedded], part: Part) -> Embedded:

@@ -1,12 +1,13 @@
-"""The engine's contract: five methods that every engine has, and nothing else."""
+"""The engine's contract: five methods that every engine has, over the queue of its steps."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
 from deployments.config.worker import FakeEngineArgs
 from deployments.engine.batch import TokenBatch
+from deployments.engine.steps import StepQueue
 from deployments.plan.plan import WorkerPlan
 
 # The keys under which a replica tells the routers its version, and where it can be called on its own node.
@@ -44,24 +45,28 @@ class ModelCard:
     pooling: str = ""
 
 
-class Engine(Protocol):
-    """One model, loaded once. `start` comes first, `stop` last; `embed` may be called concurrently.
+class Engine(ABC):
+    """One model, loaded once. `start` comes first, `stop` last; `embed` may be called concurrently."""
 
-    `steps` counts what the engine has computed, whoever asked for it: one that hangs makes none.
-    `tokens_per_second` is what it does where it has enough to do; 0 until measured.
-    """
+    def __init__(self, max_tokens: int) -> None:
+        """Take no more than `max_tokens` into a step."""
+        self._queue = StepQueue(max_tokens)
 
     @property
     def steps(self) -> int:
-        """How many steps were computed."""
+        """How many steps were computed, whoever asked for them: an engine that hangs makes none."""
+        return self._queue.steps
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second, at steps as long as the engine likes."""
+        """What it does where it has enough to do, at steps as long as it likes; 0 until measured."""
+        return self._queue.tokens_per_second
 
+    @abstractmethod
     def start(self) -> ModelCard:
         """Load the model and return its card. Blocks; raises EngineStartError with one line."""
 
+    @abstractmethod
     async def embed(self, batch: TokenBatch, bulk: bool = False, alone: bool = False) -> np.ndarray:
         """Return float32 vectors of shape (len(batch), dimension), in the order of the batch.
 
@@ -73,10 +78,13 @@ class Engine(Protocol):
 
     def check(self) -> None:
         """Raise EngineDeadError if the engine can't embed any more. Doesn't block."""
+        self._queue.check()
 
     def metrics(self) -> bytes:
         """Return the engine's own metrics in Prometheus's text format; empty where it has none."""
+        return b""
 
+    @abstractmethod
     def stop(self) -> None:
         """End the engine and every process that it started. Blocks; may be called twice."""
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from deployments.config.worker import FakeEngineArgs
-from deployments.engine import ModelCard
+from deployments.engine import Engine, ModelCard
 from deployments.engine.batch import TokenBatch
-from deployments.engine.steps import StepEngine
 from deployments.engine.tokenizer import byte_tokenizer
 from deployments.errors import EngineError, EngineStartError
 
@@ -34,7 +33,7 @@ def fake_vectors(batch: TokenBatch, dimension: int, seed: int = 0) -> np.ndarray
     return vectors.astype(np.float32)
 
 
-class FakeEngine(StepEngine):
+class FakeEngine(Engine):
     """Computes steps as a device does: each takes `call_seconds`, and `token_seconds` for each token."""
 
     def __init__(self, arguments: FakeEngineArgs | None = None, max_model_len: int | None = None) -> None:

@@ -267,32 +267,6 @@ class StepQueue:
         _tell(call.future.get_loop(), _give_error, call, error)
 
 
-class StepEngine:
-    """The part of an engine's contract that its queue answers."""
-
-    def __init__(self, max_tokens: int) -> None:
-        """Take no more than `max_tokens` into a step."""
-        self._queue = StepQueue(max_tokens)
-
-    @property
-    def steps(self) -> int:
-        """How many steps were computed."""
-        return self._queue.steps
-
-    @property
-    def tokens_per_second(self) -> float:
-        """How fast it is where it has enough to do; 0 until measured."""
-        return self._queue.tokens_per_second
-
-    def check(self) -> None:
-        """Raise EngineDeadError once it has ended."""
-        self._queue.check()
-
-    def metrics(self) -> bytes:
-        """Return nothing: it counts nothing of its own."""
-        return b""
-
-
 def _joined(pieces: list[tuple[Call, int, int]]) -> Step:
     batches = [call.batch[first : first + count] for call, first, count in pieces]
     if len(batches) == 1:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from deployments.config.model_files import ModelFiles, is_hub_id, resolve_model_path
-from deployments.engine import ModelCard
+from deployments.engine import Engine, ModelCard
 from deployments.engine.batch import TokenBatch
 from deployments.engine.cores import CoreClaim, sharers
-from deployments.engine.steps import Step, StepEngine
+from deployments.engine.steps import Step
 from deployments.errors import EngineError, EngineStartError, first_line
 from deployments.plan.plan import WorkerPlan, objections
 from deployments.priority import behind_requests
@@ -61,7 +61,7 @@ class Begun:
     vectors: Callable[[], np.ndarray] | None = None
 
 
-class ThreadEngine(StepEngine, ABC):
+class ThreadEngine(Engine):
     """An engine whose model is loaded and computed on one thread, which owns all of torch's."""
 
     name = ""

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -10,12 +10,10 @@ from fastapi import FastAPI, Response
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from deployments.errors import (
-    EmbeddingError,
-)
+from deployments.errors import EmbeddingError
 from deployments.http.auth import Access, Auth
 from deployments.http.cluster import API_VERSION, Cluster, Gather, cluster_routes
-from deployments.http.dialects.pharia import PhariaServing, pharia_routes
+from deployments.http.dialects.pharia import pharia_routes
 from deployments.http.dialects.tei import info_route
 from deployments.http.dialects.tokens import tokens_routes
 from deployments.http.documentation import documentation_routes, page_routes
@@ -35,13 +33,6 @@ FLUSH_SECONDS = 2.0
 GatherUsage = Callable[[str], Awaitable[list[dict[str, Counts]]]]
 
 
-class Extension(Protocol):
-    """More routes, which know of the application; it knows nothing of them."""
-
-    def routes(self, serving: Serving) -> Iterable[Entry]:
-        """Return the routes."""
-
-
 class Desk(Protocol):
     """Where files and batches are taken, and the handle of what works them off."""
 
@@ -49,27 +40,35 @@ class Desk(Protocol):
     def runner(self) -> DeploymentHandle[Any]:
         """The handle."""
 
-    def access(self) -> Extension:
-        """Return the routes. Raises ConfigError."""
+    def routes(self, serving: Serving) -> Iterable[Entry]:
+        """Return the routes, which know of the application; it knows nothing of them. Raises ConfigError."""
 
 
 def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application may have
     serving: Serving,
     gather: Gather,
-    ports: Mapping[str, MetricsPort] | None = None,
+    ports: Mapping[str, MetricsPort] = {},
     access: Access | None = None,
     gather_usage: GatherUsage | None = None,
-    batches: Extension | None = None,
+    batches: Iterable[Entry] = (),
     gather_counts: GatherCounts | None = None,
 ) -> FastAPI:
     """Return the application over a catalog of models, and the workers' own metrics ports.
 
-    Without `access` anybody who reaches it may ask; without `batches` there is no storage for them.
+    Without `access` anybody who reaches it may ask; `batches` are the routes of files and batches.
     """
-    ports = {} if ports is None else ports
     app = _bare_app(ports)
     app.add_middleware(Paced, in_hand=serving.in_hand)
     app.add_middleware(Errors)
+    app.add_exception_handler(HTTPException, http_exception)
+    entries = [
+        *embedding_routes(serving),
+        *tokens_routes(serving),
+        *pharia_routes(serving),
+        info_route(serving),
+        *cluster_routes(Cluster(serving, gather, ports, gather_counts)),
+        *batches,
+    ]
     if access is not None:
 
         def refuse(error: EmbeddingError) -> Response:
@@ -78,29 +77,13 @@ def make_app(  # noqa: PLR0913, PLR0917 - each is one thing that an application 
 
         # Outside of the errors: an answer that refuses says what is left of the key's limits too.
         app.add_middleware(Auth, access=access, refuse=refuse)
-    app.add_exception_handler(HTTPException, http_exception)
-    entries = [
-        *_entries(serving, Cluster(serving, gather, ports, gather_counts)),
-        *(batches.routes(serving) if batches is not None else ()),
-    ]
-    if access is not None:
         gather_usage = gather_usage or (lambda key: _alone(serving.usage.of(key)))
         entries.append(usage_route(gather_usage, access.ring))
-    bodies = list(dict.fromkeys(model for each in entries for model in each.bodies))
-    entries += [*documentation_routes(app, bodies), *page_routes()]
+    entries += [*documentation_routes(app, entries), *page_routes()]
     register(app.router, entries, prefix="/v1")
     # The same routes without prefix: some clients are given the host with /v1, some without.
     register(app.router, entries, shown=False)
     return app
-
-
-def _entries(serving: Serving, cluster: Cluster) -> Iterator[Entry]:
-    """Yield the routes that every application has."""
-    yield from embedding_routes(serving)
-    yield from tokens_routes(serving)
-    yield from pharia_routes(PhariaServing(serving))
-    yield info_route(serving)
-    yield from cluster_routes(cluster)
 
 
 def _bare_app(ports: Mapping[str, MetricsPort]) -> FastAPI:

@@ -76,8 +76,9 @@ def _restore_examples(route: APIRoute, operations: dict[str, Any]) -> None:
                 responses[str(status)]["content"][kind].update(examples)
 
 
-def documentation_routes(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> Iterator[Entry]:
-    """Yield the document, its page and the page's parts."""
+def documentation_routes(app: FastAPI, entries: Sequence[Entry]) -> Iterator[Entry]:
+    """Yield the document, of these entries' bodies too, its page and the page's parts."""
+    bodies = dict.fromkeys(model for each in entries for model in each.bodies)
     folder = assets_folder()
     made: dict[str, bytes] = {}
 

@@ -72,7 +72,31 @@ class AccessSettings:
         return Access(ring, LeasedRates(take))
 
 
-class Ingress:
+class Sender:
+    """What sends to workers as an ingress replica does, and tells the ingress what it has counted."""
+
+    def __init__(
+        self, handles: Mapping[str, DeploymentHandle[Any]], max_body_bytes: int, access: Access | None
+    ) -> None:
+        """Serve nothing until the workers are named; `handles` are those bound with this deployment."""
+        rates = access.rates if access else None
+        self._serving = Serving(Catalog({}), Metrics(), max_body_bytes, rates)
+        self._workers = Workers(handles, self._serving.catalog, self._serving.metrics)
+
+    async def usage(self, key: str) -> dict[str, Counts]:
+        """Return what a key has used of this process."""
+        return self._serving.usage.of(key)
+
+    async def counts(self) -> Minutes:
+        """Return the last minutes of this process."""
+        return self._serving.history.minutes()
+
+    async def metrics(self) -> bytes:
+        """Return the metrics of this process as text."""
+        return self._serving.metrics.text()
+
+
+class Ingress(Sender):
     """The Ray Serve deployment that speaks HTTP."""
 
     def __init__(
@@ -90,12 +114,10 @@ class Ingress:
         give_back_large_blocks()
         self._access_settings = access_settings
         self._access = access_settings.access()
+        super().__init__(handles, max_body_bytes, self._access)
         self._batches = batches
         self._metrics_host = metrics_host
         self._ports: dict[str, MetricsPort] = {}
-        rates = self._access.rates if self._access else None
-        self._serving = Serving(Catalog({}), Metrics(), max_body_bytes, rates)
-        self._workers = Workers(handles, self._serving.catalog, self._serving.metrics)
         self._files: dict[str, dict[str, Any]] = {}
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
@@ -135,7 +157,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application; Ray Serve asks for it once the constructor is done."""
-        batches = self._batches.access() if self._batches else None
+        batches = self._batches.routes(self._serving) if self._batches else ()
         app = make_app(
             self._serving,
             self._gather,
@@ -149,17 +171,9 @@ class Ingress:
         add_spare(app)
         return app
 
-    async def usage(self, key: str) -> dict[str, Counts]:
-        """Return what a key has used of this ingress replica; the others ask for it."""
-        return self._serving.usage.of(key)
-
     async def _gather_usage(self, key: str) -> list[dict[str, Counts]]:
         """Return what a key has used of all ingress replicas, and what its batches have."""
         return [*await ask_ingresses("usage", key), *await self._ask_runner("usage", key)]
-
-    async def counts(self) -> Minutes:
-        """Return the last minutes of this ingress replica; the others ask for it."""
-        return self._serving.history.minutes()
 
     async def _gather_counts(self) -> Counted:
         """Return the last minutes of all ingress replicas and of the runner, and Ray Serve's view."""
@@ -169,10 +183,6 @@ class Ingress:
             asyncio.to_thread(replicas_of, serve.get_replica_context().app_name),
         )
         return Counted(ingresses, others, replicas)
-
-    async def metrics(self) -> bytes:
-        """Return this ingress replica's metrics as text; the others ask for it."""
-        return self._serving.metrics.text()
 
     async def _gather(self) -> list[bytes]:
         """Return the metrics of all ingress replicas and engines, and Ray Serve's view: any may be asked."""

@@ -8,9 +8,8 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from deployments.api import cohere, openai, pharia, tei, vllm
-from deployments.api.fields import Body, read_object
 from deployments.api.pharia import schema as pharia_schema
-from deployments.api.request import EmbeddingRequest, Raw
+from deployments.api.request import Raw
 from deployments.errors import (
     IncompleteError,
     InvalidKeyError,
@@ -50,7 +49,7 @@ EMBEDDING_ROUTES = (
     EmbeddingRoute(
         "/embeddings",
         "Embed one text or many; the answer keeps their order (OpenAI).",
-        openai.parse_request,
+        openai.parse_fields,
         (openai.EmbeddingRequestBody,),
         openai.EmbeddingResponse,
         {
@@ -89,7 +88,7 @@ EMBEDDING_ROUTES = (
     EmbeddingRoute(
         "/v2/embed",
         "Embed texts, in several types at once (Cohere).",
-        cohere.parse_request,
+        cohere.parse_fields,
         (cohere.CohereBody,),
         cohere.CohereResponse,
         {
@@ -173,10 +172,7 @@ def embedding_routes(serving: Serving) -> Iterator[Entry]:
         yield Entry(path=path, handler=_embedding(serving, parse), method="POST", shown=False)
 
     async def azure(request: Request, name: str) -> Response:
-        def parse(body: Body) -> EmbeddingRequest:
-            return openai.parse_fields({**read_object(body), "model": name}, openai.FORMATS)
-
-        return as_answer(await serving.embed(request, parse))
+        return await _embedding(serving, lambda body: openai.parse_fields({**body, "model": name}))(request)
 
     yield Entry(path=AZURE, handler=azure, method="POST", shown=False)
 

@@ -12,14 +12,13 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from deployments.api.encoding import normalize, truncate
-from deployments.api.fields import Body, count_values
+from deployments.api.fields import Body, Fields, count_values, read_object
 from deployments.api.request import EmbeddingRequest, EmbeddingResult
 from deployments.dispatch.catalog import Catalog, Served
 from deployments.dispatch.offload import offload
-from deployments.dispatch.prepare import prepare
+from deployments.dispatch.prepare import Prepared, prepare
 from deployments.dispatch.work import Lane
 from deployments.engine import ModelCard
-from deployments.engine.batch import TokenBatch
 from deployments.engine.tokenizer import TextTokenizer
 from deployments.errors import (
     DeadlineExceededError,
@@ -37,11 +36,11 @@ from deployments.keys.usage import Usage
 from deployments.logs import Record, RequestLog, spent
 from deployments.metrics import CANCELLED, SUCCESS, Metrics
 from deployments.status.history import History
-from deployments.tracing import current, tracer
+from deployments.tracing import current, stage, tracer
 
 T = TypeVar("T")
-# Reads a dialect's body.
-Parse = Callable[[Body], EmbeddingRequest]
+# Reads the fields of a dialect's body, none of them null.
+Parse = Callable[[Fields], EmbeddingRequest]
 
 # Ray Serve's own header: a client may lower its request's deadline, never raise it.
 TIMEOUT_HEADER = "x-request-timeout-seconds"
@@ -126,32 +125,29 @@ class Serving:
     ) -> tuple[bytes, int]:
         """Return the JSON answer and its tokens, or raise an EmbeddingError."""
         worker = served.dispatch.worker
-        truncated, unit = tuple[int, ...](), True
 
-        async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> TokenBatch:
-            nonlocal truncated, unit
+        async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> Prepared:
             with self._timed("tokenise", worker.name):
                 prepared = await prepare(wanted, served.model.embedding_task, worker.limits, card, tokenizer)
-            truncated, unit = prepared.truncated, card.normalizes
             if (trace := current.get()) is not None:
                 describe_inputs(trace, served, prepared.batch)
-            return prepared.batch
+            return prepared
 
         async def charge(tokens: int) -> None:
             if not client.charged:  # a model that changes meanwhile costs nothing more
                 await self.charge(client.key, TOKENS, tokens)
                 client.charged = True
 
-        batch, vectors = await served.dispatch.embed_by(
+        card, prepared, vectors = await served.dispatch.embed_by(
             tokens_for, deadline, client.lane, client.caller, charge
         )
+        batch, cut, version = prepared.batch, prepared.truncated, str(worker.queue.version)
 
         def encode() -> bytes:
-            shown = truncate(vectors, wanted.dimensions, unit)
+            shown = truncate(vectors, wanted.dimensions, card.normalizes)
             if wanted.normalize:
                 shown = normalize(shown)
-            version = str(worker.queue.version)
-            return wanted.answer(EmbeddingResult(shown, served.name, batch.tokens, truncated, version))
+            return wanted.answer(EmbeddingResult(shown, served.name, batch.tokens, cut, version))
 
         with self._timed("encode", worker.name):
             answer = await offload(vectors.size, encode)
@@ -161,7 +157,7 @@ class Serving:
             self.usage.count(client.key, served.name, len(batch), batch.tokens)
         return answer, batch.tokens
 
-    async def parse(self, parse: Callable[[Body], T], body: Body) -> T:
+    async def parse(self, parse: Callable[[Fields], T], body: Body) -> T:
         """Return what a dialect makes of a body. Raises InvalidRequestError by field."""
         limits = [dispatch.worker.limits for dispatch in self.catalog.dispatches.values()]
         most = max((each.max_inputs + each.max_request_tokens for each in limits), default=0)
@@ -170,7 +166,7 @@ class Serving:
         def bounded() -> T:
             if len(body) > few and count_values(body, few) > few:
                 raise TooManyInputsError("the body holds more than any model here takes", "body")
-            return parse(body)
+            return parse(read_object(body))
 
         return await offload(len(body), bounded)
 
@@ -217,20 +213,16 @@ class Serving:
                 end_trace(trace, counted.model, "" if outcome == SUCCESS else outcome, status)
 
     @contextmanager
-    def _timed(self, stage: str, worker: str | None = None) -> Iterator["_Timed"]:
+    def _timed(self, name: str, worker: str | None = None) -> Iterator["_Timed"]:
         """Time a stage, and count it where the worker is known already."""
-        timed = _Timed()
-        begun = time.perf_counter()  # uvloop's own clock counts milliseconds
-        try:
+        timed, begun = _Timed(), time.perf_counter()  # uvloop's own clock counts milliseconds
+        with stage(name):
             yield timed
-        finally:
-            if (trace := current.get()) is not None:
-                trace.note(stage, begun, time.perf_counter())
         timed.seconds = time.perf_counter() - begun
         if worker is not None:
-            self.metrics.stage_seconds.labels(worker, stage).observe(timed.seconds)
+            self.metrics.stage_seconds.labels(worker, name).observe(timed.seconds)
             if (stages := spent.get()) is not None:
-                stages[stage] = timed.seconds
+                stages[name] = timed.seconds
 
 
 class _Timed:

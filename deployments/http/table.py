@@ -5,7 +5,7 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
@@ -80,10 +80,10 @@ class Entry:
     shown: bool = True
 
 
-class KeyRoute(APIRoute):
-    """A route that whoever has a key may ask."""
+class OwnRoute(APIRoute):
+    """A route, and who may ask it."""
 
-    audience: ClassVar[Audience] = Audience.KEYS
+    audience = Audience.KEYS
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the handler itself where it takes the request and nothing else.
@@ -95,21 +95,6 @@ class KeyRoute(APIRoute):
         return handler if alone else super().get_route_handler()
 
 
-class PublicRoute(KeyRoute):
-    """A route that anybody may ask."""
-
-    audience = Audience.ANYBODY
-
-
-class OperatorRoute(KeyRoute):
-    """A route that only an operator's key may ask."""
-
-    audience = Audience.OPERATORS
-
-
-ROUTES = {each.audience: each for each in (KeyRoute, PublicRoute, OperatorRoute)}
-
-
 def register(router: APIRouter, entries: Iterable[Entry], prefix: str = "", shown: bool = True) -> None:
     """Make routes of the entries, in their order, under the prefix."""
     for each in entries:
@@ -117,7 +102,7 @@ def register(router: APIRouter, entries: Iterable[Entry], prefix: str = "", show
             prefix + each.path,
             each.handler,
             methods=[each.method],
-            route_class_override=ROUTES[each.access],
+            route_class_override=OwnRoute,
             summary=each.summary or None,
             name=each.name,
             responses=dict(each.responses),
@@ -125,6 +110,9 @@ def register(router: APIRouter, entries: Iterable[Entry], prefix: str = "", show
             response_class=each.response_class,
             include_in_schema=shown and each.shown,
         )
+        route = router.routes[-1]
+        assert isinstance(route, OwnRoute)
+        route.audience = each.access
 
 
 def audience_of(route: BaseRoute) -> Audience:

@@ -13,7 +13,7 @@ import pyarrow.parquet
 from deployments.errors import InvalidRequestError, JobError
 from deployments.jobs.inputs import InputFile, Inputs, text_stream
 from deployments.jobs.kinds import UNFIT, Faults, cast, check_castable, is_text, texts_of, united
-from deployments.jobs.rows import WITHOUT, Rows, Source, check_once, kept_names, unreadable
+from deployments.jobs.rows import WITHOUT, Rows, Source, check_once, kept_names, rows_of, unreadable
 
 READ_ROWS = 8192
 # pyarrow reads a CSV in blocks, each of which has to hold a whole row.
@@ -112,15 +112,7 @@ class Columns(Source):
                 faults = wrong | faults
             elif field.name not in self._partitions.names:
                 kept[field.name] = pa.nulls(table.num_rows, field.type)
-        for row, error in faults.items():
-            if not isinstance(texts[row], InvalidRequestError):
-                texts[row] = error
-        return Rows(file, texts, table_of(kept, table.num_rows))
-
-
-def table_of(columns: dict[str, pa.Array], rows: int) -> pa.Table:
-    """Return a table that knows its rows even without a column."""
-    return pa.table(columns) if columns else pa.table({"": pa.nulls(rows)}).select([])
+        return rows_of(file, texts, kept, faults)
 
 
 class Parquet(Columns):

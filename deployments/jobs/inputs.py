@@ -25,6 +25,7 @@ FORMATS = {
     ".ndjson": LINES,
     ".json": LINES,  # as Spark, pandas and Hugging Face name them
 }
+ENDINGS = ", ".join(FORMATS)
 # Text is read through these; the other formats compress by themselves.
 COMPRESSED = {".gz", ".bz2", ".zst", ".lz4"}
 OF_PROGRAMS = (".", "_")
@@ -62,13 +63,13 @@ def find_inputs(path: Path) -> Inputs:
         raise JobError(f"{path}: no such file")
     if not path.is_dir():
         if (kind := _kind(path)) is None:
-            raise JobError(f"{path}: the files' names must all end in one of {_endings()}")
+            raise JobError(f"{path}: the files' names must all end in one of {ENDINGS}")
         return Inputs([InputFile(path, path.name, kind)])
     if (path / DELTA).is_dir():
         raise JobError(f"{path}: is a Delta table, whose log says which files count; export it as Parquet")
     names = sorted(each.relative_to(path) for each in path.rglob("*") if _is_data(each, path))
     if not names:
-        raise JobError(f"{path}: holds no file whose name ends in one of {_endings()}")
+        raise JobError(f"{path}: holds no file whose name ends in one of {ENDINGS}")
     kinds = {name: str(_kind(name)) for name in names}
     for name in names:
         if kinds[name] != kinds[names[0]]:
@@ -90,10 +91,6 @@ def _kind(path: Path) -> str | None:
         kind = FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
         return kind if kind in (CSV, LINES) else None
     return FORMATS.get(suffixes[-1]) if suffixes else None
-
-
-def _endings() -> str:
-    return ", ".join(FORMATS)
 
 
 def _is_data(file: Path, folder: Path) -> bool:

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute
 
 from deployments.errors import InvalidRequestError, JobError
-from deployments.jobs.columns import CANT_READ, table_of
+from deployments.jobs.columns import CANT_READ
 from deployments.jobs.inputs import InputFile, Inputs, text_stream
 from deployments.jobs.kinds import UNFIT, Faults, built, inferred, reason, united
-from deployments.jobs.rows import WITHOUT, Rows, Source, kept_names, unreadable
+from deployments.jobs.rows import WITHOUT, Rows, Source, kept_names, rows_of, unreadable
 
 # How many lines become columns at a time, to find out their types.
 TYPED_ROWS = 10_000
@@ -122,10 +122,7 @@ class JsonLines(Source):
                 elif field.name in self._kinds:
                     kept[field.name], wrong = built(_values(rows, field.name), field)
                     faults = wrong | faults
-            for row, error in faults.items():
-                if not isinstance(texts[row], InvalidRequestError):
-                    texts[row] = error
-            yield Rows(self.files[number], texts, table_of(kept, len(texts)))
+            yield rows_of(self.files[number], texts, kept, faults)
 
 
 def _values(rows: list[Row], name: str) -> list[Any]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from deployments.errors import JobError, first_line
+from deployments.errors import InvalidRequestError, JobError, first_line
 from deployments.jobs.inputs import InputFile, Inputs
+from deployments.jobs.kinds import Faults
 
 WITHOUT = "name the columns to keep without it"
 
@@ -39,6 +40,16 @@ class Rows:
     file: InputFile
     texts: list[Any]
     kept: pa.Table
+
+
+def rows_of(file: InputFile, texts: list[Any], kept: dict[str, pa.Array], faults: Faults) -> Rows:
+    """Return rows out of their columns; what is wrong with one takes the place of its text."""
+    for row, error in faults.items():
+        if not isinstance(texts[row], InvalidRequestError):
+            texts[row] = error
+    # A table without a column has to be told how many rows it has.
+    table = pa.table(kept) if kept else pa.table({"": pa.nulls(len(texts))}).select([])
+    return Rows(file, texts, table)
 
 
 class Source(ABC):

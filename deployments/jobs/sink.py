@@ -28,12 +28,6 @@ def vectors_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
 
 
-def to_numpy(column: pa.ChunkedArray, dimension: int) -> np.ndarray:
-    """Return such a column as float32 (n, dim)."""
-    values: np.ndarray = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return values.reshape(-1, dimension)
-
-
 def publish(ledger: Ledger, schema: pa.Schema, output_column: str) -> dict[str, Any]:
     """Put the output together and in its place; return its record. Raises JobError where something is there.
 
@@ -170,7 +164,8 @@ def _write_npy(ledger: Ledger, file: Path, schema: pa.Schema, output_column: str
             errors = [error.row for error in each.errors]
             first = min([*rows[:1].tolist(), *errors])
             block = np.full((len(rows) + len(errors), dimension), np.nan, "<f4")
-            block[rows - first] = to_numpy(table.column(output_column), dimension)
+            values = table.column(output_column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            block[rows - first] = values.reshape(-1, dimension)
             target.write(block.tobytes())
         settle(target)
 

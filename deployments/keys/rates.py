@@ -8,9 +8,9 @@ import asyncio
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from deployments.errors import RateLimitError
 from deployments.keys.file import Key
@@ -26,7 +26,6 @@ CENTRAL_SECONDS = 0.5
 KINDS = ("requests", "tokens")
 REQUESTS, TOKENS = range(len(KINDS))
 Limits = tuple[float, float]  # requests and tokens per minute; infinite where there is no limit
-UNLIMITED: Limits = (math.inf, math.inf)
 
 
 def limits_of(key: Key) -> Limits:
@@ -97,14 +96,39 @@ class RateServer:
 Take = Callable[[str, int, float, float, float], Awaitable[Grant]]
 
 
-class Rates(Protocol):
+class Rates(ABC):
     """What the ingress asks before it does a client's work."""
 
     async def spend(self, key: Key, kind: int, amount: float) -> None:
         """Use up so many requests or tokens. Raises RateLimitError that says when to come back."""
+        per_minute = limits_of(key)[kind]
+        if per_minute < math.inf:
+            await self._spend(key, kind, per_minute, amount)
+
+    @abstractmethod
+    async def _spend(self, key: Key, kind: int, per_minute: float, amount: float) -> None:
+        """As `spend`, of a kind that has a limit."""
+
+    @abstractmethod
+    def _left(self, key: Key, kind: int) -> float | None:
+        """Return what is left of a minute's worth; None where nothing was used yet."""
 
     def headers(self, key: Key) -> dict[str, str]:
-        """Return the `x-ratelimit-*` headers: what is left, as far as is known here."""
+        """Return the `x-ratelimit-*` headers: limit, remaining and reset of each kind that has a limit.
+
+        The names are OpenAI's; what is left is told as far as it is known here.
+        """
+        shown = {}
+        for kind, (name, per_minute) in enumerate(zip(KINDS, limits_of(key), strict=True)):
+            if per_minute == math.inf:
+                continue
+            left = self._left(key, kind)
+            now = per_minute if left is None else left
+            limit = f"{per_minute:g}" if per_minute < 1e6 else str(int(per_minute))
+            shown[f"x-ratelimit-limit-{name}"] = limit
+            shown[f"x-ratelimit-remaining-{name}"] = str(int(now))
+            shown[f"x-ratelimit-reset-{name}"] = f"{(per_minute - now) * MINUTE / per_minute:.3f}s"
+        return shown
 
 
 @dataclass
@@ -117,30 +141,25 @@ class _Lease:
     refill: "asyncio.Task[None] | None" = None
 
 
-class LocalRates:
+class LocalRates(Rates):
     """The buckets of the only ingress replica, in its own process."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Start with every bucket full."""
         self._buckets = Buckets(clock)
-        self._left: dict[tuple[str, int], float] = {}
+        self._levels: dict[tuple[str, int], float] = {}
 
-    async def spend(self, key: Key, kind: int, amount: float) -> None:
-        """Take from the key's bucket."""
-        per_minute = limits_of(key)[kind]
-        if per_minute == math.inf:
-            return
+    async def _spend(self, key: Key, kind: int, per_minute: float, amount: float) -> None:
         grant = self._buckets.take(key.name, kind, per_minute, amount, amount)
-        self._left[key.name, kind] = grant.left
+        self._levels[key.name, kind] = grant.left
         if not grant.given:
             raise _refusal(kind, per_minute, grant.wait)
 
-    def headers(self, key: Key) -> dict[str, str]:
-        """Return the headers."""
-        return _headers(key, [self._left.get((key.name, kind)) for kind in range(len(KINDS))])
+    def _left(self, key: Key, kind: int) -> float | None:
+        return self._levels.get((key.name, kind))
 
 
-class LeasedRates:
+class LeasedRates(Rates):
     """What one of several ingress replicas holds of the central buckets."""
 
     def __init__(self, take: Take) -> None:
@@ -149,11 +168,8 @@ class LeasedRates:
         self._leases: dict[tuple[str, int], _Lease] = {}
         self._alone = Buckets()  # for as long as nobody answers
 
-    async def spend(self, key: Key, kind: int, amount: float) -> None:
+    async def _spend(self, key: Key, kind: int, per_minute: float, amount: float) -> None:
         """Take from what is held, and ask for more in time."""
-        per_minute = limits_of(key)[kind]
-        if per_minute == math.inf:
-            return
         lease = self._leases.setdefault((key.name, kind), _Lease())
         slice_ = per_minute * LEASE_SECONDS / MINUTE
         if lease.held < amount:
@@ -186,28 +202,12 @@ class LeasedRates:
             logger.warning("the rate limits are counted here: %s", type(error).__name__)
             return self._alone.take(key.name, kind, per_minute, least, least)
 
-    def headers(self, key: Key) -> dict[str, str]:
-        """Return the headers."""
-        leases = [self._leases.get((key.name, kind)) for kind in range(len(KINDS))]
-        return _headers(
-            key, [None if each is None or each.left is None else each.left + each.held for each in leases]
-        )
+    def _left(self, key: Key, kind: int) -> float | None:
+        lease = self._leases.get((key.name, kind))
+        return None if lease is None or lease.left is None else lease.left + lease.held
 
 
 def _refusal(kind: int, per_minute: float, wait: float) -> RateLimitError:
     return RateLimitError(
         f"this key's {per_minute:g} {KINDS[kind]} per minute are used up", None, max(wait, 1.0)
     )
-
-
-def _headers(key: Key, left: list[float | None]) -> dict[str, str]:
-    """Return limit, remaining and reset of each kind that has a limit, by OpenAI's names."""
-    shown = {}
-    for kind, per_minute, remaining in zip(KINDS, limits_of(key), left, strict=True):
-        if per_minute == math.inf:
-            continue
-        now = per_minute if remaining is None else remaining
-        shown[f"x-ratelimit-limit-{kind}"] = f"{per_minute:g}" if per_minute < 1e6 else str(int(per_minute))
-        shown[f"x-ratelimit-remaining-{kind}"] = str(int(now))
-        shown[f"x-ratelimit-reset-{kind}"] = f"{(per_minute - now) * MINUTE / per_minute:.3f}s"
-    return shown

@@ -14,7 +14,7 @@ from deployments.config.worker import BATCHES_NAME, INGRESS_NAME, NO_BATCHES, Wo
 from deployments.errors import ConfigError
 from deployments.front.switches import FAST_DATA_PLANE
 from deployments.keys.file import KEYS_VARIABLE
-from deployments.plan.placement import Device
+from deployments.plan.placement import DEVICES, Device
 from deployments.plan.plan import WorkerPlan, engines_version, ingress_config
 
 # One goes on while another is replaced.
@@ -97,7 +97,8 @@ def ray_service(
     `files` are the worker files' texts by name, as `without_secrets` gives them.
     """
     plans = tuple(plans)
-    groups = [_group(device, of) for device in ("cpu", "gpu") if (of := _on(device, plans))]
+    by_device = {device: [plan for plan in plans if plan.device == device] for device in DEVICES}
+    groups = [_group(device, of) for device, of in by_device.items() if of]
     secret = {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -156,10 +157,6 @@ def without_secrets(text: str, worker: Worker) -> str:
                 f"worker `{worker.name}`: {name}: can't be taken out of the file; use a variable"
             )
     return text
-
-
-def _on(device: Device, plans: tuple[WorkerPlan, ...]) -> list[WorkerPlan]:
-    return [plan for plan in plans if plan.device == device]
 
 
 def _group(device: Device, plans: list[WorkerPlan]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from deployments.config.worker import Worker
 
 Device = Literal["cpu", "gpu"]
+DEVICES: tuple[Device, ...] = ("cpu", "gpu")
 MAX_CORES_PER_RANK = 16  # small encoders gain nothing from more
 # How many of its products oneDNN keeps prepared, by their sizes. Each takes a quarter of a MiB, and lies
 # between buffers that come and go: with its own number, 1,024, the engine grows by 300 to 400 MiB more. Few

@@ -121,7 +121,8 @@ class WorkerPlan:
                 "bundles": [dict(bundle) for bundle in self.bundles],
                 "strategy": worker.deployment.placement_group_strategy,
             },
-            "engine_args": {name: _shown(name, value) for name, value in self.engine_args.items()},
+            # `hf_token` and its like are secrets.
+            "engine_args": {k: "**********" if is_secret(k) else v for k, v in self.engine_args.items()},
             "scaling": worker.deployment.autoscaling.model_dump(exclude_none=True)
             if worker.deployment.autoscaling
             else {"num_replicas": self.deployment_options["num_replicas"]},
@@ -198,11 +199,6 @@ def ingress_replicas(plans: Iterable[WorkerPlan], machine: Machine) -> int:
     """
     engines = sum(plan.min_replicas * plan.total("CPU") for plan in plans if plan.device == "cpu")
     return max(1, min(int(machine.cpus - engines) // CORES_PER_INGRESS, MAX_INGRESS_REPLICAS))
-
-
-def _shown(name: str, value: Any) -> Any:
-    """Return an argument as it may be printed: `hf_token` and its like are secrets."""
-    return "**********" if is_secret(name) else value
 
 
 def objections(

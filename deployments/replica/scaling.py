@@ -6,6 +6,7 @@ collects it from all of them, and the policy divides the one by the other.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ray.serve.config import AutoscalingContext
@@ -77,14 +78,14 @@ class ReplicaLoad:
         self._since = now
 
 
+@dataclass
 class _Sender:
     """One process's dispatch: its calls here, and what it last said."""
 
-    def __init__(self) -> None:
-        self.running = 0
-        self.at = 0.0
-        self.tokens = 0
-        self.requests = 0
+    running: int = 0
+    at: float = 0.0
+    tokens: int = 0
+    requests: int = 0
 
 
 class TokenPolicy:

@@ -18,9 +18,10 @@ from openai.types import Batch
 
 from deployments.batches import lines as batch_lines
 from deployments.batches import run as job
-from deployments.batches.desk import BatchAccess
 from deployments.batches.lines import Bulk
+from deployments.batches.routes import batch_routes
 from deployments.batches.runner import Runner
+from deployments.batches.serving import BatchServing
 from deployments.batches.store import BatchPlace, Quota
 from deployments.bulk import patience
 from deployments.errors import EngineError, ModelUnavailableError
@@ -65,7 +66,8 @@ async def application(
     serving = make_serving(handles, access.rates)
     batches = BatchPlace(str(folder), KEEP_SECONDS, QUOTA).open()
     runner = Runner(batches.files, Bulk(serving).embed, ring, KEEP_SECONDS)
-    app = make_app(serving, none, access=access, batches=BatchAccess(batches, MAX_FILE_BYTES, runner.wake))
+    served = BatchServing(batches, MAX_FILE_BYTES, runner.wake, serving)
+    app = make_app(serving, none, access=access, batches=batch_routes(served))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     work = asyncio.create_task(runner.serve())
     async with httpx.AsyncClient(transport=transport, base_url="http://cluster/v1") as http:

@@ -14,6 +14,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.config.load import load_workers
 from deployments.dispatch.dispatch import Dispatch
+from deployments.dispatch.prepare import Prepared
 from deployments.dispatch.work import Input, Lane, Pending, split
 from deployments.engine.batch import TokenBatch
 from deployments.engine.fake import fake_vectors
@@ -374,9 +375,9 @@ async def test_a_full_queue_costs_nothing(make: Make) -> None:
         charged.append(tokens)
 
     async def ask(length: int, caller: str = "") -> None:
-        async def prepare(*_: Any) -> TokenBatch:
+        async def prepare(*_: Any) -> Prepared:
             prepared.append(length)
-            return inputs(1, length, start=len(prepared))
+            return Prepared(inputs(1, length, start=len(prepared)))
 
         await dispatch.embed_by(prepare, soon(), caller=caller, charge=charge)
 
@@ -400,7 +401,7 @@ async def test_time_runs_out_while_tokens_are_made(make: Make) -> None:
     dispatch = make()
     await dispatch.model(soon())
 
-    async def prepare(*_: Any) -> TokenBatch:
+    async def prepare(*_: Any) -> Prepared:
         await asyncio.Event().wait()
         raise AssertionError
 

@@ -9,7 +9,7 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from starlette.requests import Request
 
 from deployments import api
 from deployments.api import batches, tei, vllm
-from deployments.batches.desk import BatchAccess
-from deployments.batches.serving import DEFAULT_BATCHES, FORM_EXPIRY, MAX_BATCHES, MAX_FILES
+from deployments.api.fields import read_object
+from deployments.batches.routes import batch_routes
+from deployments.batches.serving import DEFAULT_BATCHES, FORM_EXPIRY, MAX_BATCHES, MAX_FILES, BatchServing
 from deployments.batches.serving import _expiry as batches_form
 from deployments.batches.store import BatchPlace
 from deployments.config.load import load_workers
@@ -80,7 +81,7 @@ def address(tmp_path: Path) -> Iterator[str]:
 
         stored = BatchPlace(f"{tmp_path}/storage", 3600).open()
         # Whoever runs batches is another process.
-        batches = BatchAccess(stored, 1_000_000, lambda: None)
+        batches = batch_routes(BatchServing(stored, 1_000_000, lambda: None, serving))
         server.config.app = make_app(serving, gather, access=access, batches=batches)
         server.run()
 
@@ -129,7 +130,7 @@ def test_a_body_in_another_encoding_is_refused_as_documented(address: str, descr
 
 # --- each body's schema, and what reads it --------------------------------------------------------
 
-PARSERS: dict[str, Callable[[bytes], object]] = {
+PARSERS: dict[str, Callable[[Mapping[str, Any]], object]] = {
     **{f"/v1{route.path}": route.parse for route in EMBEDDING_ROUTES},
     "/v1/tokenize": vllm.parse_tokenize,
     "/v1/detokenize": vllm.parse_detokenize,
@@ -167,12 +168,9 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     access = Access(KeyRing(Keys()), LocalRates())
 
     async def get() -> dict[str, Any]:
-        app = make_app(
-            make_serving({}, access.rates),
-            list,  # type: ignore[arg-type]
-            access=access,
-            batches=BatchAccess(stored, 1_000_000, lambda: None),
-        )
+        serving = make_serving({}, access.rates)
+        batches = batch_routes(BatchServing(stored, 1_000_000, lambda: None, serving))
+        app = make_app(serving, list, access=access, batches=batches)  # type: ignore[arg-type]
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cluster") as client:
             found: dict[str, Any] = (await client.get("/openapi.json")).json()
             return found
@@ -195,10 +193,10 @@ def allows(schema: dict[str, Any], described: dict[str, Any]) -> Callable[[Any],
     return jsonschema_rs.validator_for({**schema, "components": described["components"]}).is_valid
 
 
-def takes(parse: Callable[[bytes], object], body: Any) -> bool:
+def takes(parse: Callable[[Mapping[str, Any]], object], body: Any) -> bool:
     """Whether a parser takes a body."""
     try:
-        parse(json.dumps(body).encode())
+        parse(read_object(json.dumps(body).encode()))
     except EmbeddingError:
         return False
     return True

@@ -185,7 +185,7 @@ async def test_an_invocation_is_answered_as_the_route_that_its_body_fits(client:
 def test_a_batch_holds_no_bytes() -> None:
     """Its answers are lines of JSON."""
     with pytest.raises(InvalidRequestError) as caught:
-        openai.parse_fields({"input": "x", "encoding_format": "bytes"})
+        openai.parse_fields({"input": "x", "encoding_format": "bytes"}, openai.JSON_FORMATS)
     assert caught.value.message == "`encoding_format` must be one of `float`, `base64`"
 
 

@@ -20,7 +20,7 @@ from deployments.engine.fake import fake_vectors
 from deployments.engine.tokenizer import TextTokenizer, byte_tokenizer
 from deployments.errors import EmbeddingError, JobError
 from deployments.jobs.ledger import Ledger
-from deployments.jobs.progress import Lines
+from deployments.jobs.progress import Lines, Progress
 from deployments.jobs.run import Job, run
 from deployments.jobs.source import open_source
 
@@ -59,13 +59,12 @@ class Client:
             yield Attempt(vectors, errors, sum(map(len, good)), frozenset({self.answers_as}))
 
 
-class Silent:
+class Silent(Progress):
     """Tells nothing."""
 
-    def resumed(self, rows: int, tokens: int) -> None:
-        """Be silent."""
-
-    done = resumed
+    def __init__(self) -> None:
+        """Count whatever comes."""
+        super().__init__(0)
 
     def close(self) -> None:
         """Be silent."""

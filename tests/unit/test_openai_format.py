@@ -8,6 +8,7 @@ import pytest
 
 from deployments.api import openai
 from deployments.api.encoding import EncodingFormat, error_body, truncate
+from deployments.api.fields import read_object
 from deployments.api.request import EmbeddingResult
 from deployments.errors import InvalidRequestError, QueueFullError
 
@@ -28,13 +29,14 @@ def body(**fields: object) -> bytes:
 )
 def test_the_four_shapes_of_input(value: object, texts: object, token_ids: object) -> None:
     """A string, strings, token ids, lists of token ids."""
-    request = openai.parse_request(body(input=value))
+    request = openai.parse_fields(read_object(body(input=value)))
     assert (request.texts, request.token_ids) == (texts, token_ids)
 
 
 def test_null_means_absent() -> None:
     """Clients send null for what they don't set."""
-    request = openai.parse_request(body(input="a", encoding_format=None, dimensions=None, user=None))
+    fields = read_object(body(input="a", encoding_format=None, dimensions=None, user=None))
+    request = openai.parse_fields(fields)
     assert request.encoding_format == "float"
     assert request.dimensions is None
 
@@ -69,7 +71,7 @@ def test_null_means_absent() -> None:
 def test_what_is_refused_names_its_field(raw: bytes, param: str) -> None:
     """`param` is the field at fault, and the message holds nothing of the input."""
     with pytest.raises(InvalidRequestError) as caught:
-        openai.parse_request(raw)
+        openai.parse_fields(read_object(raw))
     assert caught.value.param == param
 
 

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deployments.api import fields, openai, pharia, tei, vllm
+from deployments.api.fields import read_object
 from deployments.api.request import EmbeddingResult
 from deployments.dispatch.work import Input, Lane, Pending, split
 from deployments.errors import EmbeddingError, InvalidRequestError
@@ -60,7 +61,7 @@ def test_input_is_read_as_the_reference_reads_it(value: Any) -> None:
     """Or refused by its field, and nothing else is raised."""
     try:
         body = json.dumps({"model": "m", "input": value}).encode()
-        request = openai.parse_request(body)
+        request = openai.parse_fields(read_object(body))
     except InvalidRequestError as error:
         assert reference(json.loads(body)["input"]) is None
         assert error.param in ("input", "body")
@@ -80,7 +81,7 @@ def test_no_body_breaks_a_parser(fields: Any) -> None:
     """Each reads a request out of it or refuses it as 400."""
     body = json.dumps(fields).encode()
     for parse in (
-        openai.parse_request,
+        openai.parse_fields,
         tei.parse_any,
         pharia.parse_semantic,
         pharia.parse_batch,
@@ -93,7 +94,7 @@ def test_no_body_breaks_a_parser(fields: Any) -> None:
         tei.parse_decode,
     ):
         try:
-            parse(body)
+            parse(read_object(body))
         except EmbeddingError as error:
             assert error.status == 400
             assert error.param
@@ -104,7 +105,7 @@ def test_no_body_breaks_a_parser(fields: Any) -> None:
 def test_no_bytes_break_the_parser(body: bytes) -> None:
     """JSON or not: what isn't a request is refused by field."""
     try:
-        request = openai.parse_request(body)
+        request = openai.parse_fields(read_object(body))
     except InvalidRequestError as error:
         assert error.status == 400
         assert error.param

@@ -12,17 +12,17 @@ import orjson
 
 from deployments.api import fields as read
 from deployments.api.encoding import json_rows
-from deployments.api.known import (
-    PHARIA_BATCH,
-    PHARIA_DETOKENIZE,
-    PHARIA_INSTRUCTABLE,
-    PHARIA_SEMANTIC,
-    PHARIA_TOKENIZE,
+from deployments.api.pharia.schema import (
+    MAX_PROMPTS,
+    BatchSemanticBody,
+    DetokenizeBody,
+    InstructableBody,
+    SemanticBody,
+    TokenizeBody,
 )
 from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Reader, TokensRequest
 from deployments.errors import InvalidRequestError, MissingCapabilityError, TooManyInputsError
 
-MAX_PROMPTS = 100
 COMPRESSED_SIZE = 128
 # Which of a model's prompts a representation means, under the names that models give them.
 REPRESENTATIONS = {
@@ -52,18 +52,16 @@ class PhariaRequest(EmbeddingRequest):
         )
 
 
-def parse_semantic(body: read.Body) -> PhariaRequest:
+def parse_semantic(fields: read.Fields) -> PhariaRequest:
     """Parse a body of `POST /semantic_embed`."""
-    fields = read.read_object(body)
-    PHARIA_SEMANTIC.check(fields)
+    SemanticBody.check(fields)
     texts, ids = _read_prompt(fields.get("prompt"), "prompt", "prompt")
     return PhariaRequest(texts=texts, token_ids=ids, **_semantic(fields, "prompt"))
 
 
-def parse_batch(body: read.Body) -> PhariaRequest:
+def parse_batch(fields: read.Fields) -> PhariaRequest:
     """Parse a body of `POST /batch_semantic_embed`."""
-    fields = read.read_object(body)
-    PHARIA_BATCH.check(fields)
+    BatchSemanticBody.check(fields)
     prompts = read.not_empty(fields.get("prompts"), "prompts")
     if len(prompts) > MAX_PROMPTS:
         raise TooManyInputsError(
@@ -77,10 +75,9 @@ def parse_batch(body: read.Body) -> PhariaRequest:
     return PhariaRequest(texts=texts, token_ids=ids, batch=True, **_semantic(fields, "prompts"))
 
 
-def parse_instructable(body: read.Body) -> PhariaRequest:
+def parse_instructable(fields: read.Fields) -> PhariaRequest:
     """Parse a body of `POST /instructable_embed`."""
-    fields = read.read_object(body)
-    PHARIA_INSTRUCTABLE.check(fields)
+    InstructableBody.check(fields)
     texts, ids = _read_prompt(fields.get("input"), "input", "input")
     instruction = read.required_string(fields, "instruction")
     return PhariaRequest(texts=texts, token_ids=ids, instruction=instruction, **_common(fields, "input"))
@@ -162,54 +159,37 @@ def _read_item(item: Any, name: str, param: str) -> str | list[int]:
 # --- tokens ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizeRequest(TokensRequest):
-    """A body of `POST /tokenize`: which of the two lists are wanted."""
-
-    tokens: bool
-    token_ids: bool
-
-    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
-        """Return the lists that were asked for, special tokens included."""
-        encoding = reader.read(texts[0])
-        answer: dict[str, Any] = {}
-        if self.tokens:
-            answer["tokens"] = encoding.tokens
-        if self.token_ids:
-            answer["token_ids"] = encoding.ids
-        return orjson.dumps(answer)
-
-
-def parse_tokenize(fields: read.Fields) -> TokenizeRequest:
-    """Parse the fields of a body of `POST /tokenize`."""
-    PHARIA_TOKENIZE.check(fields)
+def parse_tokenize(fields: read.Fields) -> TokensRequest:
+    """Parse the fields of a body of `POST /tokenize`, which says which of two lists are wanted."""
+    TokenizeBody.check(fields)
     wanted = {name: read.flag(fields, name) for name in ("tokens", "token_ids")}
     for name, value in wanted.items():
         if value is None:
             raise InvalidRequestError(f"`{name}` is missing", name)
-    return TokenizeRequest(
+
+    def answer(texts: Sequence[str], reader: Reader, _: int) -> bytes:
+        encoding = reader.read(texts[0])
+        found = {"tokens": encoding.tokens, "token_ids": encoding.ids}
+        return orjson.dumps({name: found[name] for name in wanted if wanted[name]})
+
+    return TokensRequest(
         model=read.string(fields, "model"),
         texts=[read.text(fields, "prompt")],
-        tokens=bool(wanted["tokens"]),
-        token_ids=bool(wanted["token_ids"]),
+        answer=answer,
         tags=read.tags(fields),
     )
 
 
-class DetokenizeRequest(TokensRequest):
-    """A body of `POST /detokenize`."""
-
-    def answer(self, texts: Sequence[str], reader: Reader, max_model_len: int) -> bytes:
-        """Return the text, special tokens left out."""
-        return orjson.dumps({"result": reader.decode(self.ids[0])})
-
-
-def parse_detokenize(fields: read.Fields) -> DetokenizeRequest:
+def parse_detokenize(fields: read.Fields) -> TokensRequest:
     """Parse the fields of a body of `POST /detokenize`."""
-    PHARIA_DETOKENIZE.check(fields)
+    DetokenizeBody.check(fields)
     ids = [read.few_or_no_ids(fields, "token_ids")]
-    return DetokenizeRequest(
-        model=read.string(fields, "model"), ids=ids, field="token_ids", tags=read.tags(fields)
+    return TokensRequest(
+        model=read.string(fields, "model"),
+        ids=ids,
+        field="token_ids",
+        answer=lambda _, reader, __: orjson.dumps({"result": reader.decode(ids[0])}),
+        tags=read.tags(fields),
     )
 
 

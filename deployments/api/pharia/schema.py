@@ -1,20 +1,13 @@
 """Pharia's formats as models, for the OpenAPI document."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api.fields import Text, TokenId, TokenIds
-from deployments.api.known import (
-    PHARIA_BATCH,
-    PHARIA_DETOKENIZE,
-    PHARIA_INSTRUCTABLE,
-    PHARIA_SEMANTIC,
-    PHARIA_TOKENIZE,
-)
-from deployments.api.pharia import MAX_PROMPTS
+from deployments.api.known import ASIDE, ModelBody
 
-MODEL = "One of the names that `GET /models` lists; may be left out where there is only one."
+MAX_PROMPTS = 100
 
 
 class Item(BaseModel):
@@ -44,15 +37,10 @@ TextPrompt = Text | Annotated[list[TextItem], Field(json_schema_extra=NOT_ALL_EM
 IdsPrompt = Annotated[list[TokenIdsItem], Field(min_length=1)]
 
 
-class Common(BaseModel):
-    """What every body may hold. Fields that are null count as absent."""
-
-    model: Text | None = Field(None, description=MODEL)
-    tags: list[Text] | None = Field(None, description="Only a worker that has all of them may serve this.")
-
-
-class Embed(Common):
+class Embed(ModelBody):
     """What every body that embeds may hold."""
+
+    aside = ASIDE | {"control_log_additive"}
 
     normalize: bool | None = Field(False, description="Ask for unit length from a model that gives others.")
     contextual_control_threshold: Literal[0] | None = Field(None, description="No model here supports it.")
@@ -70,12 +58,10 @@ class Semantic(Embed):
 class SemanticBody(Semantic):
     """The body of `POST /semantic_embed`."""
 
-    model_config = ConfigDict(
-        title="SemanticEmbeddingRequest",
-        json_schema_extra=PHARIA_SEMANTIC.describe(
-            examples=[{"model": "all-minilm-l6-v2", "prompt": "Hello", "representation": "document"}]
-        ),
-    )
+    model_config = ConfigDict(title="SemanticEmbeddingRequest")
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [{"model": "all-minilm-l6-v2", "prompt": "Hello", "representation": "document"}]
+    }
 
     prompt: TextPrompt | IdsPrompt
 
@@ -83,12 +69,10 @@ class SemanticBody(Semantic):
 class BatchSemanticBody(Semantic):
     """The body of `POST /batch_semantic_embed`."""
 
-    model_config = ConfigDict(
-        title="BatchSemanticEmbeddingRequest",
-        json_schema_extra=PHARIA_BATCH.describe(
-            examples=[{"model": "all-minilm-l6-v2", "prompts": ["a", "b"], "representation": "symmetric"}]
-        ),
-    )
+    model_config = ConfigDict(title="BatchSemanticEmbeddingRequest")
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [{"model": "all-minilm-l6-v2", "prompts": ["a", "b"], "representation": "symmetric"}]
+    }
 
     prompts: (
         Annotated[list[TextPrompt], Field(min_length=1, max_length=MAX_PROMPTS)]
@@ -99,12 +83,10 @@ class BatchSemanticBody(Semantic):
 class InstructableBody(Embed):
     """The body of `POST /instructable_embed`."""
 
-    model_config = ConfigDict(
-        title="InstructableEmbeddingRequest",
-        json_schema_extra=PHARIA_INSTRUCTABLE.describe(
-            examples=[{"model": "all-minilm-l6-v2", "input": "Hello", "instruction": "Find greetings"}]
-        ),
-    )
+    model_config = ConfigDict(title="InstructableEmbeddingRequest")
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [{"model": "all-minilm-l6-v2", "input": "Hello", "instruction": "Find greetings"}]
+    }
 
     input: TextPrompt | IdsPrompt
     instruction: Text
@@ -126,15 +108,13 @@ class BatchSemanticResponse(BaseModel):
     num_tokens_prompt_total: int
 
 
-class TokenizeBody(Common):
+class TokenizeBody(ModelBody):
     """The body of `POST /tokenize`."""
 
-    model_config = ConfigDict(
-        title="TokenizationRequest",
-        json_schema_extra=PHARIA_TOKENIZE.describe(
-            examples=[{"model": "all-minilm-l6-v2", "prompt": "Hello", "tokens": True, "token_ids": True}]
-        ),
-    )
+    model_config = ConfigDict(title="TokenizationRequest")
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [{"model": "all-minilm-l6-v2", "prompt": "Hello", "tokens": True, "token_ids": True}]
+    }
 
     prompt: str
     tokens: bool
@@ -148,15 +128,13 @@ class TokenizeResponse(BaseModel):
     token_ids: list[int] | None = None
 
 
-class DetokenizeBody(Common):
+class DetokenizeBody(ModelBody):
     """The body of `POST /detokenize`."""
 
-    model_config = ConfigDict(
-        title="DetokenizationRequest",
-        json_schema_extra=PHARIA_DETOKENIZE.describe(
-            examples=[{"model": "all-minilm-l6-v2", "token_ids": [101, 7592, 102]}]
-        ),
-    )
+    model_config = ConfigDict(title="DetokenizationRequest")
+    described: ClassVar[dict[str, Any]] = {
+        "examples": [{"model": "all-minilm-l6-v2", "token_ids": [101, 7592, 102]}]
+    }
 
     token_ids: list[TokenId]
 

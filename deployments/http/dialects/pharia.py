@@ -51,25 +51,6 @@ TOKENIZER = (
 )
 
 
-class PhariaServing:
-    """Lists over the same catalog of models."""
-
-    def __init__(self, serving: Serving) -> None:
-        """Share the reading, counting and catalog of `serving`."""
-        self._serving = serving
-
-    async def tokenizer(self, request: Request, name: str) -> Response:
-        """Return a model's tokenizer in the JSON of Hugging Face's `tokenizers`."""
-        arrival = asyncio.get_running_loop().time()
-        card, _ = await model_of(self._serving.find(request, name), request, arrival)
-        return json_response(card.tokenizer)
-
-    async def settings(self, request: Request) -> Response:
-        """Return every model that the client may use, and whether it can answer now."""
-        models = self._serving.visible(request)
-        return as_json(await asyncio.gather(*map(_settings, models)))
-
-
 async def model_of(served: Served, request: Request, arrival: float) -> tuple[ModelCard, TextTokenizer]:
     """Return a model's card and tokenizer before the request's deadline."""
     seconds = min(served.dispatch.worker.limits.request_timeout_s, wanted_seconds(request))
@@ -90,18 +71,29 @@ async def _settings(served: Served) -> dict[str, Any]:
     return pharia.model_settings(listing, state["ready"], takes_instructions(prompts))
 
 
-def pharia_routes(served: PhariaServing) -> Iterator[Entry]:
+def pharia_routes(serving: Serving) -> Iterator[Entry]:
     """Yield what else Pharia's clients ask for. Before `/models/{name}`, whose names may hold slashes."""
+
+    async def tokenizer(request: Request, name: str) -> Response:
+        """Return a model's tokenizer in the JSON of Hugging Face's `tokenizers`."""
+        arrival = asyncio.get_running_loop().time()
+        card, _ = await model_of(serving.find(request, name), request, arrival)
+        return json_response(card.tokenizer)
+
+    async def settings(request: Request) -> Response:
+        """Return every model that the client may use, and whether it can answer now."""
+        return as_json(await asyncio.gather(*map(_settings, serving.visible(request))))
+
     yield Entry(
         path="/models/{name:path}/tokenizer",
-        handler=served.tokenizer,
+        handler=tokenizer,
         summary="Give the model's tokenizer, in the JSON of Hugging Face's `tokenizers` (Pharia).",
         responses=answers({"version": "1.0", "model": {"type": "WordPiece"}}, *TOKENIZER),
     )
     for path in ("/models_available", "/model-settings"):
         yield Entry(
             path=path,
-            handler=served.settings,
+            handler=settings,
             summary="List the models, and which can answer now (Pharia).",
             name=path.strip("/"),
             responses=answers([SETTINGS], InvalidKeyError, model=list[pharia_schema.ModelSettings]),

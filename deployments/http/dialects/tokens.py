@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from fastapi import Request, Response
 
 from deployments.api import tei, vllm
-from deployments.api.fields import Body
+from deployments.api.fields import Fields
 from deployments.api.pharia import schema as pharia_schema
 from deployments.api.request import TokensRequest
 from deployments.dispatch.offload import offload
@@ -21,7 +21,7 @@ from deployments.http.table import BODY, Entry, answers
 from deployments.keys.rates import REQUESTS
 from deployments.tracing import PARSE, stage
 
-Parse = Callable[[Body], TokensRequest]
+Parse = Callable[[Fields], TokensRequest]
 
 
 def tokens_routes(serving: Serving) -> Iterator[Entry]:

@@ -3,7 +3,6 @@
 import asyncio
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator
-from typing import Protocol
 
 from deployments.errors import InvalidRequestError, UnsupportedEncodingError
 
@@ -44,25 +43,6 @@ def encoding_of(header: str) -> str | None:
     return kind
 
 
-class Stream(Protocol):
-    """What zlib's decompressor is."""
-
-    @property
-    def eof(self) -> bool:
-        """Whether the end of what is compressed was seen."""
-
-    @property
-    def unconsumed_tail(self) -> bytes:
-        """What is still to be put in."""
-
-    @property
-    def unused_data(self) -> bytes:
-        """What follows the end."""
-
-    def decompress(self, data: bytes, most: int, /) -> bytes:
-        """Return some of what the data holds."""
-
-
 class Unzstd:
     """zstd's decompressor as zlib's, whose answers have no bound but what is put in."""
 
@@ -88,7 +68,7 @@ class Unzstd:
 
 async def inflate(chunks: AsyncIterable[bytes], kind: str) -> AsyncIterator[bytes]:
     """Yield what compressed chunks hold. Raises InvalidRequestError where they are something else."""
-    stream: Stream | None = None
+    stream: zlib._Decompress | Unzstd | None = None
     async for chunk in chunks:
         data = chunk
         while data:
@@ -110,7 +90,7 @@ async def inflate(chunks: AsyncIterable[bytes], kind: str) -> AsyncIterator[byte
         raise InvalidRequestError(f"the body's {kind} ends too early", "body")
 
 
-def _stream(kind: str, data: bytes) -> Stream:
+def _stream(kind: str, data: bytes) -> "zlib._Decompress | Unzstd":
     """Return what reads data: `deflate` is zlib's format, which some send without its header."""
     if kind == ZSTD:
         return Unzstd()
