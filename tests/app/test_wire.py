@@ -3,7 +3,7 @@
 import gzip
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -21,7 +21,12 @@ from tests.app.conftest import MAX_BODY_BYTES, LocalHandle, expected, make_servi
 BODY = json.dumps({"model": "a", "input": "x"}).encode()
 
 
-async def ask(client: httpx.AsyncClient, content: bytes, path: str = "/embeddings", **headers: str) -> Any:
+async def ask(
+    client: httpx.AsyncClient,
+    content: bytes | AsyncIterator[bytes],
+    path: str = "/embeddings",
+    **headers: str,
+) -> Any:
     """Return the answer to a body as it is on the wire."""
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     return await client.post(path, content=content, headers={"content-type": "application/json", **sent})
@@ -171,6 +176,33 @@ def raw_deflate(data: bytes) -> bytes:
 async def test_compressed_bodies_are_read(client: httpx.AsyncClient, content: bytes, encoding: str) -> None:
     """In one part or several, deflate with a header or without; a charset is no encoding."""
     assert is_vector(await ask(client, content, content_encoding=encoding))
+
+
+@pytest.mark.parametrize("kind", ["gzip", "zlib", "raw", "zstd"])
+async def test_it_doesnt_matter_how_a_compressed_body_arrives(client: httpx.AsyncClient, kind: str) -> None:
+    """Byte by byte; and whole, where its last bytes hold more than comes out at a time."""
+    pack = {**PACKS, "zlib": zlib.compress, "raw": raw_deflate}[kind]
+    encoding = kind if kind in PACKS else "deflate"
+    assert is_vector(await ask(client, by_byte(pack(BODY)), content_encoding=encoding))
+    for size in (contents.PIECE_BYTES, contents.PIECE_BYTES + 1, 3 * contents.PIECE_BYTES):
+        assert is_vector(await ask(client, pack(BODY.ljust(size)), content_encoding=encoding))
+
+
+async def test_nothing_follows_deflate_in_a_part_of_its_own_either(client: httpx.AsyncClient) -> None:
+    """Another one would be read as a part of the body."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield zlib.compress(BODY)
+        yield zlib.compress(b" ")
+
+    response = await ask(client, parts(), content_encoding="deflate")
+    assert (response.status_code, message(response)) == (400, "the body isn't valid deflate")
+
+
+async def by_byte(content: bytes) -> AsyncIterator[bytes]:
+    """Yield a body in the smallest parts that there are."""
+    for begin in range(len(content)):
+        yield content[begin : begin + 1]
 
 
 @pytest.mark.parametrize("encoding", ["br", "compress", "gzip, gzip", "deflate, zstd", "x" * 500])
