@@ -154,12 +154,14 @@ def _parse_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     OPENAI.check(fields)
     read.choice(fields, "padding", PADDING, PADDING[0])
     truncation, longest = _parse_truncation(fields)
+    side = SIDES[read.choice(fields, "truncation_side", tuple(SIDES), "right")]
     unit = {name: read.flag(fields, name) for name in UNIT if name in fields}
     return {
         "embed_dtype": read.choice(fields, "embed_dtype", get_args(EmbedDtype), "float32"),
         "endianness": read.choice(fields, "endianness", get_args(Endianness), "native"),
         "prompt": _parse_prompt(fields),
         "truncation": truncation,
+        "truncation_side": side if "truncation_side" in fields else None,
         "truncate_prompt_tokens": longest,
         "truncate_within": True,
         "tags": read.tags(fields),

@@ -54,6 +54,7 @@ class EmbeddingRequest(ABC):
     the dialect's names, for errors. `own_ids` says that ids are the model's own, whatever its `token_input`.
     `truncation` and `truncate_prompt_tokens` go before the model's; `normalize` asks for vectors of unit
     length from a model that gives others, or with False for its numbers as they are before that.
+    `truncation_side` is which side to drop where the model's own truncation cuts.
     `truncate_within` says that more tokens than the model takes are a mistake, and not as many as it takes.
     `special_tokens` says whether texts get the model's own around them.
     """
@@ -68,6 +69,7 @@ class EmbeddingRequest(ABC):
     prompt: Prompt | None = None
     instruction: str | None = None
     truncation: Truncation | None = None
+    truncation_side: Truncation | None = None
     truncate_prompt_tokens: int | None = None
     truncate_within: bool = False
     normalize: bool | None = None

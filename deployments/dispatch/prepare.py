@@ -190,7 +190,8 @@ def _truncate(
 ) -> tuple[list[list[int]], int, tuple[int, ...]]:
     """Cut what is too long, where that is wanted; return the most tokens of an input, and which were cut."""
     longest = card.max_model_len
-    side = request.truncation or task.truncation
+    own = task.truncation if task.truncation == "none" else request.truncation_side or task.truncation
+    side = request.truncation or own
     wanted = request.truncate_prompt_tokens
     if wanted is None and side == "none":
         return inputs, longest, ()
