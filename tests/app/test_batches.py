@@ -295,6 +295,7 @@ EXPIRY = (
         (form(more=EXPIRY.format("soon")), FORM, 400, "expires_after"),
         (form("assistants"), FORM, 400, "purpose"),
         (form()[:-8], FORM, 400, "body"),
+        (form().replace(b'"purpose"', b'"purpose"; x="%b"' % (b"y" * 5000)), FORM, 400, "body"),
         (b"{}", {"content-type": "application/json"}, 400, "content-type"),
         (b"{}", {"content-type": "multipart/form-data"}, 400, "content-type"),
         (b"nonsense", FORM, 400, "body"),
