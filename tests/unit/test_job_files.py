@@ -434,6 +434,30 @@ def test_a_file_that_breaks_off_is_told_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in told.value.message
 
 
+def pointing(kind: pa.DataType, place: int) -> pa.Array:
+    """Return two values of a type, the second of which begins at a place where there is nothing."""
+    offsets = pa.array([0, place, 2], pa.int32()).buffers()[1]
+    if kind == pa.string():
+        return pa.Array.from_buffers(kind, 2, [None, offsets, pa.py_buffer(b"ab")])
+    return pa.Array.from_buffers(kind, 2, [None, offsets], children=[pa.array([1, 2], pa.int64())])
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "place", "why"),
+    [
+        ("text", pa.string(), 500_000, "offset for slot 1 out of bounds: 500000 > 2"),
+        ("text", pa.string(), -5, "non-monotonic offset at slot 1: -5 < 0"),
+        ("n", pa.list_(pa.int64()), 500_000, "offset for slot 1 out of bounds: 500000 > 2"),
+    ],
+)
+def test_a_damaged_arrow_file_ends_no_process(
+    tmp_path: Path, column: str, kind: pa.DataType, place: int, why: str
+) -> None:
+    """What points beyond the file is found before anybody follows it."""
+    write(pa.table({"text": ["a", "b"]} | {column: pointing(kind, place)}), tmp_path / "in.arrow")
+    assert refusal(tmp_path / "in.arrow") == f"in.arrow: can't be read: Offset invariant failure: {why}"
+
+
 # --- CSV ---------------------------------------------------------------------------------------------
 
 
