@@ -1,5 +1,6 @@
 """What clients, probes and gateways write in other ways: methods, addresses, encodings, marks, origins."""
 
+import asyncio
 import gzip
 import json
 import zlib
@@ -53,6 +54,9 @@ def message(response: httpx.Response) -> str:
 )
 async def test_a_head_is_answered_as_a_get(client: httpx.AsyncClient, path: str) -> None:
     """The same status and headers; the server leaves the body out (RFC 9110)."""
+    async with asyncio.timeout(60):  # a busy machine's models come while they are asked
+        while path == "/ready" and (await client.get(path)).status_code != 200:
+            pass
     shown, headers = await client.get(path), await client.head(path)
     assert headers.status_code == shown.status_code
     assert headers.headers["content-type"] == shown.headers["content-type"]
@@ -96,6 +100,15 @@ async def test_base_addresses_that_end_otherwise_are_served(client: httpx.AsyncC
     assert listed.json()["object"] == "list"
 
 
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/", "//", "/v1//"])
+async def test_a_base_address_alone_is_teis_and_the_welcome(client: httpx.AsyncClient, path: str) -> None:
+    """Its clients post to what they are given, with a slash at the end or without."""
+    sent = b'{"model":"a","inputs":"x"}'
+    answer = await ask(client, sent, f"http://cluster{path}")
+    assert np.array_equal(np.array(answer.json(), np.float32), expected(["x"]))
+    assert (await client.get(f"http://cluster{path}")).headers["content-type"].startswith("text/html")
+
+
 @pytest.mark.parametrize(
     ("method", "path", "told"),
     [
@@ -105,6 +118,10 @@ async def test_base_addresses_that_end_otherwise_are_served(client: httpx.AsyncC
         ("POST", "/v1/embedding", "did you mean POST /v1/embeddings?"),
         ("GET", "//metrics", "did you mean GET /metrics?"),
         ("GET", "/v1/v1/metrics", "did you mean GET /v1/metrics?"),
+        ("POST", "/embedings/", "did you mean POST /embeddings?"),
+        ("POST", "/v1/model-setting", "did you mean GET /v1/model-settings?"),
+        ("GET", "/foo/", "/docs shows them all"),
+        ("DELETE", "//", "/docs shows them all"),
         ("GET", "/v1/chat/completions", "/docs shows them all"),
         ("GET", "/" + "x/" * 3000, "/docs shows them all"),
     ],
