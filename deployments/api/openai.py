@@ -25,13 +25,11 @@ from deployments.api.encoding import (
 )
 from deployments.api.fields import Count, Inputs, Text, Written
 from deployments.api.known import ModelBody
-from deployments.api.request import EmbeddingRequest, EmbeddingResult, Prompt, Raw, Truncation
+from deployments.api.request import LONGEST, EmbeddingRequest, EmbeddingResult, Prompt, Raw, Truncation
 from deployments.errors import InvalidRequestError
 
 # vLLM's names for what is dropped, and ours.
 SIDES: dict[str, Truncation] = {"left": "start", "right": "end"}
-# vLLM's way to say: as many as the model takes.
-LONGEST = -1
 # What an answer in JSON may hold.
 JSON_FORMATS = ("float", "base64")
 RAW_FORMATS = ("bytes", "bytes_only")
@@ -157,6 +155,7 @@ def _parse_options(fields: Mapping[str, Any]) -> dict[str, Any]:
         "endianness": read.choice(fields, "endianness", get_args(Endianness), "native"),
         "prompt": _parse_prompt(fields),
         "truncation": truncation,
+        "truncation_side": _parse_side(fields),
         "truncate_prompt_tokens": longest,
         "truncate_within": True,
         "tags": read.tags(fields),
@@ -168,14 +167,19 @@ def _parse_options(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse_truncation(fields: Mapping[str, Any]) -> tuple[Truncation | None, int | None]:
     """Return which side is dropped, and how many tokens stay; None where the request doesn't say."""
-    side = SIDES[read.choice(fields, "truncation_side", tuple(SIDES), "right")]
-    named = side if "truncation_side" in fields else None
+    side = _parse_side(fields)
     if "truncate" in fields:
-        side = named = TRUNCATIONS[read.choice(fields, "truncate", tuple(TRUNCATIONS), "")]
-    elif type(fields.get("truncate_prompt_tokens")) is int and fields["truncate_prompt_tokens"] == LONGEST:
-        return side, None
-    longest = read.positive(fields, "truncate_prompt_tokens")
-    return (named if longest is not None or "truncate" in fields else None), longest
+        side = TRUNCATIONS[read.choice(fields, "truncate", tuple(TRUNCATIONS), "")]
+    longest = fields.get("truncate_prompt_tokens")
+    if type(longest) is not int or longest != LONGEST:
+        longest = read.positive(fields, "truncate_prompt_tokens")
+    return (side if longest is not None or "truncate" in fields else None), longest
+
+
+def _parse_side(fields: Mapping[str, Any]) -> Truncation | None:
+    """Return which side is dropped wherever something is; None where it is the model's own."""
+    side = SIDES[read.choice(fields, "truncation_side", tuple(SIDES), "right")]
+    return side if "truncation_side" in fields else None
 
 
 def _parse_prompt(fields: Mapping[str, Any]) -> Prompt | None:

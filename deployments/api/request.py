@@ -9,6 +9,8 @@ import numpy as np
 from tokenizers import Encoding
 
 Truncation = Literal["none", "start", "end"]
+# vLLM's way to say in `truncate_prompt_tokens`: as many as the model takes.
+LONGEST = -1
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,11 @@ class EmbeddingRequest(ABC):
 
     `model` is absent where the dialect lets a client leave it out. `input_field` and `dimensions_field` are
     the dialect's names, for errors. `own_ids` says that ids are the model's own, whatever its `token_input`.
-    `truncation` and `truncate_prompt_tokens` go before the model's; `normalize` asks for vectors of unit
-    length from a model that gives others, or with False for its numbers as they are before that.
+    `truncation` and `truncate_prompt_tokens`, of which `LONGEST` are as many as the model takes, go before
+    the model's; `truncation_side` is which side to drop where the model's own truncation cuts.
     `truncate_within` says that more tokens than the model takes are a mistake, and not as many as it takes.
+    `normalize` asks for vectors of unit length from a model that gives others, or with False for its numbers
+    as they are before that.
     `special_tokens` says whether texts get the model's own around them.
     """
 
@@ -68,6 +72,7 @@ class EmbeddingRequest(ABC):
     prompt: Prompt | None = None
     instruction: str | None = None
     truncation: Truncation | None = None
+    truncation_side: Truncation | None = None
     truncate_prompt_tokens: int | None = None
     truncate_within: bool = False
     normalize: bool | None = None

@@ -48,7 +48,7 @@ def parse_fields(fields: Mapping[str, Any]) -> TeiRequest:
         own_ids=True,  # each server of this kind has one model, whose ids they are
         dimensions=read.positive(fields, "dimensions"),
         prompt=_prompt(fields),
-        truncation=_truncation(fields),
+        **_truncation(fields),
         normalize=unit is not False,
         tags=read.tags(fields),
     )
@@ -59,10 +59,13 @@ def _prompt(fields: Mapping[str, Any]) -> Prompt | None:
     return Prompt((name,), "prompt_name") if name is not None else None
 
 
-def _truncation(fields: Mapping[str, Any]) -> Truncation | None:
+def _truncation(fields: Mapping[str, Any]) -> dict[str, Any]:
     side = SIDES[read.choice(fields, "truncation_direction", tuple(SIDES), "Right")]
     cut = read.flag(fields, "truncate")
-    return None if cut is None else side if cut else "none"
+    return {
+        "truncation": None if cut is None else side if cut else "none",
+        "truncation_side": side if "truncation_direction" in fields else None,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,7 @@ def parse_similarity(fields: read.Fields) -> SimilarityRequest:
         texts=[read.required_string(pair, "source_sentence"), *others],
         input_field="inputs",
         prompt=_prompt(options),
-        truncation=_truncation(options),
+        **_truncation(options),
         normalize=True,
         tags=read.tags(fields),
     )

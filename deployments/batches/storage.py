@@ -89,7 +89,10 @@ class Storage:
         await self._do(self._write, f"{self._root}/{path}", content)
 
     async def write_stream(self, path: str, chunks: AsyncIterator[bytes]) -> int:
-        """Write an object as it comes; return its size. What isn't whole in the end is removed."""
+        """Write an object as it comes; return its size. What isn't whole in the end is removed.
+
+        Its folder, too, where nothing else is in it: whoever counts what lies there would count it.
+        """
         full = f"{self._root}/{path}"
         await self._do(self._make_folder, full)
         file = await self._do(self._fs.open, full, "wb")
@@ -156,6 +159,9 @@ class Storage:
             file.close()
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(full)
+        if self._is_local:
+            with contextlib.suppress(OSError):  # it isn't empty
+                Path(full).parent.rmdir()
 
 
 def _reason(error: Exception) -> str:

@@ -194,8 +194,8 @@ class Dispatch:
                 await self._calls.ask_any("ping")
         except (TimeoutError, ModelUnavailableError):
             return {"ready": False, "reason": "no replica answers", **shown}
-        except Exception as error:  # whatever it is, the other models are told of all the same
-            return {"ready": False, "reason": type(error).__name__, **shown}
+        except Exception:  # whatever it is, the other models are told of all the same
+            return {"ready": False, "reason": "its replicas fail", **shown}
         if self._model is not None:
             card, _ = self._model
             shown |= {"dimension": card.dimension, "max_model_len": card.max_model_len}

@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from deployments.api.request import EmbeddingRequest, Prompt
+from deployments.api.request import LONGEST, EmbeddingRequest, Prompt
 from deployments.config.worker import EmbeddingTask, Limits
 from deployments.dispatch.offload import offload
 from deployments.engine import ModelCard
@@ -190,8 +190,9 @@ def _truncate(
 ) -> tuple[list[list[int]], int, tuple[int, ...]]:
     """Cut what is too long, where that is wanted; return the most tokens of an input, and which were cut."""
     longest = card.max_model_len
-    side = request.truncation or task.truncation
-    wanted = request.truncate_prompt_tokens
+    own = task.truncation if task.truncation == "none" else request.truncation_side or task.truncation
+    side = request.truncation or own
+    wanted = longest if request.truncate_prompt_tokens == LONGEST else request.truncate_prompt_tokens
     if wanted is None and side == "none":
         return inputs, longest, ()
     if request.truncate_within and wanted is not None and wanted > longest:

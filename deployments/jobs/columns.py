@@ -4,6 +4,7 @@ import contextlib
 import re
 import sys
 from abc import abstractmethod
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from deployments.jobs.inputs import InputFile, Inputs, text_stream
 from deployments.jobs.kinds import UNFIT, Faults, cast, check_castable, is_text, texts_of, united
 from deployments.jobs.rows import WITHOUT, Rows, Source, check_once, kept_names, rows_of, unreadable
 
-READ_ROWS = 8192
+READ_ROWS, READ_BYTES = 8192, 2**16
 # pyarrow reads a CSV in blocks, each of which has to hold a whole row.
 MAX_CSV_ROW_BYTES = 16 * 2**20
 CANT_READ = (*UNFIT, OSError)
@@ -154,8 +155,19 @@ class Arrow(Columns):
         with self._open(file) as (_, batches):
             for whole in batches:
                 batch = whole.select(columns)
+                _check_sound(batch)
                 for begin in range(0, batch.num_rows, READ_ROWS):
                     yield batch.slice(begin, READ_ROWS), {}
+
+
+def _check_sound(batch: pa.RecordBatch) -> None:
+    """Raise ArrowInvalid where a damaged file points beyond itself: whoever follows that ends, untold."""
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error):  # which is its row's error
+                raise
 
 
 class Csv(Columns):
@@ -178,10 +190,13 @@ class Csv(Columns):
         )
         parsing = pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note)
         if file.name in self._schemas:
-            # In a CSV of one column an empty line is a row.
+            # In a CSV of one column an empty line is a row, unless it stands before the header.
             parsing.ignore_empty_lines = len(self._schemas[file.name]) > 1
-        with text_stream(file) as content, pa.csv.open_csv(content, reading, parsing, converting) as reader:
-            yield reader
+        begin = 0 if parsing.ignore_empty_lines else _empty_bytes(file)
+        with text_stream(file) as content:
+            content.read(begin)
+            with pa.csv.open_csv(content, reading, parsing, converting) as reader:
+                yield reader
 
     def _look(self, file: InputFile) -> tuple[pa.Schema | None, int]:
         rows = bad = 0
@@ -220,6 +235,13 @@ class Csv(Columns):
         if bad:
             nothing = [pa.nulls(len(bad), field.type) for field in schema]
             yield pa.record_batch(nothing, schema=schema), {n - row: error for n, error in bad.items()}
+
+
+def _empty_bytes(file: InputFile) -> int:
+    """Return how many bytes a file begins with that are a mark or empty lines."""
+    with text_stream(file) as content:
+        beginning = content.read(READ_BYTES)
+    return len(beginning) - len(beginning.removeprefix(BOM_UTF8).lstrip(b"\r\n"))
 
 
 @contextlib.contextmanager

@@ -157,8 +157,8 @@ def check_castable(kind: pa.DataType, wanted: pa.DataType) -> None:
 
 def reason(error: BaseException) -> str:
     """Return why a value doesn't fit, in one line."""
-    if isinstance(error, OverflowError):
-        return "the number is too large"  # Python's text names C's types
+    if isinstance(error, OverflowError) or "PyLong" in str(error):
+        return "the number is too large"  # their texts name the types of C
     return first_line(error)
 
 

@@ -21,6 +21,8 @@ from deployments.jobs.rows import WITHOUT
 
 # The number of a row in the input, counted from 0; rows with errors are left out.
 ROW = "input_row"
+# How much of a column's type is shown: one may hold others a thousand times over.
+LONGEST_TYPE = 99
 
 
 def vectors_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
@@ -75,22 +77,26 @@ def check_format(output: Path) -> None:
 
 
 def check_holds(output: Path, source: Path, schema: pa.Schema) -> None:
-    """Raise JobError for a column that the output's format has no place for."""
-    if output.suffix == ".npy":
-        return  # it holds the vectors alone
+    """Raise JobError for a column that the output's format, or the ledger's, has no place for."""
     for field in schema:
         try:
             _try(output.suffix, pa.schema([field]))
         except (pa.ArrowException, OSError, ValueError):  # their texts name a library's types and files
-            what = f"column `{field.name}` holds {field.type}, which a {output.suffix} can't"
+            kind = str(field.type)
+            kind = kind if len(kind) <= LONGEST_TYPE else f"{kind[:LONGEST_TYPE]}…"
+            what = f"column `{field.name}` holds {kind}, which a {output.suffix} can't"
             raise JobError(f"{source}: {what}; {WITHOUT}") from None
 
 
 def _try(suffix: str, schema: pa.Schema) -> None:
-    """Write a row of nulls and read it: Lance refuses some values only then, and some names."""
+    """Write a row of nulls and read it: some values are refused only then, and some names."""
     row = pa.table([pa.nulls(1, field.type) for field in schema], schema=schema)
+    with pa.ipc.new_file(pa.BufferOutputStream(), schema) as writer:  # as the ledger does
+        writer.write_table(row)
     if suffix == ".parquet":
-        pa.parquet.write_table(row, pa.BufferOutputStream())
+        pa.parquet.write_table(row, written := pa.BufferOutputStream())
+        pa.parquet.read_table(pa.BufferReader(written.getvalue()))
+    if suffix != ".lance":
         return
     import lance
 

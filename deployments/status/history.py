@@ -74,18 +74,19 @@ class History:
             self.sample()
 
     def sample(self) -> None:
-        """End the slot that is open."""
+        """End the slot that is open, if its time is over: a timer may be early, and a clock be set back."""
+        if (now := slot_of(self._clock())) == self._slot:
+            return
         totals = self._totals()
         if changes := self._changes(totals):
             self._slots[self._slot] = changes
         self._before = totals
-        self._slot = slot_of(self._clock())
-        self._slots = {slot: each for slot, each in self._slots.items() if slot >= self._slot - SLOTS}
+        self._slot = now
+        self._slots = {slot: each for slot, each in self._slots.items() if now - SLOTS <= slot < now}
 
     def minutes(self) -> Minutes:
         """Return what the counters grew by and where the gauges stood."""
-        if slot_of(self._clock()) != self._slot:
-            self.sample()
+        self.sample()
         found: dict[Series, list[float]] = {}
         first = self._slot - SLOTS
         for slot, counts in (self._slots | {self._slot: self._changes(self._totals())}).items():

@@ -297,6 +297,7 @@ EXPIRY = (
         (form(more=EXPIRY.format("soon")), FORM, 400, "expires_after"),
         (form("assistants"), FORM, 400, "purpose"),
         (form()[:-8], FORM, 400, "body"),
+        (form().replace(b'"purpose"', b'"purpose"; x="%b"' % (b"y" * 5000)), FORM, 400, "body"),
         (b"{}", {"content-type": "application/json"}, 400, "content-type"),
         (b"{}", {"content-type": "multipart/form-data"}, 400, "content-type"),
         (b"nonsense", FORM, 400, "body"),
@@ -321,6 +322,8 @@ async def test_an_upload_is_taken_whole_or_leaves_nothing(
     assert (answer.status_code, answer.json().get("error", {}).get("param")) == (status, param), answer.text
     stored = [path for path in application.folder.glob("files/*/*/*") if path.is_file()]
     assert len(stored) == (2 if status == 200 else 0)
+    # No folder either, which would count as a file of the key's.
+    assert len(list(application.folder.glob("files/*/*"))) == (1 if status == 200 else 0)
     assert [each for each in caplog.records if each.name.startswith("python_multipart")] == []
     if status == 200:
         assert answer.json()["filename"] == "../../etc/ä.jsonl"

@@ -277,6 +277,9 @@ async def test_tei_gets_a_bare_list(client: httpx.AsyncClient) -> None:
     long = "a" * 300 + "b" * 300
     got = await post(client, "/embed", model="a", inputs=long, truncate=True, truncation_direction="Left")
     assert same(got, expected([long[-512:]]))
+    for side, kept in (({"truncation_direction": "Left"}, long[-512:]), ({}, long[:512])):
+        got = await post(client, "/embed", model="texts", inputs=long, **side)  # which cuts by itself
+        assert same(got, expected([kept], 64))
     answer = await refused(client, "/embed", model="texts", inputs=long, truncate=False)
     assert answer == (400, "context_length_exceeded", "inputs")
 

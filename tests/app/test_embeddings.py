@@ -212,6 +212,9 @@ async def test_ready_tells_each_model(client: httpx.AsyncClient, handles: dict[s
     assert response.status_code == 503
     states = {state["deployment"]: state["ready"] for state in response.json()["models"]}
     assert states == dict.fromkeys(NAMES, True) | {"b": False}
+    handles["b"].failures = [RuntimeError("secret")]
+    (state,) = [each for each in (await client.get("/ready")).json()["models"] if not each["ready"]]
+    assert (state["deployment"], state["reason"]) == ("b", "its replicas fail")
 
 
 async def test_an_internal_error_shows_nothing(

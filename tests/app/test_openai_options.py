@@ -43,6 +43,11 @@ async def test_a_request_says_which_side_is_cut(client: httpx.AsyncClient) -> No
     answer = await post(client, input=long, truncate_prompt_tokens=-1, truncation_side="left")
     assert np.allclose(answer["data"][0]["embedding"], expected([long[-512:]])[0])
     assert (await refused(client, input=long, truncation_side="left"))[1] == "context_length_exceeded"
+    # Of a model that cuts by itself it is the side that is asked for, and the model's own where none is.
+    for side, kept in (({"truncation_side": "left"}, long[-512:]), ({}, long[:512])):
+        answer = await post(client, model="texts", input=long, **side)
+        assert answer["truncated"] == [0]
+        assert np.allclose(answer["data"][0]["embedding"], expected([kept], 64)[0])
     assert await refused(client, input="x", truncate_prompt_tokens=-2) == (
         400,
         "invalid_request",

@@ -203,6 +203,27 @@ def test_a_slot_holds_what_was_counted_in_it() -> None:
     assert history.minutes().series[requests] == at(1, 2)
 
 
+def test_a_slot_ends_once_however_the_clock_goes() -> None:
+    """A timer that is early takes nothing from it; a clock that is set back leaves what was before that."""
+    metrics, clock = Metrics(), Clock()
+    history = History(metrics, clock)
+    tokens = metrics.tokens.labels("a")
+    tokens.inc(5)
+    metrics.outstanding.labels("a").set(7)
+    history.sample()
+    metrics.outstanding.labels("a").set(0)
+    tokens.inc(2)
+    clock.now += SLOT_SECONDS
+    assert history.minutes().series == {("tokens", "a"): at(-2, 7)}
+    tokens.inc(1)
+    clock.now += SLOT_SECONDS
+    history.sample()
+    clock.now -= SLOT_SECONDS
+    assert history.minutes().series == {("tokens", "a"): at(-2, 7)}
+    tokens.inc(3)
+    assert history.minutes().series == {("tokens", "a"): at(-2, 7, -1, 3)}
+
+
 def at(*pairs: int) -> list[float]:
     """Return a column that holds numbers in places, given in turn, and else nothing."""
     column = [0.0] * (SLOTS + 1)

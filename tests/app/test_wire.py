@@ -1,9 +1,10 @@
 """What clients, probes and gateways write in other ways: methods, addresses, encodings, marks, origins."""
 
+import asyncio
 import gzip
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -21,7 +22,12 @@ from tests.app.conftest import MAX_BODY_BYTES, LocalHandle, expected, make_servi
 BODY = json.dumps({"model": "a", "input": "x"}).encode()
 
 
-async def ask(client: httpx.AsyncClient, content: bytes, path: str = "/embeddings", **headers: str) -> Any:
+async def ask(
+    client: httpx.AsyncClient,
+    content: bytes | AsyncIterator[bytes],
+    path: str = "/embeddings",
+    **headers: str,
+) -> Any:
     """Return the answer to a body as it is on the wire."""
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     return await client.post(path, content=content, headers={"content-type": "application/json", **sent})
@@ -48,6 +54,9 @@ def message(response: httpx.Response) -> str:
 )
 async def test_a_head_is_answered_as_a_get(client: httpx.AsyncClient, path: str) -> None:
     """The same status and headers; the server leaves the body out (RFC 9110)."""
+    async with asyncio.timeout(60):  # a busy machine's models come while they are asked
+        while path == "/ready" and (await client.get(path)).status_code != 200:
+            pass
     shown, headers = await client.get(path), await client.head(path)
     assert headers.status_code == shown.status_code
     assert headers.headers["content-type"] == shown.headers["content-type"]
@@ -91,6 +100,15 @@ async def test_base_addresses_that_end_otherwise_are_served(client: httpx.AsyncC
     assert listed.json()["object"] == "list"
 
 
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/", "//", "/v1//"])
+async def test_a_base_address_alone_is_teis_and_the_welcome(client: httpx.AsyncClient, path: str) -> None:
+    """Its clients post to what they are given, with a slash at the end or without."""
+    sent = b'{"model":"a","inputs":"x"}'
+    answer = await ask(client, sent, f"http://cluster{path}")
+    assert np.array_equal(np.array(answer.json(), np.float32), expected(["x"]))
+    assert (await client.get(f"http://cluster{path}")).headers["content-type"].startswith("text/html")
+
+
 @pytest.mark.parametrize(
     ("method", "path", "told"),
     [
@@ -100,6 +118,10 @@ async def test_base_addresses_that_end_otherwise_are_served(client: httpx.AsyncC
         ("POST", "/v1/embedding", "did you mean POST /v1/embeddings?"),
         ("GET", "//metrics", "did you mean GET /metrics?"),
         ("GET", "/v1/v1/metrics", "did you mean GET /v1/metrics?"),
+        ("POST", "/embedings/", "did you mean POST /embeddings?"),
+        ("POST", "/v1/model-setting", "did you mean GET /v1/model-settings?"),
+        ("GET", "/foo/", "/docs shows them all"),
+        ("DELETE", "//", "/docs shows them all"),
         ("GET", "/v1/chat/completions", "/docs shows them all"),
         ("GET", "/" + "x/" * 3000, "/docs shows them all"),
     ],
@@ -171,6 +193,33 @@ def raw_deflate(data: bytes) -> bytes:
 async def test_compressed_bodies_are_read(client: httpx.AsyncClient, content: bytes, encoding: str) -> None:
     """In one part or several, deflate with a header or without; a charset is no encoding."""
     assert is_vector(await ask(client, content, content_encoding=encoding))
+
+
+@pytest.mark.parametrize("kind", ["gzip", "zlib", "raw", "zstd"])
+async def test_it_doesnt_matter_how_a_compressed_body_arrives(client: httpx.AsyncClient, kind: str) -> None:
+    """Byte by byte; and whole, where its last bytes hold more than comes out at a time."""
+    pack = {**PACKS, "zlib": zlib.compress, "raw": raw_deflate}[kind]
+    encoding = kind if kind in PACKS else "deflate"
+    assert is_vector(await ask(client, by_byte(pack(BODY)), content_encoding=encoding))
+    for size in (contents.PIECE_BYTES, contents.PIECE_BYTES + 1, 3 * contents.PIECE_BYTES):
+        assert is_vector(await ask(client, pack(BODY.ljust(size)), content_encoding=encoding))
+
+
+async def test_nothing_follows_deflate_in_a_part_of_its_own_either(client: httpx.AsyncClient) -> None:
+    """Another one would be read as a part of the body."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield zlib.compress(BODY)
+        yield zlib.compress(b" ")
+
+    response = await ask(client, parts(), content_encoding="deflate")
+    assert (response.status_code, message(response)) == (400, "the body isn't valid deflate")
+
+
+async def by_byte(content: bytes) -> AsyncIterator[bytes]:
+    """Yield a body in the smallest parts that there are."""
+    for begin in range(len(content)):
+        yield content[begin : begin + 1]
 
 
 @pytest.mark.parametrize("encoding", ["br", "compress", "gzip, gzip", "deflate, zstd", "x" * 500])

@@ -295,6 +295,7 @@ FILES = [
     ("a,\n1,2\n", ["a", "column 2"], [["1", "2"]]),
     ("a text here\nanother one\n", ["text"], [["a text here"], ["another one"]]),
     ('{"a": "x", "b": 1}\n{"c": null, "a": ["y"]}\n', ["a", "b", "c"], [["x", "1", ""], ['["y"]', "", ""]]),
+    ('{"a": "x", "toString": 1}\n{"a": "y"}\n', ["a", "toString"], [["x", "1"], ["y", ""]]),
     ('[{"a": "x"}, {"a": "y"}]', ["a"], [["x"], ["y"]]),
     ('"x"\n"y"\n', ["text"], [["x"], ["y"]]),
     ('{"a", "b"}\n{1},2\n', ['{"a"', '"b"}'], [["{1}", "2"]]),
@@ -315,6 +316,10 @@ def test_files_are_read_as_people_have_them(visit: Visit) -> None:
         page, "rows.js", "{ try { m.readRows(given) } catch (e) { return e.message } }", "a,b\n,\n"
     )
     assert told == "There is no row in this."
+    for encoding in ("utf-8", "utf-8-sig", "utf-16-le", "utf-16-be"):
+        marked = ("" if encoding.startswith("utf-8") else "\ufeff") + "a,ü\n"
+        told = ask_module(page, "rows.js", "m.textIn(Uint8Array.from(given))", list(marked.encode(encoding)))
+        assert told == "a,ü\n", encoding
     numbers = [[str(n)] for n in range(100)]
     found = ask_module(page, "rows.js", "m.groups(given, 0, 8)", numbers)
     assert found["names"] == ["0 to 20", "20 to 40", "40 to 60", "60 to 80", "80 and more"]

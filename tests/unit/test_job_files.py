@@ -178,6 +178,20 @@ def test_an_integer_that_a_later_float_leaves_no_place_for_is_an_error(
             "in.jsonl: column `meta` holds values of several kinds, which no column can, in row 1: the number"
             " is too large; name the columns to keep without it",
         ),
+        (
+            '{"text": "a", "n": 18446744073709551615}\n{"text": "b", "n": 1e400}',
+            "in.jsonl: column `n` holds values of several kinds, which no column can, in row 1: the number"
+            " is too large; name the columns to keep without it",
+        ),
+        *(
+            (
+                f'{{"text": "a", "m": {"[" * depth}1{"]" * depth}}}',
+                "in.jsonl: column `m` holds list<item: list<item: list<item: list<item: list<item: list<item:"
+                " list<item: list<item: list<item: …, which a .parquet can't; name the columns to keep"
+                " without it",
+            )
+            for depth in (58, 300)  # more than Parquet's readers take, and than the ledger does
+        ),
         ('{"a": 1}', "in.jsonl: no column `text`; there are `a`"),
         ('[{"text": "a"}]', "in.jsonl: no line is a JSON object"),
         (
@@ -207,6 +221,11 @@ def test_vectors_alone_need_no_place_for_columns(tmp_path: Path) -> None:
     job = Job(source=tmp_path / "in.jsonl", output=tmp_path / "o.npy", column="text", how=How())
     run(job, open_source(tmp_path / "in.jsonl", "text"), Client(), Silent())
     assert np.array_equal(np.load(tmp_path / "o.npy"), expected(["a"]))
+    (tmp_path / "deep.jsonl").write_text(f'{{"text": "a", "m": {"[" * 64}1{"]" * 64}}}')
+    assert refusal(tmp_path / "deep.jsonl", output="deep.npy") == (  # until the end they have one beside them
+        "deep.jsonl: column `m` holds list<item: list<item: list<item: list<item: list<item: list<item: list<"
+        "item: list<item: list<item: …, which a .npy can't; name the columns to keep without it"
+    )
 
 
 # --- Arrow and Parquet -------------------------------------------------------------------------------
@@ -415,6 +434,30 @@ def test_a_file_that_breaks_off_is_told_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in told.value.message
 
 
+def pointing(kind: pa.DataType, place: int) -> pa.Array:
+    """Return two values of a type, the second of which begins at a place where there is nothing."""
+    offsets = pa.array([0, place, 2], pa.int32()).buffers()[1]
+    if kind == pa.string():
+        return pa.Array.from_buffers(kind, 2, [None, offsets, pa.py_buffer(b"ab")])
+    return pa.Array.from_buffers(kind, 2, [None, offsets], children=[pa.array([1, 2], pa.int64())])
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "place", "why"),
+    [
+        ("text", pa.string(), 500_000, "offset for slot 1 out of bounds: 500000 > 2"),
+        ("text", pa.string(), -5, "non-monotonic offset at slot 1: -5 < 0"),
+        ("n", pa.list_(pa.int64()), 500_000, "offset for slot 1 out of bounds: 500000 > 2"),
+    ],
+)
+def test_a_damaged_arrow_file_ends_no_process(
+    tmp_path: Path, column: str, kind: pa.DataType, place: int, why: str
+) -> None:
+    """What points beyond the file is found before anybody follows it."""
+    write(pa.table({"text": ["a", "b"]} | {column: pointing(kind, place)}), tmp_path / "in.arrow")
+    assert refusal(tmp_path / "in.arrow") == f"in.arrow: can't be read: Offset invariant failure: {why}"
+
+
 # --- CSV ---------------------------------------------------------------------------------------------
 
 
@@ -424,6 +467,13 @@ def test_a_file_that_breaks_off_is_told_in_one_line(tmp_path: Path) -> None:
         (b"text\na\n\nb\n", ["a", "b"], {1: "the text is empty"}),
         (b"text\r\na\r\n\r\n\r\nb", ["a", "b"], {1: "the text is empty", 2: "the text is empty"}),
         (b'text\na\n""\nb\n', ["a", "b"], {1: "the text is empty"}),
+        (b"\n\ntext\na\n\nb\n", ["a", "b"], {1: "the text is empty"}),
+        (
+            b"\xef\xbb\xbf\r\n\r\ntext\r\na\r\nx,y\r\nb\r\n",
+            ["a", "b"],
+            {1: "the row has 2 columns, not 1"},
+        ),
+        ("\n\ntext\nä\n\n".encode("utf-16"), ["ä"], {1: "the text is empty"}),
         (b"id,text\n1,a\n\n2,b\n", ["a", "b"], {}),
         (b"\xef\xbb\xbftext,id\na,1\n", ["a"], {}),
         ("text,id\r\nä,1\r\n".encode("utf-16"), ["ä"], {}),

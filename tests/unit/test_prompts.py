@@ -43,6 +43,24 @@ def test_the_tokens_of_a_prompt_are_marked(special: bool, marked: int) -> None:
     ]
 
 
+def test_what_is_too_long_is_cut_where_the_model_cuts_unless_the_request_says_where() -> None:
+    """To a number of tokens, or to all that the model takes."""
+    left = replace(CARD, truncates_start=True)
+    ids = TOKENIZER.encode(["a b c d e f g h i j k l m n o p q"])[0]
+    assert len(ids) == 19
+    for wanted, body in ((-1, 14), (5, 3)):
+        for side, drops_start in (
+            ({}, True),
+            ({"truncation_side": "right"}, False),
+            ({"truncate": "END"}, False),
+        ):
+            (found,) = prepared(
+                left, input=["a b c d e f g h i j k l m n o p q"], truncate_prompt_tokens=wanted, **side
+            ).batch
+            kept = ids[-1 - body : -1] if drops_start else ids[1 : 1 + body]
+            assert found.tolist() == [ids[0], *kept, ids[-1]]
+
+
 def test_without_a_prompt_nothing_is_marked() -> None:
     """Of a default prompt, it is."""
     assert prepared().batch.ids.min() >= 0

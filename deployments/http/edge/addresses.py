@@ -20,7 +20,11 @@ SPELLINGS = (
     (re.compile("/{2,}"), "/"),
     (re.compile("^/openai/v1(?=/)"), "/v1"),
     (re.compile("^(/v1)+(?=/)"), "/v1"),
+    (re.compile("(?<=.)/+$"), ""),
+    (re.compile("^/v1$"), "/v1/"),
 )
+# What has no name of its own, and is nobody's slip of the pen.
+ROOTS = ("/", "/v1/")
 # No client writes more than that before a route of ours.
 MAX_PARTS = 12
 
@@ -51,7 +55,6 @@ def other_path(request: Request) -> Response | None:
     path = asked
     for pattern, plain in SPELLINGS:
         path = pattern.sub(plain, path)
-    path = path.rstrip("/") or "/"
     method = "GET" if request.method == "HEAD" else request.method
     changes = {"path": prefix + path, "method": method}
     route = None if path == asked else _route(request, **changes)
@@ -69,7 +72,10 @@ def methods_of(request: Request) -> list[str]:
 
 def meant(request: Request) -> str:
     """Return what to tell whoever asks a path that no route has: the route that was meant, if one is near."""
-    shown = {route.path: route for route in _routes(request) if "{" not in route.path}
+    named = [route for route in _routes(request) if "{" not in route.path and route.path not in ROOTS]
+    # Of several with one path, that which takes the same method.
+    named.sort(key=lambda route: request.method in (route.methods or ()))
+    shown = {route.path: route for route in named}
     parts = _path(request)[1].lower().split("/")[:MAX_PARTS]
     ends = ["/" + "/".join(part for part in parts[begin:] if part) for begin in range(len(parts))]
     near = next((end for end in ends if end in shown), None)

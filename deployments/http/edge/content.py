@@ -70,24 +70,29 @@ async def inflate(chunks: AsyncIterable[bytes], kind: str) -> AsyncIterator[byte
     """Yield what compressed chunks hold. Raises InvalidRequestError where they are something else."""
     stream: zlib._Decompress | Unzstd | None = None
     async for chunk in chunks:
-        data = chunk
-        while data:
-            stream = stream or _stream(kind, data)
+        data, is_full = chunk, False
+        while data or is_full:
+            if stream is None or stream.eof:
+                # Several gzip files in a row are one, and several of zstd; nothing may follow the other kind.
+                if stream is not None and kind == DEFLATE:
+                    raise _invalid(kind)
+                stream = _stream(kind, data)
             try:
                 piece = stream.decompress(data, PIECE_BYTES)
             except ERRORS:
-                raise InvalidRequestError(f"the body isn't valid {kind}", "body") from None
-            data = stream.unconsumed_tail
-            if stream.eof:
-                # Several gzip files in a row are one, and several of zstd; nothing may follow the other kind.
-                data, stream = stream.unused_data, None
-                if data and kind == DEFLATE:
-                    raise InvalidRequestError(f"the body isn't valid {kind}", "body")
+                raise _invalid(kind) from None
+            data = stream.unused_data if stream.eof else stream.unconsumed_tail
+            # zlib may have taken all there is, and hold back what had no place in this piece.
+            is_full = len(piece) >= PIECE_BYTES and not stream.eof
             if piece:
                 yield piece
                 await asyncio.sleep(0)
-    if stream is not None:
+    if stream is not None and not stream.eof:
         raise InvalidRequestError(f"the body's {kind} ends too early", "body")
+
+
+def _invalid(kind: str) -> InvalidRequestError:
+    return InvalidRequestError(f"the body isn't valid {kind}", "body")
 
 
 def _stream(kind: str, data: bytes) -> "zlib._Decompress | Unzstd":
@@ -96,5 +101,6 @@ def _stream(kind: str, data: bytes) -> "zlib._Decompress | Unzstd":
         return Unzstd()
     if kind == GZIP:
         return zlib.decompressobj(WITH_GZIP)
-    has_header = data[0] & 0x0F == zlib.DEFLATED and int.from_bytes(data[:2]) % 31 == 0
+    # No compressor begins so without it: a block that is only stored, with bits set that mean nothing.
+    has_header = data[0] & 0x0F == zlib.DEFLATED
     return zlib.decompressobj(zlib.MAX_WBITS if has_header else RAW)

@@ -2,7 +2,7 @@
 
 import { embedAs, embedding, embedRows } from "./api.js";
 import { Choice, Code, Failure, html, Score, useMemo, useRef, useState, useWork } from "./parts.js";
-import { fewest, groups, longest, MAX_ROWS, readRows } from "./rows.js";
+import { fewest, groups, longest, MAX_ROWS, readRows, textIn } from "./rows.js";
 import { project, ranking, unit } from "./vectors.js";
 
 const WIDTH = 1000;
@@ -76,7 +76,7 @@ export function RowMap({ model }) {
 
 async function textOf(file) {
   if (file.size > MAX_BYTES) throw new Error("This file is larger than 20 MiB.");
-  return file.text();
+  return textIn(new Uint8Array(await file.arrayBuffer()));
 }
 
 /** Where a file is dropped, chosen or pasted. */

@@ -6,6 +6,11 @@ const { Papa } = globalThis;
 /** The most rows of a map. */
 export const MAX_ROWS = 1000;
 const COLUMN = "text";
+// As a file of UTF-16 begins, Excel's "Unicode text" for one.
+const MARKS = { "255,254": "utf-16le", "254,255": "utf-16be" };
+
+/** Return the text that a file's bytes are: UTF-8, or UTF-16 where its mark says so. */
+export const textIn = (bytes) => new TextDecoder(MARKS[bytes.slice(0, 2).join()]).decode(bytes);
 
 /** Return {columns, rows, left}: each row an array of texts; `left` counts those beyond the most. */
 export function readRows(text) {
@@ -33,7 +38,9 @@ function jsonRows(text) {
   const records = values.map((value) =>
     value !== null && typeof value === "object" && !Array.isArray(value) ? value : { [COLUMN]: value });
   const columns = [...new Set(records.flatMap(Object.keys))];
-  return { columns, rows: records.map((record) => columns.map((name) => cell(record[name]))) };
+  // A column may be named as something that all objects have.
+  const own = (record, name) => (Object.hasOwn(record, name) ? record[name] : null);
+  return { columns, rows: records.map((record) => columns.map((name) => cell(own(record, name)))) };
 }
 
 const cell = (value) =>
