@@ -33,8 +33,13 @@ class Record:
         self.key = key
         self.trace = trace
         self.model = NO_MODEL
+        self.service_name = self.service_role = ""
         self.tokens = 0
         self.stages: dict[str, float] = {}
+
+    def serve(self, model: str, service_name: str, service_role: str) -> None:
+        """Note the model that the request is for, and what its worker is called."""
+        self.model, self.service_name, self.service_role = model, service_name, service_role
 
 
 class RequestLog:
@@ -59,6 +64,8 @@ class RequestLog:
             return
         fields: dict[str, str | float | None] = {
             "model": record.model,
+            "service_name": record.service_name,
+            "service_role": record.service_role,
             "key": record.key,
             "outcome": outcome,
             "milliseconds": round(1000 * seconds, 1),

@@ -38,7 +38,12 @@ NO_MODEL = "unknown"
 # Ray Serve's names for what a replica may be doing.
 REPLICA_STATES = ("STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING", "PENDING_MIGRATION")
 # Every process sees all the replicas; a share of several processes isn't the sum of theirs.
-NOT_ADDED = {"embedding_replicas", "embedding_capacity_tokens_per_second", "vllm:kv_cache_usage_perc"}
+NOT_ADDED = {
+    "embedding_replicas",
+    "embedding_capacity_tokens_per_second",
+    "embedding_worker_info",
+    "vllm:kv_cache_usage_perc",
+}
 
 
 class Metrics:
@@ -104,6 +109,15 @@ class Metrics:
             "capacity_tokens_per_second", "What the replicas can do together, as measured; 0 until it is"
         )
         self.cache_bytes = gauge("cache_bytes", "Memory that the cache takes")
+        labels = "worker", "service_name", "service_role", "version"
+        self.worker_info = Gauge(
+            "embedding_worker_info", "1, with what the worker file says", labels, registry=self.registry
+        )
+
+    def describe(self, worker: str, service_name: str, service_role: str, version: str) -> None:
+        """Show these of a worker, in place of what was shown before."""
+        self.worker_info.remove_by_labels({"worker": worker})
+        self.worker_info.labels(worker, service_name, service_role, version).set(1)
 
     def watch(self, worker: str, gauges: Mapping[Gauge, Callable[[], float]]) -> None:
         """Read the gauges of a worker when they are asked for."""

@@ -175,6 +175,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "{{worker}}",
         ),
         plot(
+            "Versions and services",
+            "short",
+            f"max by (worker, version, service_name, service_role) (embedding_worker_info{{{OF_WORKER}}})",
+            "{{worker}} {{version}}: {{service_name}}, {{service_role}}",
+            "As the worker files name them.",
+        ),
+        plot(
             "Share of what they can do",
             "percentunit",
             USED,

@@ -33,6 +33,8 @@ class Workers:
         known = self._catalog.dispatches
         dispatches = {}
         for name, worker in workers.items():
+            queue = worker.queue
+            self._metrics.describe(name, queue.service_name, queue.service_role, str(queue.version))
             if name in known:
                 dispatches[name] = known[name]
                 dispatches[name].worker = worker

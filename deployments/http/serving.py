@@ -110,7 +110,8 @@ class Serving:
                 wanted = await self.parse(parse, body)
             del body  # its texts are what is worked on
             served = self.find(request, wanted.model, wanted.tags)
-            counted.model = served.name
+            queue = served.dispatch.worker.queue
+            counted.serve(served.name, queue.service_name, queue.service_role)
             served.check_embeds()
             worker = served.dispatch.worker
             self.metrics.stage_seconds.labels(worker.name, "parse").observe(parsing.seconds)

@@ -57,7 +57,9 @@ class LocalHandle:
 
 
 FILES = {
-    "a.toml": workers.fake("a", "dimension = 16", task='prompts = {query = "find: "}\ndimensions = [4, 8]'),
+    "a.toml": workers.fake(
+        "a", "dimension = 16", task='prompts = {query = "find: "}\ndimensions = [4, 8]'
+    ).replace("[queue]", '[queue]\nservice_name = "search"\nservice_role = "Index"'),
     "b.toml": workers.fake("b", "dimension = 16", "[limits]\nmax_request_tokens = 100\nmax_inputs = 3"),
     "slow.toml": workers.fake("slow", "call_seconds = 0.3", "[limits]\nrequest_timeout_s = 0.1"),
     "patient.toml": workers.fake("patient", "call_seconds = 0.2"),

@@ -67,10 +67,12 @@ async def test_each_request_is_a_line(
     lines = told(json_log)
     assert all(line.pop("milliseconds") > 0 for line in lines)
     line = {"message": "request", "key": "all"}
+    a = line | {"model": "a", "service_name": "search", "service_role": "Index"}
+    none = line | {"model": NO_MODEL, "service_name": "", "service_role": ""}
     assert lines == [
-        line | {"model": "a", "outcome": "ok", "tokens": 8},
-        line | {"model": NO_MODEL, "outcome": "model_not_found", "tokens": 0},
-        line | {"model": "a", "outcome": "ok", "tokens": 0},
+        a | {"outcome": "ok", "tokens": 8},
+        none | {"outcome": "model_not_found", "tokens": 0},
+        a | {"outcome": "ok", "tokens": 0},
     ]
     assert "private" not in json.dumps(lines)
     assert "secret" not in json_log.text
@@ -111,7 +113,9 @@ async def test_as_text_only_what_is_slow_is_told(
     stages = ", ".join(
         f"{stage}_ms {number}" for stage in ("parse", "tokenise", "wait", "call", "engine", "encode")
     )
-    wanted = rf"slow request: model patient, key all, outcome ok, milliseconds {number}, tokens 1, {stages}"
+    service = "service_name worker, service_role Worker"
+    ended = rf"outcome ok, milliseconds {number}, tokens 1, {stages}"
+    wanted = rf"slow request: model patient, {service}, key all, {ended}"
     assert re.fullmatch(wanted, record.getMessage())
 
 

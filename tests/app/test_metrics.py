@@ -44,6 +44,7 @@ FAMILIES = {
     "embedding_key_requests": "counter",
     "embedding_key_tokens": "counter",
     "embedding_denied": "counter",
+    "embedding_worker_info": "gauge",
 }
 
 
@@ -175,9 +176,14 @@ async def test_nothing_is_kept_of_a_worker_that_is_gone(handles: dict[str, Local
     assert '"a"' not in text
     assert 'embedding_tokens_total{worker="b"} 1.0' in text
     assert 'embedding_requests_total{model="b",outcome="ok"} 1.0' in text
+    info = 'embedding_worker_info{service_name="%s",service_role="Worker",version="1",worker="b"} 1.0'
+    assert info % "worker" in text
     del files["b"]["queue"]["models"]["b"]
+    files["b"]["queue"]["service_name"] = "search"
     taken.take({"workers": files})
     text = metrics.text().decode()
+    assert info % "search" in text
+    assert info % "worker" not in text
     assert 'model="b"' not in text
     assert 'embedding_tokens_total{worker="b"} 1.0' in text
     assert 'embedding_outstanding_tokens{worker="a"} 0.0' in text

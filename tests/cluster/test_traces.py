@@ -121,6 +121,8 @@ def test_a_request_is_a_trace(where: Site) -> None:
         "gen_ai.usage.input_tokens": len(PRIVATE),
         "embedding.inputs": 1,
         "embedding.worker": "m",
+        "embedding.worker.role": "Worker",
+        "peer.service": "worker",
         "embedding.key": "team",
     }
     assert call.attributes.pop("embedding.call.id")

@@ -79,7 +79,8 @@ async def read_tokens(serving: Serving, request: Request, parse: Parse) -> bytes
             wanted = await serving.parse(parse, body)
         del body
         served = serving.find(request, wanted.model, wanted.tags)
-        counted.model = served.name
+        queue = served.dispatch.worker.queue
+        counted.serve(served.name, queue.service_name, queue.service_role)
         limits = served.dispatch.worker.limits
         if len(wanted.texts) + len(wanted.ids) > limits.max_inputs:
             raise TooManyInputsError(f"one request may hold {limits.max_inputs} inputs", wanted.field)

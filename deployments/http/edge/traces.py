@@ -30,13 +30,17 @@ def begin_trace(request: Request, key: Key | None) -> Trace:
 
 def describe_inputs(trace: Trace, served: Served, batch: TokenBatch) -> None:
     """Say in a trace for which model its request is, and how large."""
+    worker = served.dispatch.worker
     trace.describe(
         {
             "gen_ai.operation.name": "embeddings",
             "gen_ai.request.model": served.name,
             "gen_ai.usage.input_tokens": batch.tokens,
             "embedding.inputs": len(batch),
-            "embedding.worker": served.dispatch.worker.name,
+            "embedding.worker": worker.name,
+            # The name that tracing backends draw their maps of services by.
+            "peer.service": worker.queue.service_name,
+            "embedding.worker.role": worker.queue.service_role,
         }
     )
 
