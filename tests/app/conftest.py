@@ -10,13 +10,13 @@ import pytest
 
 from deployments.config.load import load_workers
 from deployments.dispatch.catalog import Catalog
-from deployments.dispatch.dispatch import Dispatch
+from deployments.dispatch.workers import Workers
 from deployments.http.app import make_app
 from deployments.http.serving import Serving
 from deployments.keys.rates import Rates
 from deployments.metrics import Metrics
 from deployments.plan.placement import Machine
-from deployments.plan.plan import WorkerPlan, make_plans
+from deployments.plan.plan import WorkerPlan, ingress_config, make_plans
 from deployments.replica.replica import Replica
 from tests.harness import fake, workers
 
@@ -106,9 +106,10 @@ def handles(plans: tuple[WorkerPlan, ...]) -> dict[str, LocalHandle]:
 
 def make_serving(handles: dict[str, LocalHandle], rates: Rates | None = None) -> Serving:
     """Return what serves the workers behind the handles."""
-    metrics = Metrics()
-    catalog = Catalog({name: Dispatch(h._plan.worker, h, metrics) for name, h in handles.items()})  # type: ignore[arg-type]
-    return Serving(catalog, metrics, MAX_BODY_BYTES, rates)
+    serving = Serving(Catalog({}), Metrics(), MAX_BODY_BYTES, rates)
+    plans = [handle._plan for handle in handles.values()]
+    Workers(handles, serving.catalog, serving.metrics).take(ingress_config(plans))  # type: ignore[arg-type]
+    return serving
 
 
 def client_of(serving: Serving) -> httpx.AsyncClient:
