@@ -26,7 +26,7 @@ setup-gpu: $(VENV)/uv.stamp  ## Install what serving on GPUs needs into .venv
 serve: $(VENV)/cpu.stamp  ## Serve the bundled model on HOST:PORT
 	@exec $(BIN)/embedding-cluster serve --host $(HOST) --port $(PORT)
 
-check: $(VENV)/test.stamp  ## Lint, types and the quick tests: under a minute
+check: $(VENV)/test.stamp  ## Lint, types and the quick tests: a minute or two
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
