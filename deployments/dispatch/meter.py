@@ -20,8 +20,12 @@ class DrainMeter:
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second; None until enough has been measured."""
-        return self._tokens / self._seconds if self._seconds >= SETTLED_SECONDS else None
+        """Tokens per second; None until enough has been measured.
+
+        Calls that were all broken off tell nothing: at a rate of 0 whatever waits would be too much.
+        """
+        is_measured = self._tokens > 0 and self._seconds >= SETTLED_SECONDS
+        return self._tokens / self._seconds if is_measured else None
 
     def begin(self, now: float, large: bool, replicas: int) -> None:
         """A call leaves for one of so many replicas."""

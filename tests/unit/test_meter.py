@@ -40,3 +40,14 @@ def test_the_speed_follows_within_the_window() -> None:
             now += 1.0
             meter.done(speed, now, True, 1)
     assert meter.rate == pytest.approx(100, rel=0.2)
+
+
+def test_calls_that_were_broken_off_are_no_measure() -> None:
+    """A rate of 0 would refuse whoever comes while somebody is served."""
+    meter = DrainMeter()
+    meter.begin(0.0, large=True, replicas=1)
+    meter.done(0, 1.0, large=True, replicas=1)
+    assert meter.rate is None
+    meter.begin(2.0, large=True, replicas=1)
+    meter.done(100, 3.0, large=True, replicas=1)
+    assert meter.rate == 50.0
