@@ -179,14 +179,15 @@ class Calls:
         for each in part.inputs:
             each.part = part
 
-    def _landed(self, part: Part, _: "asyncio.Task[None]") -> None:
+    def _landed(self, part: Part, task: "asyncio.Task[None]") -> None:
         """Give the place in flight back, however the call ended."""
         part.task = None
         self._flying[part.lane] -= 1
         if part.alone:
             self._apart.flies = False
         now = asyncio.get_running_loop().time()
-        self._meter.done(part.tokens if part.answered else 0, now, part.large, self.replicas)
+        embedded = None if task.cancelled() else part.tokens if part.answered else 0
+        self._meter.done(embedded, now, part.large, self.replicas)
         self._pump()
 
     async def _call(self, part: Part) -> None:

@@ -22,7 +22,7 @@ class DrainMeter:
     def rate(self) -> float | None:
         """Tokens per second; None until enough has been measured.
 
-        Calls that were all broken off tell nothing: at a rate of 0 whatever waits would be too much.
+        Where all have failed nothing has: at a rate of 0 whatever waits would be too much.
         """
         is_measured = self._tokens > 0 and self._seconds >= SETTLED_SECONDS
         return self._tokens / self._seconds if is_measured else None
@@ -33,9 +33,9 @@ class DrainMeter:
         if self._since is None and self._large >= replicas:
             self._since = now
 
-    def done(self, tokens: int, now: float, large: bool, replicas: int) -> None:
-        """A call ends with so many tokens embedded, none if it failed."""
-        if self._since is not None:
+    def done(self, tokens: int | None, now: float, large: bool, replicas: int) -> None:
+        """A call ends with so many tokens embedded, 0 if it failed; None if it was broken off: no measure."""
+        if self._since is not None and tokens is not None:
             self._seconds += now - self._since
             self._tokens += tokens
             self._since = now

@@ -43,6 +43,25 @@ def test_the_speed_follows_within_the_window() -> None:
 
 
 def test_calls_that_were_broken_off_are_no_measure() -> None:
+    """Whoever leaves makes no replica slow."""
+    meter = DrainMeter()
+    meter.begin(0.0, large=True, replicas=1)
+    meter.done(None, 1.0, large=True, replicas=1)
+    assert meter.rate is None
+    meter.begin(2.0, large=True, replicas=1)
+    meter.done(100, 3.0, large=True, replicas=1)
+    meter.begin(3.0, large=True, replicas=1)
+    meter.done(None, 4.0, large=True, replicas=1)
+    assert meter.rate == pytest.approx(100)
+    # What another one embeds meanwhile takes the whole time.
+    meter.begin(5.0, large=True, replicas=1)
+    meter.begin(5.0, large=True, replicas=1)
+    meter.done(None, 6.0, large=True, replicas=1)
+    meter.done(300, 7.0, large=True, replicas=1)
+    assert meter.rate == pytest.approx(400 / 3)
+
+
+def test_where_all_have_failed_nothing_is_measured() -> None:
     """A rate of 0 would refuse whoever comes while somebody is served."""
     meter = DrainMeter()
     meter.begin(0.0, large=True, replicas=1)
@@ -50,4 +69,4 @@ def test_calls_that_were_broken_off_are_no_measure() -> None:
     assert meter.rate is None
     meter.begin(2.0, large=True, replicas=1)
     meter.done(100, 3.0, large=True, replicas=1)
-    assert meter.rate == 50.0
+    assert meter.rate == pytest.approx(50)
