@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from deployments.api.encoding import normalize, truncate
 from deployments.api.fields import Body, Fields, count_values, read_object
-from deployments.api.request import EmbeddingRequest, EmbeddingResult
+from deployments.api.request import EmbeddingRequest, EmbeddingResult, TokensRequest
 from deployments.dispatch.catalog import Catalog, Served
 from deployments.dispatch.offload import offload
 from deployments.dispatch.prepare import Prepared, prepare
@@ -88,6 +88,15 @@ class Serving:
         """Return the model of that name for whoever has the key."""
         return self.catalog.find(name, tags, key.may_use) if key else self.catalog.find(name, tags)
 
+    def find_wanted(
+        self, request: Request, wanted: EmbeddingRequest | TokensRequest, record: Record
+    ) -> Served:
+        """Return the model that a parsed request is for, and note it in the request's record."""
+        served = self.find(request, wanted.model, wanted.tags)
+        queue = served.dispatch.worker.queue
+        record.serve(served.name, queue.service_name, queue.service_role)
+        return served
+
     def visible(self, request: Request) -> list[Served]:
         """Return the models that the client may use."""
         key = key_of(request.scope)
@@ -109,9 +118,7 @@ class Serving:
             with self._timed("parse") as parsing:
                 wanted = await self.parse(parse, body)
             del body  # its texts are what is worked on
-            served = self.find(request, wanted.model, wanted.tags)
-            queue = served.dispatch.worker.queue
-            counted.serve(served.name, queue.service_name, queue.service_role)
+            served = self.find_wanted(request, wanted, counted)
             served.check_embeds()
             worker = served.dispatch.worker
             self.metrics.stage_seconds.labels(worker.name, "parse").observe(parsing.seconds)

@@ -78,9 +78,7 @@ async def read_tokens(serving: Serving, request: Request, parse: Parse) -> bytes
         with stage(PARSE):
             wanted = await serving.parse(parse, body)
         del body
-        served = serving.find(request, wanted.model, wanted.tags)
-        queue = served.dispatch.worker.queue
-        counted.serve(served.name, queue.service_name, queue.service_role)
+        served = serving.find_wanted(request, wanted, counted)
         limits = served.dispatch.worker.limits
         if len(wanted.texts) + len(wanted.ids) > limits.max_inputs:
             raise TooManyInputsError(f"one request may hold {limits.max_inputs} inputs", wanted.field)
