@@ -145,18 +145,22 @@ def slow_reader(address: tuple[str, int]) -> Iterator[socket.socket]:
         yield connection
 
 
+def ask(address: tuple[str, int], texts: str | list[str]) -> httpx.Response:
+    """Ask for the texts' vectors, and read them."""
+    url = "http://{}:{}/v1/embeddings".format(*address)
+    return httpx.post(url, json={"model": "wide", "input": texts}, timeout=60)
+
+
 def test_an_answer_that_isnt_read_is_in_hand(address: tuple[str, int]) -> None:
     """The next large one is refused, small ones are not; it is whole, however late it is read."""
-    url = "http://{}:{}/v1/embeddings".format(*address)
-    ask = lambda texts: httpx.post(url, json={"model": "wide", "input": texts}, timeout=60)  # noqa: E731
     with slow_reader(address) as connection:
-        refused = ask(TEXTS)
+        refused = ask(address, TEXTS)
         assert (refused.status_code, refused.json()["error"]) == (503, REFUSED)
-        assert ask("x").status_code == 200
+        assert ask(address, "x").status_code == 200
         answer = b"".join(iter(lambda: connection.recv(2**20), b""))
     got = [each["embedding"] for each in json.loads(answer.partition(b"\r\n\r\n")[2])["data"]]
     assert np.array_equal(np.array(got, np.float32), expected(TEXTS, DIMENSION))
-    wait_for(lambda: ask(TEXTS).status_code == 200, 10, "room again")
+    wait_for(lambda: ask(address, TEXTS).status_code == 200, 10, "room again")
 
 
 @pytest.mark.parametrize("goes", [True, False])
@@ -165,10 +169,10 @@ def test_who_doesnt_read_or_goes_gives_its_place_back(
 ) -> None:
     """At once, or after half a minute."""
     if not goes:
-        monkeypatch.setattr(bodies, "PIECE_SECONDS", 0.5)
-    url = "http://{}:{}/v1/embeddings".format(*address)
+        monkeypatch.setattr(bodies, "PIECE_SECONDS", 2.0)
     with slow_reader(address) as connection:
+        assert ask(address, TEXTS).status_code == 503
         if goes:
             connection.close()
-        body = {"model": "wide", "input": TEXTS}
-        wait_for(lambda: httpx.post(url, json=body, timeout=60).status_code == 200, 10, "room again")
+        wait_for(lambda: ask(address, TEXTS).status_code == 200, 10, "room again")
+        assert ask(address, "x").status_code == 200
