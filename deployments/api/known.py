@@ -39,7 +39,7 @@ MISSING = {
     "modality": "models here read text alone",
 }
 
-
+# How much of a name is shown.
 LONGEST_NAME = 64
 
 
