@@ -12,28 +12,29 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from benchmarks import report
-from benchmarks.simulation import BGE_PARAMETERS, H100_PEAK
+from benchmarks.simulation import BGE_PARAMETERS, H100_PEAK, SHARE_OF_PEAK
 from benchmarks.subjects import bundled
 from deployments.config.model_files import resolve_model_path
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch, cosines
 from deployments.engine.choice import Packed, Scheduled
 from deployments.engine.sentence_transformers import Padded, load
-from deployments.engine.steps import StepQueue
 from deployments.engine.thread import ThreadEngine, Way
 from deployments.engine.vllm import VllmEngine
+from deployments.plan.plan import WorkerPlan
 
 COUNTS = (1, 16, 64, 256)
 TOKENS = 20
 ROUNDS, ROUND_SECONDS = 9, 0.2
 SAME = 0.999
-# A forward of bge-base on an H100: its share of the peak, and bytes of its weights that are read each time.
-SHARE_OF_PEAK, WEIGHT_BYTES, BYTES_PER_SECOND = 0.4, 2 * BGE_PARAMETERS, 3.35e12
+# A forward of bge-base on an H100 reads all of its weights.
+WEIGHT_BYTES, BYTES_PER_SECOND = 2 * BGE_PARAMETERS, 3.35e12
 CALLERS, CALL_INPUTS, FED_SECONDS = 8, 64, 3.0
 
 
@@ -117,20 +118,17 @@ class Asleep(Way):
 class FedEngine(ThreadEngine):
     """A replica's engine with a way in place of a model, whose steps have the inputs of one call."""
 
-    def __init__(self, way: Way) -> None:
-        """Take the way."""
-        super().__init__(bundled().plan())
-        self._queue = StepQueue(CALL_INPUTS * TOKENS)
-        self._way = way
-
-    def _run(self) -> None:
-        self._serve(self._way)
+    def __init__(self, plan: WorkerPlan, card: ModelCard, way: Way) -> None:
+        """Take a plan and a card of the model, and the way."""
+        arguments = {**plan.engine_args, "max_num_batched_tokens": CALL_INPUTS * TOKENS}
+        super().__init__(replace(plan, engine_args=arguments))
+        self._card_of_model, self._way = card, way
 
     def _load(self) -> tuple[Way, ModelCard]:
-        raise NotImplementedError
+        return self._way, self._card_of_model
 
     def _odd_weights(self, vocab_size: int) -> Iterable[str]:
-        raise NotImplementedError
+        return ()
 
 
 async def feed(engine: FedEngine, batch: TokenBatch) -> None:
@@ -144,7 +142,7 @@ async def feed(engine: FedEngine, batch: TokenBatch) -> None:
     await asyncio.gather(*(call() for _ in range(CALLERS)))
 
 
-def chip_shares(engine: Any, rounds: int) -> Iterator[str]:
+def chip_shares(engine: Any, plan: WorkerPlan, card: ModelCard, rounds: int) -> Iterator[str]:
     """Yield the lines of a table of the chip's time that is filled; forwards cost nothing by now."""
     scheduled, packed = Scheduled(engine), Packed(engine)
     ways = {
@@ -157,8 +155,8 @@ def chip_shares(engine: Any, rounds: int) -> Iterator[str]:
     for _ in range(rounds):
         for what, (way, ahead) in ways.items():
             asleep = Asleep(way, ahead)
-            fed = FedEngine(asleep)
-            fed._thread.start()
+            fed = FedEngine(plan, card, asleep)
+            fed.start()
             begun = time.perf_counter()
             asyncio.run(feed(fed, batch))
             shares[what].append(asleep.busy / (time.perf_counter() - begun))
@@ -177,16 +175,19 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="put the table into benchmarks/README.md")
     given = parser.parse_args()
     plan = bundled().plan()
-    engine, _ = VllmEngine(plan)._load_engine()
-    lines = []
+    engine, card = VllmEngine(plan)._load_engine()
     folder = resolve_model_path(plan.worker.generator.model_path)
-    tables = (whole_steps(engine, folder, given.rounds), host_costs(engine, given.rounds))
-    for line in (*tables[0], "", *tables[1], "", *chip_shares(engine, given.rounds)):
-        print(line, flush=True)
-        lines.append(line)
+    tables = []
+    for lines in (
+        whole_steps(engine, folder, given.rounds),
+        host_costs(engine, given.rounds),
+        chip_shares(engine, plan, card, given.rounds),
+    ):
+        tables.append("\n".join(lines))
+        print(f"{tables[-1]}\n", flush=True)
     engine.engine_core.shutdown()
     if given.keep:
-        report.insert(report.NOTES, "host", "\n".join(lines))
+        report.insert(report.NOTES, "host", "\n\n".join(tables))
     return 0
 
 
