@@ -30,6 +30,7 @@ WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - compared with
 # What HAProxy itself has to say: code, type, message.
 UNAVAILABLE = "model_unavailable", "unavailable_error"
 ANSWERS = {
+    400: ("invalid_request", "invalid_request_error", "the request's head isn't HTTP"),
     431: ("head_too_large", "invalid_request_error", "the request's head is larger than 17 KiB"),
     404: ("not_found", "invalid_request_error", "no application is served under this path, or none yet"),
     408: ("deadline_exceeded", "timeout_error", "the request's head took too long to arrive"),
@@ -40,6 +41,15 @@ ANSWERS = {
 }
 # Those that HAProxy makes where it can't do what it was told; the others are asked for by rules.
 OWN = (408, 500, 502, 503, 504)
+# What it says to heads that are no requests is in HTML, whatever it is told: so these are looked at before.
+BAD_HEADS = {400: "Bad Request", 408: "Request Timeout"}
+LUA = """core.register_service("head_%(status)d", "tcp", function(applet)
+  local body = %(body)s
+  applet:send("HTTP/1.1 %(status)d %(reason)s\\r\\n" ..
+    "content-type: application/json\\r\\nconnection: close\\r\\ncontent-length: " .. #body ..
+    "\\r\\nx-request-id: " .. applet.f:uuid() .. "\\r\\n\\r\\n" .. body)
+end)
+"""
 # Ray Serve's own, and how the path ends to which files are posted.
 READ_AHEAD_HEADER, UPLOADS = "x-request-disconnect-disabled", "/files /files/"
 # 16 KiB of headers pass, as in most servers, and what a front before this one adds.
@@ -102,7 +112,7 @@ def amend(config: Path) -> None:
     text = config.read_text()
     for change in (bound_headers, listen_where_told, answer_in_json, hold_uploads_back):
         text = change(text)
-    config.write_text(text)
+    config.write_text(answer_bad_heads(text, config.with_suffix(".lua")))
 
 
 def bound_headers(text: str) -> str:
@@ -123,8 +133,7 @@ def bound_headers(text: str) -> str:
 def answer_in_json(text: str) -> str:
     """Let HAProxy's own answers be JSON as all others are, each with an id.
 
-    What it can't parse at all it answers in HTML, whatever it is told. So it takes larger heads than pass,
-    and refuses them by a rule. A 502 or 504 becomes a 503, which clients take for something that passes.
+    It takes larger heads than pass, and refuses them by a rule. A 502 or 504 becomes a 503, which passes.
     """
     if "http-error" in text or not (place := re.search(r"^( *)mode http\n", text, re.M)):
         return text
@@ -147,6 +156,36 @@ def answer_in_json(text: str) -> str:
     return re.sub(r"^frontend http_frontend\n.*\n", lambda top: top[0] + lines, text, flags=re.M)
 
 
+def answer_bad_heads(text: str, program: Path) -> str:
+    """Let what begins a connection, and isn't HTTP, be told so in JSON, before its parser would in HTML."""
+    if "switch-mode" in text:
+        return text
+    own = {status: json.dumps(body_of(status)) for status in BAD_HEADS}  # JSON quotes as Lua does
+    services = (LUA % {"status": each, "reason": BAD_HEADS[each], "body": own[each]} for each in BAD_HEADS)
+    program.write_text("".join(services))
+    text = re.sub(r"^global\n", f"global\n    lua-load {program}\n", text, count=1, flags=re.M)
+    rules = (
+        "mode tcp",
+        f"tcp-request inspect-delay {HEADER_SECONDS}s",
+        "tcp-request connection set-var(sess.begun) date(0,ms)",
+        "tcp-request content switch-mode http if HTTP",
+    )
+    lines = "".join(f"    {rule}\n" for rule in rules)
+    text = re.sub(
+        r"^(frontend http_frontend\n *bind .*\n)((?: .*\n)*?) *default_backend (\S+)\n",
+        rf"\1{lines}\2    use_backend \3 if HTTP\n    default_backend bad_head\n",
+        text,
+        flags=re.M,
+    )
+    late = f"{{ date(0,ms),sub(sess.begun) ge {1000 * (HEADER_SECONDS - 1)} }}"
+    return (
+        f"{text.rstrip()}\nbackend bad_head\n    mode tcp\n"
+        "    tcp-request content reject if { req.len 0 }\n"
+        f"    tcp-request content use-service lua.head_408 if {late}\n"
+        "    tcp-request content use-service lua.head_400\n"
+    )
+
+
 def hold_uploads_back(text: str) -> str:
     """Let a file come no faster than it is stored.
 
@@ -163,11 +202,16 @@ def hold_uploads_back(text: str) -> str:
 
 def answer_of(status: int) -> str:
     """Return HAProxy's arguments for the answer that stands for a status."""
+    body = body_of(status).replace("'", r"'\''")
+    again = " hdr retry-after 1" if ANSWERS[status][0] == UNAVAILABLE[0] else ""
+    return f"content-type application/json lf-string '{body}' hdr x-request-id %[uuid]{again}"
+
+
+def body_of(status: int) -> str:
+    """Return the JSON that stands for a status."""
     code, kind, message = ANSWERS[status]
     error = {"message": message, "type": kind, "param": None, "code": code}
-    body = json.dumps({"error": error, "code": code}, separators=(",", ":")).replace("'", r"'\''")
-    again = " hdr retry-after 1" if code == UNAVAILABLE[0] else ""
-    return f"content-type application/json lf-string '{body}' hdr x-request-id %[uuid]{again}"
+    return json.dumps({"error": error, "code": code}, separators=(",", ":"))
 
 
 def listen_where_told(text: str) -> str:

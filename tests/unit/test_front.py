@@ -102,6 +102,17 @@ def test_what_haproxy_says_itself_is_json(tmp_path: Path) -> None:
             say(port, b"GET /other HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"), 404, "not_found"
         )
         assert message == "no application is served under this path, or none yet"
+        for text in (
+            b"GET /v1/models HTTP/1.1\r\nno header\r\n\r\n",
+            b"GET /v1/models HTTP/1.1\r\nHost: a b\r\n\r\n",
+            b"POST /v1/models HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabc",
+            b"hello\r\n\r\n",
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+            head(70_000),
+        ):
+            response = say(port, text)
+            assert told(response, 400, "invalid_request") == "the request's head isn't HTTP"
+            assert response.headers["x-request-id"]
         # It took the request, and says nothing: 504 in HAProxy's words.
         response = say(port, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         assert told(response, 503, "model_unavailable") == "the process that had this request doesn't answer"
