@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from deployments.api.batches import LineError, parse_line
-from deployments.api.upload import Upload
+from deployments.api.batches.upload import Upload
 from deployments.batches.routes import batch_routes
 from deployments.batches.serving import BatchServing
 from deployments.batches.store import BatchPlace

@@ -100,7 +100,7 @@ class Asleep(Way):
         """See `Way`."""
         return self.begin(batch)()
 
-    def begin(self, batch: TokenBatch) -> Callable[[], np.ndarray]:
+    def begin(self, batch: TokenBatch, by_token: bool = False) -> Callable[[], np.ndarray]:
         """See `Way`: the host's work at once, the chip's while the caller does something else."""
         rows = self._way.embed(batch)
         computing = 2 * BGE_PARAMETERS * batch.tokens / (SHARE_OF_PEAK * H100_PEAK)

@@ -61,7 +61,7 @@ def sentence_transformers(subject: Subject) -> Embed:
     import torch
     from sentence_transformers import SentenceTransformer
 
-    from deployments.engine.available import cpu_dtype
+    from deployments.machine import cpu_dtype
 
     dtype = getattr(torch, cpu_dtype())
     model = SentenceTransformer(subject.folder, device="cpu", model_kwargs={"dtype": dtype})

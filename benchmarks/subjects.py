@@ -11,8 +11,7 @@ from typing import Any
 import deployments
 from benchmarks.workloads import DIMENSION, MAX_MODEL_LEN, MODEL, model_folder
 from deployments.config.load import load_workers
-from deployments.engine.available import cpu_dtype
-from deployments.machine import cores_here, own_cores
+from deployments.machine import cores_here, cpu_dtype, own_cores
 from deployments.plan.placement import Machine, openmp_environment
 from deployments.plan.plan import WorkerPlan, make_plans
 from tests.harness import gallery, layouts, workers

@@ -1,4 +1,4 @@
-"""What of its machine a process takes: cores that it may use, memory that it gives back.
+"""What a process has of its machine: cores that it may use, what they compute in, memory that it gives back.
 
 A container may see all cores of its host and be given the time of a few. Whoever computes on more threads
 than that is stopped for the rest of each tenth of a second, all of them at once.
@@ -6,12 +6,16 @@ than that is stopped for the rest of each tenth of a second, all of them at once
 
 import contextlib
 import ctypes
+import importlib.util
 import math
 import os
+import platform
 import socket
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+from deployments.errors import EngineStartError
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -21,6 +25,9 @@ UNBOUNDED = "max"
 # glibc's name for the size from which a block of memory is mapped by itself.
 M_MMAP_THRESHOLD = -3
 LARGE_BLOCK_BYTES = 2**20
+
+# Floating-point formats that the CPU computes in natively; bfloat16 halves the time there.
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def cores_here() -> int:
@@ -81,3 +88,25 @@ def give_back_large_blocks() -> None:
     """
     with contextlib.suppress(AttributeError):  # of another C library
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
+def require_vllm() -> None:
+    """Raise EngineStartError with the command that installs vLLM where there is none."""
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineStartError(
+            "vLLM isn't installed: run `make setup`, or install the extra `cpu` or `gpu` of embedding-cluster"
+        )
+
+
+def cpu_dtype() -> str:
+    """Return bfloat16 where this node's CPU computes in it, else float32.
+
+    vLLM's own choice for a float32 checkpoint is float16, which CPUs emulate slowly.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "float32"
+    key = "Features" if platform.machine() == "aarch64" else "flags"
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(key)), [])
+    return "bfloat16" if BFLOAT16_FLAGS & set(flags) else "float32"

@@ -21,18 +21,13 @@ ASIDE = frozenset(
         *("prompt_cache_key", "request_id", "priority", "cache_salt"),
     )
 )
-CHAT = (
-    "messages",
-    "chat_template",
-    "chat_template_kwargs",
-    "add_generation_prompt",
-    "continue_final_message",
-    "media_io_kwargs",
-    "mm_processor_kwargs",
-)
+TEMPLATE = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 # What other servers do, or models elsewhere, and nobody here can: a clearer word than that it isn't known.
 MISSING = {
-    **dict.fromkeys(CHAT, "no model here reads chat messages; send their text as `input`"),
+    "chat_template": "the model's own is used",
+    **dict.fromkeys(TEMPLATE, "it goes with `messages`"),
+    "tools": "models here read messages alone",
+    **dict.fromkeys(("media_io_kwargs", "mm_processor_kwargs"), "models here read text alone"),
     "late_chunking": "no model here chunks late",
     "task": "no model here has adapters; its prompts are chosen by `input_type`",
     "images": "no model here reads images",

@@ -14,6 +14,7 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
+from deployments.api import chat
 from deployments.api import fields as read
 from deployments.api.encoding import (
     EmbedDtype,
@@ -123,10 +124,11 @@ def parse_fields(fields: read.Fields, formats: Sequence[str] = FORMATS) -> OpenA
 
     Raises InvalidRequestError whose `param` names the field.
     """
-    options = {} if fields.keys() <= USUAL else _parse_options(fields)
-    if "input" not in fields:
+    chats = chat.holds_messages(fields, "input")
+    if not chats and "input" not in fields:
         raise InvalidRequestError("`input` is missing", "input")
-    texts, token_ids = read.texts_or_ids(fields["input"], "input")
+    options = _parse_chat(fields) if chats else {} if fields.keys() <= USUAL else _parse_options(fields)
+    texts, token_ids = ((), ()) if chats else read.texts_or_ids(fields["input"], "input")
     return OpenAIRequest(
         model=read.string(fields, "model"),
         texts=texts,
@@ -144,9 +146,17 @@ def _parse_format(fields: Mapping[str, Any], formats: Sequence[str]) -> Encoding
     return cast(EncodingFormat, read.choice(fields, "encoding_format", formats, "float"))
 
 
-def _parse_options(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_chat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return conversations, around which the model's template writes what the model wants."""
+    options = _parse_options(fields, ChatRequestBody)
+    conversations = chat.parse_chat(fields, "input")
+    special = read.flag(fields, "add_special_tokens") is True
+    return {**options, "chat": conversations, "input_field": conversations.field, "special_tokens": special}
+
+
+def _parse_options(fields: Mapping[str, Any], body: type["OptionsBody"] | None = None) -> dict[str, Any]:
     """Return what the fields ask for that few clients send. Raises for those that nobody knows."""
-    EmbeddingRequestBody.check(fields)
+    (body or EmbeddingRequestBody).check(fields)
     read.choice(fields, "padding", PADDING, PADDING[0])
     truncation, longest = _parse_truncation(fields)
     unit = {name: read.flag(fields, name) for name in UNIT if name in fields}
@@ -193,7 +203,31 @@ def _parse_prompt(fields: Mapping[str, Any]) -> Prompt | None:
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
 
 
-class EmbeddingRequestBody(ModelBody):
+class OptionsBody(ModelBody):
+    """What a body says of its vectors."""
+
+    encoding_format: EncodingFormat | Literal[""] | None = Field(
+        "float", description="`base64` holds little-endian float32 and is the faster one; `bytes` are vLLM's."
+    )
+    embed_dtype: EmbedDtype | None = Field("float32", description="What base64 and bytes hold instead.")
+    endianness: Endianness | None = Field("native", description="The order of its bytes; native is little.")
+    dimensions: Count | Written | None = Field(
+        None, description="Shorter vectors, where the model allows it."
+    )
+    truncate_prompt_tokens: Count | Literal[-1] | None = Field(
+        None, description="Cut each input to that many tokens, special tokens included; -1: the model's most."
+    )
+    truncation_side: Literal["left", "right"] | None = Field(None, description="Which side is cut.")
+    truncate: Literal["NONE", "START", "END"] | None = Field(None, description="The same, in other words.")
+    padding: Literal["do_not_pad"] | None = Field(None, description="No model here needs any.")
+    use_activation: bool | None = Field(
+        None, description="Unit length; false is refused by models that give nothing else."
+    )
+    normalize: bool | None = Field(None, description="The same.")
+    normalized: bool | None = Field(None, description="The same.")
+
+
+class EmbeddingRequestBody(OptionsBody):
     """The body of `POST /embeddings`. Fields that are null count as absent."""
 
     model_config = ConfigDict(title="EmbeddingRequest")
@@ -204,30 +238,24 @@ class EmbeddingRequestBody(ModelBody):
     input: Inputs = Field(
         description="A text, several texts, one text's token ids, or several texts' token ids."
     )
-    encoding_format: EncodingFormat | Literal[""] | None = Field(
-        "float", description="`base64` holds little-endian float32 and is the faster one; `bytes` are vLLM's."
-    )
-    embed_dtype: EmbedDtype | None = Field("float32", description="What base64 and bytes hold instead.")
-    endianness: Endianness | None = Field("native", description="The order of its bytes; native is little.")
-    dimensions: Count | Written | None = Field(
-        None, description="Shorter vectors, where the model allows it."
-    )
     input_type: str | None = Field(
         None, description="Puts the model's prompt of that name before each text: `query`, `document`, …"
     )
     prompt_name: Text | None = Field(None, description="The same, by the model's own name alone.")
-    truncate_prompt_tokens: Count | Literal[-1] | None = Field(
-        None, description="Cut each input to that many tokens, special tokens included; -1: the model's most."
-    )
-    truncation_side: Literal["left", "right"] | None = Field(None, description="Which side is cut.")
-    truncate: Literal["NONE", "START", "END"] | None = Field(None, description="The same, in other words.")
-    padding: Literal["do_not_pad"] | None = Field(None, description="No model here needs any.")
     add_special_tokens: bool | None = Field(True, description="The model's own, around each text.")
-    use_activation: bool | None = Field(
-        None, description="Unit length; false is refused by models that give nothing else."
-    )
-    normalize: bool | None = Field(None, description="The same.")
-    normalized: bool | None = Field(None, description="The same.")
+
+
+class ChatRequestBody(chat.ChatBody, OptionsBody):
+    """A body of `POST /embeddings` that holds conversations, for models with a chat template."""
+
+    model_config = ConfigDict(title="ChatEmbeddingRequest")
+    described: ClassVar[dict[str, Any]] = {
+        **chat.ChatBody.described,
+        "oneOf": chat.either("messages", "input"),
+    }
+
+    messages: chat.Conversations | None = Field(None, description="A conversation, or several.")
+    input: chat.Conversations | None = Field(None, description="The same.")
 
 
 class Embedding(BaseModel):

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from tokenizers import Encoding
@@ -27,6 +27,27 @@ class Prompt:
     usual: bool = False
 
 
+@dataclass(frozen=True)
+class Chat:
+    """Conversations, each of which the model's chat template makes a text, with its `variables`.
+
+    A message has a `role`, and as `content` a text or parts that have one.
+    """
+
+    conversations: Sequence[Sequence[Mapping[str, Any]]]
+    variables: Mapping[str, Any]
+    field: str
+
+    @property
+    def characters(self) -> int:
+        """How many the messages' texts have."""
+        contents = (message.get("content") or () for messages in self.conversations for message in messages)
+        return sum(
+            len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
+            for content in contents
+        )
+
+
 class Raw(bytes):
     """An answer that isn't JSON, and the headers that go with it."""
 
@@ -38,7 +59,8 @@ class EmbeddingResult:
     """Vectors and what is said beside them.
 
     `vectors` is float32 of shape (inputs, dimension), in order; `model` the name that was asked for,
-    `version` that of its package; `truncated` holds the indices of the inputs that were cut.
+    `version` that of its package; `truncated` holds the indices of the inputs that were cut. `lengths` are
+    the inputs' tokens; vectors are those of tokens, of shape (tokens, hidden size), for requests `by_token`.
     """
 
     vectors: np.ndarray
@@ -46,11 +68,12 @@ class EmbeddingResult:
     prompt_tokens: int
     truncated: Sequence[int] = ()
     version: str = ""
+    lengths: Sequence[int] | np.ndarray = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingRequest(ABC):
-    """A parsed request: either `texts` or `token_ids`, never both. A dialect adds how to answer.
+    """A parsed request: one of `texts`, `token_ids` and `chat`. A dialect adds how to answer.
 
     `model` is absent where the dialect lets a client leave it out. `input_field` and `dimensions_field` are
     the dialect's names, for errors. `own_ids` says that ids are the model's own, whatever its `token_input`.
@@ -65,6 +88,7 @@ class EmbeddingRequest(ABC):
     model: str | None = None
     texts: Sequence[str] = ()
     token_ids: Sequence[Sequence[int]] = ()
+    chat: Chat | None = None
     input_field: str = "input"
     own_ids: bool = False
     dimensions: int | None = None
@@ -79,10 +103,11 @@ class EmbeddingRequest(ABC):
     normalize_field: str = "normalize"
     special_tokens: bool = True
     tags: frozenset[str] = frozenset()
+    by_token: ClassVar[bool] = False
 
     def __len__(self) -> int:
         """Return the number of inputs."""
-        return len(self.texts) or len(self.token_ids)
+        return len(self.texts) or len(self.token_ids) or len(self.chat.conversations if self.chat else ())
 
     @abstractmethod
     def answer(self, result: EmbeddingResult) -> bytes:
@@ -101,7 +126,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TokensRequest:
-    """A parsed request for tokens: of `texts`, or the text of `ids`.
+    """A parsed request for tokens: of `texts` or a `chat`, or the text of `ids`.
 
     `answer` makes the JSON answer in the dialect of the request: of its texts, with the model's prompt before
     each, the model's tokenizer, and the most tokens that the model takes.
@@ -111,6 +136,7 @@ class TokensRequest:
     model: str | None = None
     texts: Sequence[str] = ()
     ids: Sequence[Sequence[int]] = ()
+    chat: Chat | None = None
     field: str = "prompt"
     prompt: Prompt | None = None
     tags: frozenset[str] = frozenset()

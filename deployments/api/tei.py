@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
@@ -152,11 +153,37 @@ def parse_decode(fields: read.Fields) -> TokensRequest:
     )
 
 
-def refuse_unpooled(_: read.Fields) -> EmbeddingRequest:
-    """Refuse a body of `POST /embed_all` or `/embed_sparse`."""
-    raise MissingCapabilityError(
-        "no model here gives vectors of single tokens, or sparse ones; /embed gives one for each input"
+@dataclass(frozen=True, kw_only=True)
+class TeiTokensRequest(EmbeddingRequest):
+    """The body of `POST /embed_all`."""
+
+    by_token = True
+
+    def answer(self, result: EmbeddingResult) -> bytes:
+        """Return a list for each input, of a vector for each token."""
+        rows = iter(json_rows(result.vectors))
+        return b"[%b]" % b",".join(b"[%b]" % b",".join(islice(rows, int(each))) for each in result.lengths)
+
+
+def parse_all(fields: read.Fields) -> TeiTokensRequest:
+    """Parse a body of `POST /embed_all`."""
+    TeiAllBody.check(fields)
+    texts, ids = read.texts_or_ids(fields.get("inputs"), "inputs")
+    return TeiTokensRequest(
+        model=read.string(fields, "model"),
+        texts=texts,
+        token_ids=ids,
+        input_field="inputs",
+        own_ids=True,
+        prompt=_prompt(fields),
+        **_truncation(fields),
+        tags=read.tags(fields),
     )
+
+
+def refuse_sparse(_: read.Fields) -> EmbeddingRequest:
+    """Refuse a body of `POST /embed_sparse`."""
+    raise MissingCapabilityError("no model here gives sparse vectors; /embed gives dense ones")
 
 
 # --- the same format as a model, for the OpenAPI document only -------------------------------------
@@ -183,6 +210,19 @@ class TeiBody(ModelBody):
     images: None = None
     embedding_types: None = None
     input_type: None = None
+
+
+class TeiAllBody(ModelBody):
+    """The body of text-embeddings-inference's `POST /embed_all`."""
+
+    model_config = ConfigDict(title="TeiEmbedAllRequest")
+    aside = ASIDE | {"options"}
+    described: ClassVar[dict[str, Any]] = {"examples": [{"model": "all-minilm-l6-v2", "inputs": ["Hello"]}]}
+
+    inputs: Inputs
+    truncate: bool | None = Field(None, description="Default: as the worker file says.")
+    truncation_direction: Literal["Left", "Right"] | None = "Right"
+    prompt_name: Text | None = None
 
 
 class Pairs(DialectBody):

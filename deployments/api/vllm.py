@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
+from deployments.api import chat, openai, pharia, tei
 from deployments.api import fields as read
-from deployments.api import openai, pharia, tei
 from deployments.api.fields import TokenId
-from deployments.api.known import CHAT, ModelBody
+from deployments.api.known import ModelBody
 from deployments.api.request import EmbeddingRequest, Reader, TokensRequest
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
@@ -24,13 +24,17 @@ def parse_tokenize(fields: read.Fields) -> TokensRequest:
         return pharia.parse_tokenize(fields)
     if "inputs" in fields:
         return tei.parse_tokenize(fields)
-    VllmTokenizeBody.check(fields)
+    chats = "messages" in fields
+    (VllmTokenizeChatBody if chats else VllmTokenizeBody).check(fields)
+    special = read.flag(fields, "add_special_tokens")
     return TokensRequest(
         model=read.string(fields, "model"),
-        texts=[read.text(fields, "prompt")],
+        texts=[] if chats else [read.text(fields, "prompt")],
+        chat=chat.parse_chat(fields, "messages", generates=True) if chats else None,
+        field="messages" if chats else "prompt",
         answer=functools.partial(
             _tokens,
-            special=read.flag(fields, "add_special_tokens") is not False,
+            special=not chats if special is None else special,
             strings=read.flag(fields, "return_token_strs") is True,
         ),
         tags=read.tags(fields),
@@ -79,7 +83,7 @@ def parse_pooling(fields: read.Fields) -> PoolingRequest:
 
 def parse_invocation(fields: read.Fields) -> EmbeddingRequest:
     """Parse a body of `POST /invocations`: that of whichever route it fits."""
-    if "input" in fields or any(name in fields for name in CHAT):
+    if "input" in fields or "messages" in fields:
         return openai.parse_fields(fields)
     return tei.parse_any(fields)
 
@@ -100,6 +104,16 @@ class VllmTokenizeBody(ModelBody):
     tokens: None = None
     token_ids: None = None
     inputs: None = None
+
+
+class VllmTokenizeChatBody(chat.ChatBody):
+    """vLLM's body of `POST /tokenize` with a conversation, for models with a chat template."""
+
+    model_config = ConfigDict(title="VllmTokenizeChatRequest")
+
+    messages: chat.Conversations
+    add_generation_prompt: bool | None = True
+    return_token_strs: bool | None = False
 
 
 class VllmTokenizeResponse(BaseModel):
@@ -128,14 +142,25 @@ class VllmDetokenizeResponse(BaseModel):
     prompt: str
 
 
-class PoolingBody(openai.EmbeddingRequestBody):
+class PoolingOptions(openai.OptionsBody):
+    """What a body of vLLM's `POST /pooling` says of its vectors."""
+
+    task: Literal["embed"] | None = Field(None, description="No model here has another one.")
+    dimensions: None = Field(None, description="`/embeddings` takes it.")
+
+
+class PoolingBody(PoolingOptions, openai.EmbeddingRequestBody):
     """The body of vLLM's `POST /pooling`."""
 
     model_config = ConfigDict(title="PoolingRequest")
     described: ClassVar[dict[str, Any]] = {"examples": [{"model": "all-minilm-l6-v2", "input": ["Hello"]}]}
 
-    task: Literal["embed"] | None = Field(None, description="No model here has another one.")
-    dimensions: None = Field(None, description="`/embeddings` takes it.")
+
+class PoolingChatBody(PoolingOptions, openai.ChatRequestBody):
+    """A body of vLLM's `POST /pooling` that holds conversations."""
+
+    model_config = ConfigDict(title="ChatPoolingRequest")
+    described = openai.ChatRequestBody.described
 
 
 class Pooling(BaseModel):

@@ -93,5 +93,5 @@ def _room(dispatch: weakref.ref[Dispatch]) -> int:
 
 def _estimate(wanted: EmbeddingRequest) -> int:
     """Return about how many tokens a request has."""
-    characters = sum(map(len, wanted.texts))
+    characters = sum(map(len, wanted.texts)) + (wanted.chat.characters if wanted.chat else 0)
     return int(characters * TOKENS_PER_CHARACTER) + sum(map(len, wanted.token_ids))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from pydantic import BaseModel, ConfigDict
 
-from deployments.api.batch_objects import (
+from deployments.api.batches.schema import (
     ENDPOINT,
     FINAL,
     WINDOW,

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi.responses import StreamingResponse
 
-from deployments.api.batch_objects import (
+from deployments.api.batches.schema import (
     ENDPOINT,
     MAX_EXPIRY_SECONDS,
     MIN_EXPIRY_SECONDS,
@@ -17,7 +17,7 @@ from deployments.api.batch_objects import (
     FileList,
     FileObject,
 )
-from deployments.api.upload import FILE
+from deployments.api.batches.upload import FILE
 from deployments.batches.serving import (
     CONTENT_TYPE,
     DEFAULT_BATCHES,

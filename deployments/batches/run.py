@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.api.batch_objects import EXPIRED, BatchError, FileObject, Status
 from deployments.api.batches import LineError, parse_line, refused_line, result_line, unasked_line
+from deployments.api.batches.schema import EXPIRED, BatchError, FileObject, Status
 from deployments.batches.records import (
     BATCH,
     FILE,

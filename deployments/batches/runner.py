@@ -8,7 +8,7 @@ import secrets
 import time
 from collections import Counter
 
-from deployments.api.batch_objects import WINDOW_SECONDS, BatchError
+from deployments.api.batches.schema import WINDOW_SECONDS, BatchError
 from deployments.batches.records import (
     BATCH,
     FILE,

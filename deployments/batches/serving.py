@@ -11,10 +11,10 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from deployments.api.batch_objects import DeletedFile, FileObject
 from deployments.api.batches import expiry_seconds, parse_create, parse_page
+from deployments.api.batches.schema import DeletedFile, FileObject
+from deployments.api.batches.upload import FILE, Upload
 from deployments.api.fields import decimal
-from deployments.api.upload import FILE, Upload
 from deployments.batches.store import Batches, owner_of
 from deployments.errors import DeadlineExceededError, EmbeddingError, InvalidRequestError
 from deployments.http.auth import key_of

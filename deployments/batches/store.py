@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from deployments.api.batch_objects import WINDOW_SECONDS, Batch, BatchList, FileList, FileObject
 from deployments.api.batches import NewBatch, Page
+from deployments.api.batches.schema import WINDOW_SECONDS, Batch, BatchList, FileList, FileObject
 from deployments.batches.records import (
     BATCH,
     FILE,

@@ -8,8 +8,8 @@ import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from deployments.api.batch_objects import BatchError
 from deployments.api.batches import LineError, parse_line
+from deployments.api.batches.schema import BatchError
 from deployments.batches.records import Block, Plan
 
 # OpenAI's own limits.

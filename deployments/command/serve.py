@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 from deployments.command.summary import ServeArguments, table
 from deployments.config.load import load_workers
 from deployments.config.worker import INGRESS_NAME, Worker
-from deployments.engine.available import require_vllm
 from deployments.errors import ConfigError, EngineStartError, reason_of
 from deployments.front.address import bracketed, try_to_listen
 from deployments.front.guard import haproxies, inner_host, stop_guards
 from deployments.front.switches import prepare_environment
+from deployments.machine import require_vllm
 from deployments.plan.plan import ingress_replicas, make_plans, unplaceable
 from deployments.tracing import objection
 

@@ -37,12 +37,11 @@ from deployments.errors import (
 from deployments.metrics import Metrics
 from deployments.transport.broadcast import answer_of, broadcast
 from deployments.transport.local import LocalClient
-from deployments.transport.outcome import MAX_CRASHES, Outcome, outcome_of
+from deployments.transport.outcome import FATAL, MAX_CRASHES, Outcome, outcome_of
 from deployments.transport.router import CallId, TokenRouter
 
 # Serve takes a moment to notice a death; asking again at once meets the same replica.
-FIRST_PAUSE_SECONDS = 0.05
-MAX_PAUSE_SECONDS = 2.0
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.05, 2.0
 # Two calls in flight keep a replica busy: one computes while the other is on its way.
 CALLS_PER_REPLICA = 2
 
@@ -129,14 +128,16 @@ class Calls:
         """The model's version that calls should be prepared for; None while no replica is known."""
         return (self._router.version or None) if self._router is not None else None
 
-    async def ask_any(self, method: str, *arguments: Any) -> Any:
-        """Call a method of any replica, again when that one dies. Raises ModelUnavailableError."""
+    async def ask_any(self, method: str, *arguments: Any, crashes: int = 0) -> Any:
+        """Call any replica's method, again when it dies, `crashes` times at most. Raises EmbeddingError."""
         for attempt in range(self.worker.queue.http_request_retries + 1):
             try:
                 return await answer_of(getattr(self._handle, method).remote(*arguments))
             except Exception as error:
-                if outcome_of(error) not in (Outcome.CRASHED, Outcome.RETRY):
+                if (outcome := outcome_of(error)) not in (Outcome.CRASHED, Outcome.RETRY):
                     raise
+                if outcome is Outcome.CRASHED and (crashes := crashes - 1) == 0:
+                    raise FatalInputError(FATAL) from error
                 await asyncio.sleep(min(FIRST_PAUSE_SECONDS * 2**attempt, MAX_PAUSE_SECONDS))
         raise self.unavailable("its replicas are gone")
 
@@ -255,8 +256,7 @@ class Calls:
     def _failed(self, part: Part, error: Exception) -> None:
         match outcome_of(error):
             case Outcome.CRASHED if part.crashes + 1 == MAX_CRASHES:
-                what = "two replicas ended while they embedded this request; it isn't tried again"
-                self._fail(part, FatalInputError(what))
+                self._fail(part, FatalInputError(FATAL))
             case Outcome.CRASHED:
                 part.crashes += 1
                 self._try_again(part)

@@ -4,8 +4,9 @@ token batch → admitted → inputs, each once → parts → calls → rows in o
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from deployments.errors import (
     ModelUnavailableError,
 )
 from deployments.metrics import Metrics
+from deployments.transport.outcome import MAX_CRASHES
 
 # How long `state` waits for a replica before it calls the model unavailable.
 STATE_SECONDS = 2.0
@@ -103,7 +105,8 @@ class Dispatch:
             except TimeoutError:
                 raise self._late() from None
             try:
-                vectors = await self.embed(prepared.batch, deadline, lane, caller, card.version, charge)
+                embed = self.embed_tokens if prepared.by_token else self.embed
+                vectors = await embed(prepared.batch, deadline, lane, caller, card.version, charge)
                 return card, prepared, vectors
             except ModelChangedError:
                 self._model = None
@@ -122,7 +125,7 @@ class Dispatch:
                     if not self._is_current(self._model):  # a burst of first requests asks once
                         call = CallContext(version=self._calls.version or "")
                         card: ModelCard = await self._calls.ask_any("describe", call)
-                        tokenizer = await offload(len(card.tokenizer), TextTokenizer, card.tokenizer)
+                        tokenizer = await offload(len(card.tokenizer), TextTokenizer.of, card)
                         self._model = card, tokenizer
             except TimeoutError:
                 raise self._calls.unavailable("no replica was ready in time") from None
@@ -148,6 +151,41 @@ class Dispatch:
         ModelChangedError where the replicas have another version than that which the ids were made for.
         Cancelling the call frees what only it waits for.
         """
+        async with self._admitted(batch, lane, caller, charge) as taken:
+            return await self._send(batch, deadline, Part([], caller, taken, version))
+
+    async def embed_tokens(  # noqa: PLR0913, PLR0917 - as `embed`
+        self,
+        batch: TokenBatch,
+        deadline: float,
+        lane: Lane = Lane.INTERACTIVE,
+        caller: str = "",
+        version: str = "",
+        charge: Charge | None = None,
+    ) -> np.ndarray:
+        """Return float32 hidden states of shape (batch.tokens, hidden size), as `embed` else.
+
+        Parts are asked for one after the other, joined with nobody's, and kept by nobody.
+        """
+        rows = []
+        async with self._admitted(batch, lane, caller, charge) as taken:
+            call = CallContext(version=version, bulk=taken is Lane.BULK)
+            parts = np.cumsum(batch.lengths) // self._calls.part_tokens
+            try:
+                async with asyncio.timeout_at(deadline):
+                    for part in np.unique(parts):
+                        first, end = np.searchsorted(parts, [part, part + 1])
+                        ask = self._calls.ask_any("embed_tokens", batch[first:end], call, crashes=MAX_CRASHES)
+                        rows.append(await ask)
+            except TimeoutError:
+                raise self._late() from None
+        return np.concatenate(rows)
+
+    @contextlib.asynccontextmanager
+    async def _admitted(
+        self, batch: TokenBatch, lane: Lane, caller: str, charge: Charge | None
+    ) -> AsyncIterator[Lane]:
+        """Let a batch in, and charge for it; give the lane that it goes in."""
         self._admission.check(batch.tokens, caller, self.worker.limits, self._calls.rate)
         small = batch.tokens <= self._calls.part_tokens
         with self._admission.hold(batch.tokens, caller, small):
@@ -155,7 +193,7 @@ class Dispatch:
                 lane = Lane.BULK  # what needs several parts lets others in between, in one request or in many
             if charge is not None:
                 await charge(batch.tokens)
-            return await self._send(batch, deadline, Part([], caller, lane, version))
+            yield lane
 
     async def _send(self, batch: TokenBatch, deadline: float, like: Part) -> np.ndarray:
         """Cut a batch into parts `like` this one, send them, and wait for all vectors."""

@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from deployments.api.request import LONGEST, EmbeddingRequest, Prompt
+from deployments.api.request import LONGEST, Chat, EmbeddingRequest, Prompt
 from deployments.config.worker import EmbeddingTask, Limits
 from deployments.dispatch.offload import offload
 from deployments.engine import ModelCard
@@ -25,6 +25,8 @@ from deployments.errors import (
 # has no place in a model of up to 31,000 tokens.
 GROUP_CHARACTERS = 1_000_000
 CHARACTERS_PER_TOKEN = 32
+# So many numbers an answer with the vectors of tokens may have, each of some ten bytes.
+MOST_NUMBERS = 8_000_000
 # Returns the token ids of each text.
 Encode = Callable[[Sequence[str]], list[list[int]]]
 # The prompt that an instruction is put into, and where in it.
@@ -36,10 +38,14 @@ INSTRUCT_PROMPT = re.compile(r"(Instruct: ).*(\nQuery: ?)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Prepared:
-    """Token ids of every input, in order, and the indices of those that were cut."""
+    """Token ids of every input, in order, and the indices of those that were cut.
+
+    `by_token` says that the vectors of tokens are asked for.
+    """
 
     batch: TokenBatch
     truncated: tuple[int, ...] = ()
+    by_token: bool = False
 
 
 async def prepare(
@@ -58,6 +64,8 @@ async def prepare(
     _check_vectors(request, task, card)
     sent = sum(map(len, request.token_ids))
     texts = request.texts or await offload(sent, _decode, request, task, card)
+    if request.chat is not None:
+        texts = await write_messages(request.chat, tokenizer)
     inputs: list[list[int]] = []
     truncated: list[int] = []
     total = 0
@@ -75,9 +83,11 @@ async def prepare(
         inputs += kept
     batch = await offload(total, TokenBatch.of, inputs)
     _check_vocabulary(batch, card.vocab_size, field)
-    if not card.pools_prompt:
+    if request.by_token:
+        _check_tokens(batch, card, field)
+    elif not card.pools_prompt:
         batch = batch.unpooled(tokenizer.count_prompt(prompt, request.special_tokens))
-    return Prepared(batch, tuple(truncated))
+    return Prepared(batch, tuple(truncated), request.by_token)
 
 
 async def _tokenise(
@@ -98,12 +108,19 @@ async def _tokenise(
     yield await offload(characters, encode, texts[begin:])
 
 
+async def write_messages(chat: Chat, tokenizer: TextTokenizer) -> list[str]:
+    """Return the text of each conversation, as the model's chat template writes it."""
+    return await offload(chat.characters, tokenizer.render, chat.conversations, chat.variables, chat.field)
+
+
 async def _as_group(inputs: list[list[int]]) -> AsyncIterator[list[list[int]]]:
     yield inputs
 
 
 def _prompt_of(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> str:
     """Return what the request and the model want before each text."""
+    if request.chat is not None:
+        return ""  # the template has written it
     if request.prompt is None and request.instruction is None:
         return card.default_prompt
     prompts = card.prompts | task.prompts
@@ -234,6 +251,17 @@ def _check_vocabulary(batch: TokenBatch, size: int, field: str) -> None:
         return
     index = next(index for index, ids in enumerate(batch) if ids.max() >= size)
     raise InvalidRequestError(f"`{field}[{index}]` holds a token id beyond the vocabulary of {size}", field)
+
+
+def _check_tokens(batch: TokenBatch, card: ModelCard, field: str) -> None:
+    """Refuse what can't be answered with a vector for each token."""
+    if not card.gives_tokens:
+        raise MissingCapabilityError(
+            "the model gives no vectors of single tokens; /embed gives one for each input"
+        )
+    if batch.tokens * card.dimension > MOST_NUMBERS:
+        most = MOST_NUMBERS // card.dimension
+        raise ContextLengthError(f"{batch.tokens} tokens are more than the {most} of one such answer", field)
 
 
 def _check_vectors(request: EmbeddingRequest, task: EmbeddingTask, card: ModelCard) -> None:

@@ -1,7 +1,8 @@
-"""The engine's contract: five methods that every engine has, over the queue of its steps."""
+"""The engine's contract: what every engine has, over the queue of its steps."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,9 @@ class ModelCard:
     named; one that `truncates_start` drops what is too long there. It `normalizes` its vectors to unit
     length, and has shorter ones of other `dimensions`; `pooling` says how they are made of the tokens',
     those of a prompt among them where it `pools_prompt`.
+    `chat_template` is Jinja that makes a text of chat messages, among whose variables are the names of the
+    `special_tokens`; empty where the model has none.
+    It may be that it `gives_tokens`, each one's own vector too.
     `cl100k` holds the bytes of each of its tokens where clients send those. Replicas of one `version` give
     the same vectors. `steps` says how they are computed, and why so; `dtype` in which numbers.
     """
@@ -43,6 +47,9 @@ class ModelCard:
     steps: str = ""
     dtype: str = ""
     pooling: str = ""
+    chat_template: str = ""
+    special_tokens: dict[str, Any] = field(default_factory=dict)
+    gives_tokens: bool = False
 
 
 class Engine(ABC):
@@ -75,6 +82,13 @@ class Engine(ABC):
         it. Raises EngineError where this call failed, EngineDeadError where every later one will, and
         EngineCrashError where this one may be the cause. Cancelling the call frees its work.
         """
+
+    async def embed_tokens(self, batch: TokenBatch, bulk: bool = False) -> np.ndarray:
+        """Return float32 hidden states of shape (batch.tokens, hidden size), as they are before any pooling.
+
+        For models that say so on their card; else as `embed`.
+        """
+        return await self._queue.put(batch, bulk, by_token=True)
 
     def check(self) -> None:
         """Raise EngineDeadError if the engine can't embed any more. Doesn't block."""

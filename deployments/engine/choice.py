@@ -62,6 +62,7 @@ class Scheduled(Way):
 class Packed(Way):
     """By `PackedStep`: a step at once."""
 
+    gives_tokens = True
     AHEAD = 1  # on a GPU: what comes meanwhile waits for no more than that
 
     def __init__(self, engine: Any) -> None:
@@ -81,10 +82,10 @@ class Packed(Way):
         answers = self._engine.collective_rpc("packed_step", args=(batch.ids, batch.lengths))
         return _of_first_rank(answers)
 
-    def begin(self, batch: TokenBatch) -> Callable[[], np.ndarray]:
+    def begin(self, batch: TokenBatch, by_token: bool = False) -> Callable[[], np.ndarray]:
         """See `Way`."""
         self._counters.begin(len(batch))
-        self._engine.collective_rpc("begin_packed_step", args=(batch.ids, batch.lengths))
+        self._engine.collective_rpc("begin_packed_step", args=(batch.ids, batch.lengths, by_token))
         return lambda: _of_first_rank(self._engine.collective_rpc("end_packed_step"))
 
     def clean(self) -> None:
@@ -119,9 +120,9 @@ class StepExtension:
         self.begin_packed_step(ids, lengths)
         return self.end_packed_step()
 
-    def begin_packed_step(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+    def begin_packed_step(self, ids: np.ndarray, lengths: np.ndarray, by_token: bool = False) -> None:
         """See `PackedStep.begin`."""
-        self._begun.append(self._packed_step.begin(ids, lengths))
+        self._begun.append(self._packed_step.begin(ids, lengths, by_token))
 
     def end_packed_step(self) -> np.ndarray | None:
         """Wait for the first of the steps that were begun; return its vectors from the first rank alone."""

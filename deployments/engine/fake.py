@@ -48,16 +48,26 @@ class FakeEngine(Engine):
         time.sleep(self._arguments.start_seconds)
         if self._arguments.start_error:
             raise EngineStartError(self._arguments.start_error)
-        return ModelCard(byte_tokenizer(), self._arguments.dimension, self._max_model_len, VOCAB_SIZE)
+        dimension = self._arguments.dimension
+        return ModelCard(byte_tokenizer(), dimension, self._max_model_len, VOCAB_SIZE, gives_tokens=True)
 
     async def embed(self, batch: TokenBatch, bulk: bool = False, alone: bool = False) -> np.ndarray:
         """Return `fake_vectors` after the service time; NaN for an input with `nan_token` in it."""
         rows = self._queue.put(batch, bulk, alone)
         if self._arguments.calls_folder:
             self._record(batch)
+        self._wake()
+        return await rows
+
+    async def embed_tokens(self, batch: TokenBatch, bulk: bool = False) -> np.ndarray:
+        """Return `fake_vectors` of each token by itself."""
+        rows = self._queue.put(batch, bulk, by_token=True)
+        self._wake()
+        return await rows
+
+    def _wake(self) -> None:
         if self._running is None:
             self._running = asyncio.create_task(self._run())
-        return await rows
 
     async def _run(self) -> None:
         while (step := self._queue.take()) is not None:
@@ -70,7 +80,9 @@ class FakeEngine(Engine):
             elif self._arguments.error_token in step.batch.ids:
                 self._queue.fail(step, EngineError("the engine met its error token"))
             else:
-                self._queue.done(step, self._vectors(step.batch), seconds)
+                ids = step.batch.ids
+                batch = TokenBatch(ids, np.ones_like(ids)) if step.by_token else step.batch
+                self._queue.done(step, self._vectors(batch), seconds)
         self._running = None
 
     def _record(self, batch: TokenBatch) -> None:

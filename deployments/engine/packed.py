@@ -82,8 +82,10 @@ class PackedStep:
         self._arange = np.arange(self._config.scheduler_config.max_num_batched_tokens, dtype=np.int64)
 
     @torch.inference_mode()
-    def begin(self, ids: np.ndarray, lengths: np.ndarray) -> Callable[[], np.ndarray]:
+    def begin(self, ids: np.ndarray, lengths: np.ndarray, by_token: bool = False) -> Callable[[], np.ndarray]:
         """Begin a step, and return what waits for its vectors: float32 of shape (len(lengths), dimension).
+
+        Those `by_token` are hidden states, of shape (len(ids), hidden size).
 
         `ids` have shape (sum of lengths,) and stay as they are; both are int32. What is more than one
         forward may have is computed in several. A GPU computes while other steps begin.
@@ -93,7 +95,7 @@ class PackedStep:
             end = begin + self._fitting(lengths[begin:])
             stop = token + int(lengths[begin:end].sum())
             # The copy: BERT clears bits of the ids in place.
-            rows.append(self._forward(ids[token:stop].astype(np.int32), lengths[begin:end]))
+            rows.append(self._forward(ids[token:stop].astype(np.int32), lengths[begin:end], by_token))
             begin, token = end, stop
         # The vectors' way to the host is the last of what the GPU has been given until now.
         arrived = None if self._device.type == "cpu" else torch.cuda.current_stream().record_event()
@@ -113,7 +115,7 @@ class PackedStep:
             fitting = min(fitting, int(np.searchsorted(needed, blocks, side="right")))
         return max(1, fitting)
 
-    def _forward(self, ids: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+    def _forward(self, ids: np.ndarray, lengths: np.ndarray, by_token: bool) -> torch.Tensor:
         count, tokens = len(lengths), len(ids)
         starts = np.zeros(count + 1, np.int32)
         np.cumsum(lengths, out=starts[1:])
@@ -145,10 +147,10 @@ class PackedStep:
                 intermediate_tensors=None,
                 inputs_embeds=None,
             )
-        return self._pool(hidden, step.query_start_loc, on_host)
+        return self._on_host(hidden if by_token else self._pool(hidden, step.query_start_loc, on_host))
 
     def _pool(self, hidden: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Return the vectors of a step's hidden states, of shape (tokens, hidden size), on the host."""
+        """Return the vectors of a step's hidden states, of shape (tokens, hidden size)."""
         pooling = PoolingMetadata(
             prompt_lens=lengths,
             prompt_token_ids=None,
@@ -166,12 +168,15 @@ class PackedStep:
             ),
         )
         rows = self._pooler(hidden_states=hidden, pooling_metadata=pooling)
-        pooled = rows if isinstance(rows, torch.Tensor) else torch.stack(list(rows))
-        pooled = pooled.to(torch.float32)
+        return rows if isinstance(rows, torch.Tensor) else torch.stack(list(rows))
+
+    def _on_host(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows as float32 on the host, to which a GPU's are on their way."""
+        rows = rows.to(torch.float32)
         if self._device.type == "cpu":
-            return pooled
-        on_host = torch.empty(pooled.shape, dtype=torch.float32, pin_memory=True)
-        return on_host.copy_(pooled, non_blocking=True)
+            return rows
+        on_host = torch.empty(rows.shape, dtype=torch.float32, pin_memory=True)
+        return on_host.copy_(rows, non_blocking=True)
 
     def _metadata(
         self, step: CommonAttentionMetadata, lengths: np.ndarray, positions: np.ndarray

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from deployments.engine import ModelCard
-from deployments.engine.available import cpu_dtype
 from deployments.engine.batch import TokenBatch
 from deployments.engine.thread import ThreadEngine, Way, odd_weights
-from deployments.engine.tokenizer import check_vocabulary, hub_options, lacking, serialized
+from deployments.engine.tokenizer import check_vocabulary, hub_options, lacking, tokenizer_card
 from deployments.errors import EngineStartError
+from deployments.machine import cpu_dtype
 
 # A forward pads its inputs to the longest of them, and holds no more tokens than this when it has.
 PADDED_TOKENS = 4096
@@ -34,16 +34,16 @@ class SentenceTransformersEngine(ThreadEngine):
         folder, files = self._model_folder()
         plan, model = self._plan, self._load_model(folder)
         self._model = model
-        tokenizer = serialized(model.tokenizer.backend_tokenizer, files)
+        tokenizer = tokenizer_card(model.tokenizer, files)
         table = model[0].auto_model.get_input_embeddings().num_embeddings
-        check_vocabulary(tokenizer, table)
+        check_vocabulary(tokenizer["tokenizer"], table)
         longest = model.max_seq_length or (files.max_model_len if files else None)
         if not longest:
             raise EngineStartError(
                 "generator.max_model_len: the model's files don't say how long inputs may be"
             )
         card = ModelCard(
-            tokenizer=tokenizer,
+            **tokenizer,
             dimension=int(model.get_embedding_dimension()),
             max_model_len=min(int(longest), plan.worker.generator.max_model_len or int(longest)),
             vocab_size=int(table),
@@ -103,6 +103,8 @@ def _check_complete(model: Any) -> None:
 class Padded(Way):
     """Steps as forwards of inputs of nearly one length each, padded to the longest."""
 
+    gives_tokens = True
+
     def __init__(self, model: Any) -> None:
         """Take a `SentenceTransformer`."""
         self._model = model
@@ -112,28 +114,39 @@ class Padded(Way):
 
     def embed(self, batch: TokenBatch) -> np.ndarray:
         """See `Way`."""
-        import torch
-
-        inputs = list(batch)
-        rows: list[np.ndarray] = []
-        order: list[int] = []
-        with torch.inference_mode():
-            for unpooled, group in self._groups(batch):
-                shape = len(group), int(batch.lengths[group].max())
-                ids, mask = np.full(shape, self._padding, np.int64), np.zeros(shape, np.int64)
-                for row, number in enumerate(group):
-                    given = inputs[number]
-                    ids[row, : len(given)] = np.where(given < 0, ~given, given)
-                    mask[row, : len(given)] = 1
-                tensors = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-                features = {name: tensor.to(self._model.device) for name, tensor in tensors.items()}
-                vectors = self._model(features | {"prompt_length": unpooled})["sentence_embedding"]
-                rows.append(vectors.to(device="cpu", dtype=torch.float32).numpy())
-                order += group
+        rows, order = [], []
+        for group, features in self._forwards(batch):
+            rows.append(_as_float32(features["sentence_embedding"]))
+            order += group
         sorted_rows = np.concatenate(rows)
         found: np.ndarray = np.empty_like(sorted_rows)
         found[order] = sorted_rows
         return found
+
+    def embed_tokens(self, batch: TokenBatch) -> np.ndarray:
+        """See `Way`."""
+        rows: dict[int, np.ndarray] = {}
+        for group, features in self._forwards(batch):
+            for number, padded in zip(group, _as_float32(features["token_embeddings"]), strict=True):
+                rows[number] = padded[: batch.lengths[number]]
+        return np.concatenate([rows[number] for number in range(len(batch))])
+
+    def _forwards(self, batch: TokenBatch) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Yield the numbers of inputs that go together, and what the model makes of them."""
+        import torch
+
+        inputs = list(batch)
+        for unpooled, group in self._groups(batch):
+            shape = len(group), int(batch.lengths[group].max())
+            ids, mask = np.full(shape, self._padding, np.int64), np.zeros(shape, np.int64)
+            for row, number in enumerate(group):
+                given = inputs[number]
+                ids[row, : len(given)] = np.where(given < 0, ~given, given)
+                mask[row, : len(given)] = 1
+            tensors = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+            features = {name: tensor.to(self._model.device) for name, tensor in tensors.items()}
+            with torch.inference_mode():
+                yield group, self._model(features | {"prompt_length": unpooled})
 
     def _groups(self, batch: TokenBatch) -> Iterator[tuple[int, list[int]]]:
         """Yield how many tokens the pooling leaves out, and the numbers of inputs that go together."""
@@ -143,6 +156,11 @@ class Padded(Way):
             numbers = np.flatnonzero(unpooled == count)
             for group in groups(batch.lengths[numbers], self._padding_tokens):
                 yield count, numbers[group].tolist()
+
+
+def _as_float32(tensor: Any) -> np.ndarray:
+    array: np.ndarray = tensor.float().cpu().numpy()
+    return array
 
 
 def reference(

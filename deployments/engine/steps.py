@@ -74,7 +74,8 @@ class StepTimes:
 class Call:
     """One call: its rows, how many of its inputs were taken into a step, how many have no row yet.
 
-    `ends` has the tokens up to the end of each input; `arrived` and `begun` are in the queue's seconds.
+    `ends` has the tokens up to the end of each input; `arrived` and `begun` are in the queue's seconds. One
+    `by_token` has a row for each token, and goes alone and whole.
     """
 
     batch: TokenBatch
@@ -86,10 +87,14 @@ class Call:
     arrived: float
     begun: float = 0.0
     taken: int = 0
+    by_token: bool = False
     rows: np.ndarray | None = None
 
     def give(self, rows: np.ndarray, first: int) -> None:
         """Take rows of the inputs from `first` on."""
+        if self.by_token:
+            self.rows, self.missing = rows, 0
+            return
         if len(rows) == len(self.batch):
             self.rows = rows
         else:
@@ -106,6 +111,11 @@ class Step:
     batch: TokenBatch
     pieces: list[tuple[Call, int, int]]
     again: bool = False
+
+    @property
+    def by_token(self) -> bool:
+        """Whether its rows are the tokens', and not the inputs'."""
+        return self.pieces[0][0].by_token
 
 
 class StepQueue:
@@ -135,11 +145,16 @@ class StepQueue:
         """How many inputs are in no step yet."""
         return sum(len(call.batch) - call.taken for call in (*self._people, *self._bulk))
 
-    def put(self, batch: TokenBatch, bulk: bool = False, alone: bool = False) -> "asyncio.Future[np.ndarray]":
+    def put(
+        self, batch: TokenBatch, bulk: bool = False, alone: bool = False, by_token: bool = False
+    ) -> "asyncio.Future[np.ndarray]":
         """Return what will be the rows of a batch. Nothing else is in a step with one that is `alone`."""
         self.check()
         future = asyncio.get_running_loop().create_future()
-        call = Call(batch, bulk, alone, future, np.cumsum(batch.lengths), len(batch), self._clock())
+        ends = np.cumsum(batch.lengths)
+        call = Call(
+            batch, bulk, alone or by_token, future, ends, len(batch), self._clock(), by_token=by_token
+        )
         self._arrived.put(call)
         self.check()  # who has closed it before this has not seen the call, perhaps; who does after it will
         return future
@@ -189,8 +204,12 @@ class StepQueue:
             self.times.record(step.batch.tokens, seconds)
         begin = 0
         for call, first, count in step.pieces:
-            call.give(rows[begin : begin + count], first)
-            again = [] if step.again else [first + row - begin for row in bad if 0 <= row - begin < count]
+            call.give(rows if step.by_token else rows[begin : begin + count], first)
+            again = (
+                []
+                if step.again or step.by_token
+                else [first + row - begin for row in bad if 0 <= row - begin < count]
+            )
             self._doubtful.extend((call, row) for row in again)
             call.missing += len(again)
             begin += count
@@ -251,7 +270,7 @@ class StepQueue:
             count = int(np.searchsorted(call.ends, before + budget - tokens, side="right")) - call.taken
             if count <= 0 and not at_least_one:
                 break
-            count, at_least_one = max(count, 1), False
+            count, at_least_one = len(call.batch) if call.by_token else max(count, 1), False
             pieces.append((call, call.taken, count))
             call.taken += count
             tokens += int(call.ends[call.taken - 1]) - before

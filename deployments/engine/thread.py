@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,19 @@ class Way(ABC):
     """
 
     ahead = 0
+    gives_tokens = False
 
     @abstractmethod
     def embed(self, batch: TokenBatch) -> np.ndarray:
         """Return float32 vectors of shape (len(batch), dimension)."""
 
-    def begin(self, batch: TokenBatch) -> Callable[[], np.ndarray]:
-        """Begin a step, and return what waits for its vectors. They are asked for in the steps' order."""
-        return functools.partial(self.embed, batch)
+    def embed_tokens(self, batch: TokenBatch) -> np.ndarray:
+        """Return float32 hidden states of shape (batch.tokens, hidden size), where it `gives_tokens`."""
+        raise EngineError("this way gives no vectors of single tokens")
+
+    def begin(self, batch: TokenBatch, by_token: bool = False) -> Callable[[], np.ndarray]:
+        """Begin a step, and return what waits for its rows. They are asked for in the steps' order."""
+        return functools.partial(self.embed_tokens if by_token else self.embed, batch)
 
     def clean(self) -> None:  # noqa: B027 - not every way keeps anything
         """Take what isn't finite out of the caches of every rank."""
@@ -123,7 +128,8 @@ class ThreadEngine(Engine):
                 ranks = self._plan.worker.generator.world_size
                 claim = CoreClaim(self._plan.cores_per_rank * ranks, shared_by=sharers(self._ray_cpus))
                 self._bind(claim.claim())
-            way, self._card = self._load()
+            way, card = self._load()
+            self._card = replace(card, gives_tokens=way.gives_tokens)
             logger.info("%s: %s", self._plan.name, self._card.steps)
             for reason in self._odd_weights(self._card.vocab_size):
                 logger.warning("%s: %s", self._plan.name, reason)
@@ -163,7 +169,7 @@ class ThreadEngine(Engine):
             if step is not None:
                 self._begun.append(begun := Begun(step, time.perf_counter()))
                 with self._surviving(begun):
-                    begun.vectors = way.begin(step.batch)
+                    begun.vectors = way.begin(step.batch, step.by_token)
             elif not self._begun:
                 return
             if self._begun and (step is None or len(self._begun) > way.ahead):

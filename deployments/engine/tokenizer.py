@@ -1,4 +1,4 @@
-"""Text → token ids, outside the engine: once per request, all texts in one call into Rust.
+"""Text → token ids, outside the engine: once per request, all texts in one call into Rust; messages → text.
 
 And what else transformers alone knows of a model's folder: which weights, of which shapes, there should be.
 """
@@ -7,13 +7,16 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from jinja2 import TemplateError
 from safetensors import safe_open
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from deployments.config.model_files import ModelFiles
-from deployments.errors import EngineStartError, InvalidRequestError, first_line
+from deployments.engine import ModelCard
+from deployments.engine.chat import ChatTemplate
+from deployments.errors import EngineStartError, InvalidRequestError, MissingCapabilityError, first_line
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,8 +32,15 @@ FETCH_SECONDS = 30.0
 class TextTokenizer:
     """A model's tokenizer, with special tokens, without padding or truncation of its own."""
 
-    def __init__(self, serialized: str) -> None:
+    @classmethod
+    def of(cls, card: ModelCard) -> Self:
+        """Return the tokenizer of a model, which reads chat messages where that has a template for them."""
+        chat = ChatTemplate(card.chat_template, card.special_tokens) if card.chat_template else None
+        return cls(card.tokenizer, chat)
+
+    def __init__(self, serialized: str, chat: ChatTemplate | None = None) -> None:
         """Take the tokenizer out of a model card."""
+        self._chat = chat
         self._tokenizer = Tokenizer.from_str(serialized)
         # Many tokenizer.json files cut at 128 tokens and pad to it; what is cut is our decision.
         self._tokenizer.no_truncation()
@@ -48,6 +58,20 @@ class TextTokenizer:
     def read(self, text: str, special: bool = True) -> Encoding:
         """Return a text's tokens, with `special` ones or without."""
         return self._tokenizer.encode(text, add_special_tokens=special)
+
+    def render(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], variables: Mapping[str, Any], field: str
+    ) -> list[str]:
+        """Return the text of each conversation, as the model's chat template writes it.
+
+        Raises MissingCapabilityError and InvalidRequestError that name the `field`.
+        """
+        if self._chat is None:
+            raise MissingCapabilityError("the model has no chat template; send text as `input`", field)
+        try:
+            return [self._chat.render(messages, variables) for messages in conversations]
+        except InvalidRequestError as error:
+            raise InvalidRequestError(error.message, field) from error
 
     def count_prompt(self, prompt: str, special: bool = True) -> int:
         """Return how many tokens a prompt puts before a text, as sentence-transformers counts them."""
@@ -77,18 +101,17 @@ class TextTokenizer:
         return [*ids[:lead], *body, *ids[len(ids) - trail :]]
 
 
-def read_tokenizer(folder: str, files: ModelFiles | None, arguments: Mapping[str, Any]) -> str:
-    """Return the tokenizer of a model folder or hub id as JSON. Raises EngineStartError.
+def read_tokenizer(folder: str, files: ModelFiles | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a card holds of the tokenizer of a model folder or hub id. Raises EngineStartError.
 
     transformers reads it, as for the model's authors: what `tokenizer_config.json` says may change the other.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **hub_options(arguments)).backend_tokenizer
+        return tokenizer_card(AutoTokenizer.from_pretrained(folder, **hub_options(arguments)), files)
     except (OSError, ValueError, AttributeError) as error:
         raise EngineStartError(f"no fast tokenizer in {folder}: {first_line(error)}") from error
-    return serialized(tokenizer, files)
 
 
 def hub_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,14 +119,30 @@ def hub_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in HUB_OPTIONS & set(arguments)}
 
 
-def serialized(tokenizer: Tokenizer, files: ModelFiles | None) -> str:
-    """Return a tokenizer as JSON, with what sentence-transformers does to a text before."""
+def tokenizer_card(loaded: Any, files: ModelFiles | None) -> dict[str, Any]:
+    """Return what a card holds of a tokenizer of transformers', as JSON, and of its chat template.
+
+    The tokenizer does before what sentence-transformers does to a text. Raises AttributeError where there is
+    no fast one.
+    """
+    tokenizer, template = loaded.backend_tokenizer, loaded.chat_template
+    if isinstance(template, dict):  # by use
+        template = template.get("default")
     if files and files.sentence_bert_config.get("do_lower_case"):
         lowercase = [normalizers.Lowercase()]
         if tokenizer.normalizer is not None:
             lowercase.append(tokenizer.normalizer)
         tokenizer.normalizer = normalizers.Sequence(lowercase)
-    return str(tokenizer.to_str())
+    try:
+        ChatTemplate(template or "", loaded.special_tokens_map)
+    except TemplateError as error:
+        logger.warning("the chat template isn't one that Jinja reads, so there is none: %s", error)
+        template = None
+    return {
+        "tokenizer": str(tokenizer.to_str()),
+        "chat_template": template or "",
+        "special_tokens": loaded.special_tokens_map,
+    }
 
 
 def check_vocabulary(serialized: str, vocab_size: int) -> None:

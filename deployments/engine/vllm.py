@@ -13,10 +13,10 @@ from typing import Any
 
 from deployments.config.modules import PROVEN
 from deployments.engine import ModelCard
-from deployments.engine.available import cpu_dtype, require_vllm
 from deployments.engine.choice import choose
 from deployments.engine.thread import ThreadEngine, Way
 from deployments.engine.tokenizer import check_vocabulary, check_weights, read_tokenizer
+from deployments.machine import cpu_dtype, require_vllm
 from deployments.metrics import vllm_text
 from deployments.plan.engine_args import as_published, joined
 
@@ -69,9 +69,9 @@ class VllmEngine(ThreadEngine):
         engine = self._engine = LLMEngine.from_engine_args(EngineArgs(model=folder, **arguments))
         config = engine.vllm_config.model_config
         tokenizer = read_tokenizer(arguments.get("tokenizer") or folder, files, arguments)
-        check_vocabulary(tokenizer, int(config.get_vocab_size()))
+        check_vocabulary(tokenizer["tokenizer"], int(config.get_vocab_size()))
         card = ModelCard(
-            tokenizer=tokenizer,
+            **tokenizer,
             dimension=int(config.embedding_size),
             max_model_len=int(config.max_model_len),
             vocab_size=int(config.get_vocab_size()),

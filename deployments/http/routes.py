@@ -50,7 +50,7 @@ EMBEDDING_ROUTES = (
         "/embeddings",
         "Embed one text or many; the answer keeps their order (OpenAI).",
         openai.parse_fields,
-        (openai.EmbeddingRequestBody,),
+        (openai.EmbeddingRequestBody, openai.ChatRequestBody),
         openai.EmbeddingResponse,
         {
             "object": "list",
@@ -115,7 +115,7 @@ EMBEDDING_ROUTES = (
         "/pooling",
         "Embed as vLLM's `POST /pooling` does.",
         vllm.parse_pooling,
-        (vllm.PoolingBody,),
+        (vllm.PoolingBody, vllm.PoolingChatBody),
         vllm.PoolingResponse,
         {
             "object": "list",
@@ -130,9 +130,17 @@ EMBEDDING_ROUTES = (
         "/invocations",
         "Embed in whichever form the body has: OpenAI's, Cohere's, text-embeddings-inference's (SageMaker).",
         vllm.parse_invocation,
-        (openai.EmbeddingRequestBody, tei.TeiBody, cohere.CohereBody),
+        (openai.EmbeddingRequestBody, openai.ChatRequestBody, tei.TeiBody, cohere.CohereBody),
         openai.EmbeddingResponse | list[list[float]] | cohere.CohereFloats | cohere.CohereResponse,
         [VECTOR],
+    ),
+    EmbeddingRoute(
+        "/embed_all",
+        "Give the vector of each token, before any pooling (text-embeddings-inference).",
+        tei.parse_all,
+        (tei.TeiAllBody,),
+        list[list[list[float]]],
+        [[VECTOR]],
     ),
     EmbeddingRoute(
         "/similarity",
@@ -148,8 +156,7 @@ SPEAK_BYTES = {"/embeddings", "/pooling", "/invocations"}
 # The same under other paths, which clients make themselves.
 HIDDEN: dict[str, Parse] = {
     "/": tei.parse_any,
-    "/embed_all": tei.refuse_unpooled,
-    "/embed_sparse": tei.refuse_unpooled,
+    "/embed_sparse": tei.refuse_sparse,
 }
 AZURE = "/openai/deployments/{name:path}/embeddings"
 

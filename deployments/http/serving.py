@@ -155,7 +155,8 @@ class Serving:
             shown = truncate(vectors, wanted.dimensions, card.normalizes)
             if wanted.normalize:
                 shown = normalize(shown)
-            return wanted.answer(EmbeddingResult(shown, served.name, batch.tokens, cut, version))
+            result = EmbeddingResult(shown, served.name, batch.tokens, cut, version, batch.lengths)
+            return wanted.answer(result)
 
         with self._timed("encode", worker.name):
             answer = await offload(vectors.size, encode)

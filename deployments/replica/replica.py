@@ -4,10 +4,11 @@ worker plan → engine → model card; token batch → engine → checked float3
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from deployments.errors import (
     EngineError,
     EngineStartError,
     ModelChangedError,
+    NonFiniteEmbeddingError,
 )
 from deployments.metrics import engine_text
 from deployments.plan.plan import WorkerPlan
@@ -85,6 +87,25 @@ class Replica:
         Raises ModelChangedError where the ids were made for another version, EngineError, or EngineDeadError,
         after which this replica ends and Serve puts another in its place.
         """
+        with self._counted(batch, call):
+            return await self._embed(batch, call.bulk, call.suspect)
+
+    async def embed_tokens(self, batch: TokenBatch, call: CallContext = NOBODY) -> np.ndarray:
+        """Return float32 hidden states of shape (batch.tokens, hidden size), checked, in order.
+
+        Raises what `embed` does, and NonFiniteEmbeddingError.
+        """
+        with self._counted(batch, call), self._ending():
+            rows = await self._engine.embed_tokens(batch, call.bulk)
+        if len(rows) != batch.tokens:
+            raise EngineError(f"the engine gave {len(rows)} rows for {batch.tokens} tokens")
+        if not np.isfinite(rows).all():
+            raise NonFiniteEmbeddingError("the model gave a vector with NaN or infinity in it")
+        return rows
+
+    @contextlib.contextmanager
+    def _counted(self, batch: TokenBatch, call: CallContext) -> Iterator[None]:
+        """Count a call among the load, if it is one for this model."""
         if call.version and call.version != self._plan.engine_version:
             raise ModelChangedError("the model has changed")
         lowest = 0 if self._card.pools_prompt else -self._card.vocab_size
@@ -93,18 +114,24 @@ class Replica:
             raise EngineError(f"a token id is beyond the vocabulary of {self._card.vocab_size}")
         self._load.begin(call)
         try:
-            return await self._embed(batch, call.bulk, call.suspect)
+            yield
         finally:
             self._load.end(call)
 
-    async def _embed(self, batch: TokenBatch, bulk: bool = True, suspect: bool = False) -> Embedded:
-        begun = time.perf_counter()
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """End with the engine."""
         try:
-            vectors = await self._engine.embed(batch, bulk, suspect)
+            yield
         except EngineDeadError as error:
             if self._has_started:  # else Serve learns why it can't
                 self._end(error)
             raise
+
+    async def _embed(self, batch: TokenBatch, bulk: bool = True, suspect: bool = False) -> Embedded:
+        begun = time.perf_counter()
+        with self._ending():
+            vectors = await self._engine.embed(batch, bulk, suspect)
         not_finite = self._prove(batch, vectors)
         seconds = time.perf_counter() - begun
         return Embedded(vectors, batch.tokens, seconds, self._engine.tokens_per_second, not_finite)

@@ -31,6 +31,7 @@ TABLE: tuple[tuple[tuple[type[BaseException], ...], Outcome], ...] = (
     ((EmbeddingError,), Outcome.FAIL),
 )
 MAX_CRASHES = 2
+FATAL = "two replicas ended while they embedded this request; it isn't tried again"
 
 
 def outcome_of(error: BaseException) -> Outcome:

@@ -279,8 +279,9 @@ async def test_the_openapi_document_shows_request_and_errors(client: httpx.Async
     document = (await client.get("http://cluster/openapi.json")).json()
     post = document["paths"]["/v1/embeddings"]["post"]
     schema = post["requestBody"]["content"]["application/json"]["schema"]
-    schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
-    assert {"model", "input", "encoding_format", "dimensions"} <= set(schema["properties"])
+    for each, inputs in zip(schema["anyOf"], ("input", "messages"), strict=True):
+        body = document["components"]["schemas"][each["$ref"].rpartition("/")[2]]
+        assert {"model", inputs, "encoding_format", "dimensions"} <= set(body["properties"])
     assert {"200", "400", "404", "408", "413", "500", "503"} <= set(post["responses"])
     assert (await client.get("/docs")).status_code == 200
     assert (await client.get("/openapi.json")).json() == document

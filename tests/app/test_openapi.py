@@ -243,9 +243,9 @@ def _near(schema: dict[str, Any], components: dict[str, Any]) -> st.SearchStrate
 
 def _object(schema: dict[str, Any], components: dict[str, Any]) -> st.SearchStrategy[Any]:
     if "properties" not in schema:  # names are free
-        most = schema["maxProperties"]
-        values = near(schema["additionalProperties"], components)
-        names = _near({"type": "string", **schema["propertyNames"]}, components)
+        most, values = schema.get("maxProperties", 3), schema["additionalProperties"]
+        values = near(values if isinstance(values, dict) else {}, components)
+        names = _near({"type": "string", **schema.get("propertyNames", {})}, components)
         many = st.integers(most, most + 1).map(lambda n: {str(i): "" for i in range(n)})
         return st.dictionaries(names, values, max_size=2) | many
     known = {name: near(each, components) for name, each in schema["properties"].items()}

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -10,6 +11,9 @@ import pytest
 
 from deployments.api import openai
 from deployments.api.encoding import convert
+from deployments.dispatch import prepare
+from deployments.engine.batch import TokenBatch
+from deployments.engine.fake import FakeEngine, fake_vectors
 from deployments.errors import InvalidRequestError
 from deployments.http.app import make_app
 from tests.app.conftest import LocalHandle, expected, make_serving
@@ -137,16 +141,6 @@ async def test_tokens_in_vllms_form(client: httpx.AsyncClient) -> None:
         "tokens",
         "`tokens` holds an id beyond the vocabulary of 256",
     )
-
-
-CHAT = [{"role": "user", "content": "x"}]
-
-
-@pytest.mark.parametrize("path", ["/embeddings", "/tokenize", "/invocations", "/pooling"])
-async def test_chat_messages_are_refused_by_name(client: httpx.AsyncClient, path: str) -> None:
-    """No chat template is read here."""
-    told = "`messages`: no model here reads chat messages; send their text as `input`"
-    assert await refused(client, path, model="a", messages=CHAT) == ("MISSING_CAPABILITY", "messages", told)
 
 
 async def test_pooling_gives_one_vector_for_each_input(client: httpx.AsyncClient) -> None:
@@ -348,11 +342,40 @@ async def test_tei_compares_sentences(client: httpx.AsyncClient) -> None:
     assert wrong[1] == "prompt"
 
 
-@pytest.mark.parametrize("path", ["/embed_all", "/embed_sparse"])
-async def test_what_isnt_pooled_is_refused(client: httpx.AsyncClient, path: str) -> None:
-    """By a word that says what there is."""
-    assert await refused(client, path, model="a", inputs="x") == (
+async def test_tokens_have_vectors_of_their_own(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list for each input, in order, of ids too; more than an answer holds is refused."""
+    texts = ["héllo", "x"]
+    ids = TOKENIZER.encode(texts)
+    right = [fake_vectors(TokenBatch.of([[each] for each in one]), 16) for one in ids]
+    for inputs in (texts, ids):
+        got = await answer(client, "/embed_all", model="a", inputs=inputs)
+        for one, other in zip(got, right, strict=True):
+            assert np.array_equal(np.array(one, np.float32), other)
+    got = await answer(client, "/embed_all", model="a", inputs="x" * 600, truncate=True)
+    assert [len(one) for one in got] == [512]
+    monkeypatch.setattr(prepare, "MOST_NUMBERS", 16 * 100)
+    assert await refused(client, "/embed_all", model="a", inputs=["x" * 50, "x" * 51]) == (
+        "context_length_exceeded",
+        "inputs",
+        "101 tokens are more than the 100 of one such answer",
+    )
+
+
+async def test_what_gives_no_tokens_refuses_them(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, as sparse vectors are by all models."""
+    assert await refused(client, "/embed_sparse", model="a", inputs="x") == (
         "MISSING_CAPABILITY",
         None,
-        "no model here gives vectors of single tokens, or sparse ones; /embed gives one for each input",
+        "no model here gives sparse vectors; /embed gives dense ones",
+    )
+    start = FakeEngine.start
+    monkeypatch.setattr(FakeEngine, "start", lambda self: replace(start(self), gives_tokens=False))
+    assert await refused(client, "/embed_all", model="b", inputs="x") == (
+        "MISSING_CAPABILITY",
+        None,
+        "the model gives no vectors of single tokens; /embed gives one for each input",
     )

@@ -35,6 +35,12 @@ async def check_engine(engine: Engine, card: ModelCard, min_cosine: float) -> No
     for result in together:
         assert_close(result, vectors, min_cosine)
 
+    rows = await engine.embed_tokens(batch)
+    assert rows.dtype == np.float32
+    assert len(rows) == batch.tokens
+    alone = await asyncio.gather(*(engine.embed_tokens(TokenBatch.of([ids])) for ids in inputs))
+    assert_close(np.concatenate(alone), rows, min_cosine)
+
     cancelled = asyncio.ensure_future(engine.embed(TokenBatch.of(inputs * 50)))
     await asyncio.sleep(0)
     cancelled.cancel()

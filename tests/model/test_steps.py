@@ -11,6 +11,7 @@ from tests.harness import gallery, layouts, workers
 
 pytestmark = pytest.mark.model
 COUNTS = (1, 7, 64, 1000)
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ sep_token or eos_token }}{% endfor %}"
 
 # One process for all: each of them imports vLLM for seconds.
 PROGRAM = """
@@ -34,7 +35,7 @@ for file in files:
     words = [" ".join([str(k), *["word"] * (k % 12)]) for k in range(max(counts))]
     words[3] = "long " * (card.max_model_len - 2)
     texts = [card.default_prompt + text for text in words]
-    tokenizer = TextTokenizer(card.tokenizer)
+    tokenizer = TextTokenizer.of(card)
     inputs = [
         tokenizer.truncate(ids, card.max_model_len, False, True)
         for ids in tokenizer.encode(texts)
@@ -46,7 +47,11 @@ for file in files:
     begun = [packed.begin(TokenBatch.of(inputs[:count])) for count in (7, 1)]  # as on a GPU
     ahead = np.concatenate([vectors() for vectors in begun])
     alone = np.concatenate([packed.embed(TokenBatch.of([ids])) for ids in inputs[:7]])
-    reference = SentenceTransformer(plan.worker.generator.model_path, device="cpu").encode(words[:64])
+    author = SentenceTransformer(plan.worker.generator.model_path, device="cpu")
+    reference = author.encode(words[:64])
+    tokens = author.encode(words[:7], output_value="token_embeddings")
+    messages = [{"role": "user", "content": "x"}]
+    chat = author.tokenizer.chat_template and author.tokenizer.apply_chat_template(messages, tokenize=False)
     print(json.dumps({
         "longest": max(map(len, inputs)) - card.max_model_len,
         "shape": ours[64].shape == reference.shape,
@@ -54,7 +59,10 @@ for file in files:
         "alone": least(ours[7], alone),
         "ahead": least(np.concatenate([ours[7], ours[1]]), ahead),
         "sentence-transformers": least(ours[64], reference),
+        "tokens": least(packed.begin(TokenBatch.of(inputs[:7]), True)(), np.concatenate(tokens)),
         "apart": 1 - float(np.abs(np.corrcoef(ours[64]) - np.eye(64)).max()),
+        "chat": not chat or chat == tokenizer.render([messages], {}, "messages")[0],
+        "chats": bool(chat and chat.startswith("user: x")),
         "serves": choose(engine, card.tokenizer, card.max_model_len, "packed")[1],
     }), flush=True)
     engine.engine_core.shutdown()
@@ -66,6 +74,9 @@ def test_every_layout_gives_its_authors_vectors(tmp_path: Path) -> None:
     files = []
     for name, layout in gallery.SCHEDULED.items():
         layouts.make(tmp_path / name, layout)
+        # A template in the folder of a bare transformer would be put around texts by its authors' side.
+        if (tmp_path / name / "modules.json").exists():
+            (tmp_path / name / "chat_template.jinja").write_text(CHAT)
         files.append(str(tmp_path / f"{name}.toml"))
         Path(files[-1]).write_text(workers.vllm(name, tmp_path / name, 'dtype = "float32"'))
     argument = json.dumps([COUNTS, *files])
@@ -74,9 +85,11 @@ def test_every_layout_gives_its_authors_vectors(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     found = dict(zip(gallery.SCHEDULED, map(json.loads, result.stdout.splitlines()), strict=True))
+    assert sum(each.pop("chats") for each in found.values()) == len(found) - 1
     for name, each in found.items():
         assert each.pop("serves").startswith("packed steps"), name
         assert each.pop("longest") == 0, name
         assert each.pop("shape"), name
+        assert each.pop("chat"), name
         assert each.pop("apart") > 1e-4, name  # else an order mistake couldn't show
         assert {key: value for key, value in each.items() if value < 0.999999} == {}, name

@@ -126,7 +126,7 @@ def test_base64_and_bytes_hold_the_vectors_in_each_type_and_order(
 
 
 def test_what_it_cant_do_is_refused_by_name(ask: Ask) -> None:
-    """Values that nobody knows, vectors of another length, other tasks, chat."""
+    """Values that nobody knows, vectors of another length, other tasks, chat without a template."""
     kinds = "`float32`, `float16`, `bfloat16`, `fp8_e4m3`, `fp8_e5m2`, `int8`, `uint8`, `binary`, `ubinary`"
     for field, value, told in (
         (
@@ -147,8 +147,18 @@ def test_what_it_cant_do_is_refused_by_name(ask: Ask) -> None:
     chat = [{"role": "user", "content": TEXT}]
     assert refusal(ask("/v1/embeddings", messages=chat)) == (
         "messages",
-        "`messages`: no model here reads chat messages; send their text as `input`",
+        "the model has no chat template; send text as `input`",
     )
+
+
+def test_tokens_vectors_make_their_inputs(ask: Ask) -> None:
+    """The mean of them is what `/embed` gives, with the model's own length."""
+    texts = [TEXT, "another"]
+    tokens = ask("/embed_all", inputs=texts).json()
+    assert [len(each) for each in tokens] == [len(token_ids(text)) for text in texts]
+    means = np.stack([np.mean(each, axis=0) for each in tokens]).astype(np.float32)
+    right = np.array(ask("/embed", inputs=texts).json(), np.float32)
+    assert cosines(means, right).min() > 0.9999
 
 
 def refusal(answer: httpx.Response) -> tuple[str, str]:

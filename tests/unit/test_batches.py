@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from deployments.api.batch_objects import Batch, FileObject
 from deployments.api.batches import Line, LineError, NewBatch, Page, parse_line
+from deployments.api.batches.schema import Batch, FileObject
 from deployments.batches import run as job
 from deployments.batches import runner
 from deployments.batches import validation as plan

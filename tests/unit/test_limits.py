@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from deployments.api import upload
-from deployments.api.batch_objects import WINDOW_SECONDS
+from deployments.api.batches import upload
+from deployments.api.batches.schema import WINDOW_SECONDS
 from deployments.app import BuildArguments
 from deployments.batches import run, runner, storage, validation
 from deployments.bulk import connection

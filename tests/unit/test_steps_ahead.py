@@ -36,7 +36,7 @@ class Device(Way):
         """Not called: `begin` is."""
         raise AssertionError
 
-    def begin(self, batch: TokenBatch) -> Callable[[], np.ndarray]:
+    def begin(self, batch: TokenBatch, by_token: bool = False) -> Callable[[], np.ndarray]:
         """Begin, and fail as the first id says."""
         first = int(batch.ids[0])
         assert self.may_begin.wait(10)

@@ -10,7 +10,7 @@ from deployments.api.fields import Fields
 from deployments.api.pharia import schema as pharia_schema
 from deployments.api.request import TokensRequest
 from deployments.dispatch.offload import offload
-from deployments.dispatch.prepare import GROUP_CHARACTERS, prompt_text
+from deployments.dispatch.prepare import GROUP_CHARACTERS, prompt_text, write_messages
 from deployments.engine import ModelCard
 from deployments.errors import ContextLengthError, InvalidRequestError, TooManyInputsError
 from deployments.http.auth import key_of
@@ -37,7 +37,12 @@ def tokens_routes(serving: Serving) -> Iterator[Entry]:
             *BODY,
             model=pharia_schema.TokenizeResponse | vllm.VllmTokenizeResponse | list[list[tei.Token]],
         ),
-        bodies=(pharia_schema.TokenizeBody, vllm.VllmTokenizeBody, tei.TeiTokenizeBody),
+        bodies=(
+            pharia_schema.TokenizeBody,
+            vllm.VllmTokenizeBody,
+            vllm.VllmTokenizeChatBody,
+            tei.TeiTokenizeBody,
+        ),
     )
     yield Entry(
         path="/detokenize",
@@ -85,6 +90,8 @@ async def read_tokens(serving: Serving, request: Request, parse: Parse) -> bytes
         card, tokenizer = await model_of(served, request, arrival)
         before = prompt_text(wanted.prompt, card.prompts | served.model.embedding_task.prompts)
         texts = [before + text for text in wanted.texts]
+        if wanted.chat is not None:
+            texts = await write_messages(wanted.chat, tokenizer)
         size = sum(map(len, texts)) + sum(map(len, wanted.ids))
         _check(wanted, size, card)
         with stage("tokenise"):

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from deployments.api import fields as read
-from deployments.api.batch_objects import (
+from deployments.api.batches.schema import (
     CREATED,
     ENDPOINT,
     MAX_EXPIRY_SECONDS,
