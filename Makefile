@@ -30,7 +30,7 @@ check: $(VENV)/test.stamp  ## Lint, types and the quick tests: a minute or two
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n auto --dist loadfile -m "not cluster and not model and not slow"
+	$(BIN)/pytest -q -n auto --dist loadfile -m "not slow" tests/unit tests/app
 
 test: $(VENV)/programs.stamp check  ## Everything: real clusters, real models, real clients
 	$(BIN)/pytest -q -m "cluster or model or slow"
