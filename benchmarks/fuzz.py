@@ -54,7 +54,15 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=12,
 )
-VALUES = JSON | st.lists(st.text(max_size=9), max_size=4) | st.lists(st.integers(-1, 300), max_size=5)
+PARTS = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=9)}), max_size=2)
+MESSAGE = st.fixed_dictionaries({"role": st.just("user"), "content": st.text(max_size=9) | PARTS | JSON})
+VALUES = (
+    JSON
+    | st.lists(st.text(max_size=9), max_size=4)
+    | st.lists(st.integers(-1, 300), max_size=5)
+    | st.lists(MESSAGE, max_size=3)
+)
+CHAT = "{% for m in messages %}{{ m.role + ': ' + m.content }}{{ mood | tojson }}{% endfor %}"
 ENCODINGS = st.sampled_from(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-32"])
 # What is put between: what ends texts, lines, cells and parts, and any bytes at all.
 ODD = st.sampled_from([b"\n", b"\r", b'"', b",", b"\0", b"\xff", b"\\ud800", b"--b", b"NaN", b"[", b"{"])
@@ -203,7 +211,9 @@ TABLE = st.builds(
 
 def application(folder: Path) -> FastAPI:
     """Return the whole application over a stand-in engine, with files and batches."""
-    (folder / "a.toml").write_text(workers.fake(MODEL, "dimension = 16", task=TASK))
+    (folder / "a.toml").write_text(
+        workers.fake(MODEL, f'dimension = 16, chat_template = "{CHAT}"', task=TASK)
+    )
     plans = make_plans(load_workers(folder / "a.toml", environ={}), Machine(2, 0, 2))
     serving = make_serving({plan.name: LocalHandle(plan) for plan in plans})
     batches = BatchPlace(str(folder / "batches"), KEEP_SECONDS).open()

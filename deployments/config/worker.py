@@ -69,6 +69,7 @@ class FakeEngineArgs(Table):
     start_seconds: Annotated[float, Field(ge=0)] = 0.0
     start_error: str = ""
     calls_folder: str = ""
+    chat_template: str = ""
     nan_token: int = -1
     error_token: int = -1
     fatal_token: int = -1

@@ -21,6 +21,8 @@ from deployments.errors import EngineError, EngineStartError
 VOCAB_SIZE = 256
 MAX_MODEL_LEN = 8192
 STEP_TOKENS = 16_384
+# The tokenizer has none; chat templates may name it.
+SPECIAL_TOKENS = {"bos_token": "<s>"}
 
 
 def fake_vectors(batch: TokenBatch, dimension: int, seed: int = 0) -> np.ndarray:
@@ -48,8 +50,15 @@ class FakeEngine(Engine):
         time.sleep(self._arguments.start_seconds)
         if self._arguments.start_error:
             raise EngineStartError(self._arguments.start_error)
-        dimension = self._arguments.dimension
-        return ModelCard(byte_tokenizer(), dimension, self._max_model_len, VOCAB_SIZE, gives_tokens=True)
+        return ModelCard(
+            byte_tokenizer(),
+            self._arguments.dimension,
+            self._max_model_len,
+            VOCAB_SIZE,
+            chat_template=self._arguments.chat_template,
+            special_tokens=SPECIAL_TOKENS,
+            gives_tokens=True,
+        )
 
     async def embed(self, batch: TokenBatch, bulk: bool = False, alone: bool = False) -> np.ndarray:
         """Return `fake_vectors` after the service time; NaN for an input with `nan_token` in it."""
