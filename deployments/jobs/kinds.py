@@ -37,7 +37,7 @@ def plain(kind: pa.DataType) -> pa.DataType:
     elif types.is_map(kind):
         kind = pa.map_(plain(kind.key_type), plain(kind.item_type))
     elif types.is_fixed_size_list(kind):
-        kind = pa.list_(plain(kind.value_type), kind.list_size)
+        kind = pa.list_(plain(kind.value_type), kind.list_size or -1)  # Parquet has none of size 0
     elif types.is_large_list(kind):
         kind = pa.large_list(plain(kind.value_type))
     elif types.is_list(kind):

@@ -316,6 +316,11 @@ def test_text_is_text_in_whatever_type(tmp_path: Path, name: str) -> None:
             pa.array([[{"a": ["y"]}]]),
             pa.list_(pa.struct({"a": pa.list_(pa.string())})),
         ),
+        (
+            pa.array([[]], pa.list_(pa.int8(), 0)),
+            pa.array([None], pa.list_(pa.int8(), 0)),
+            pa.list_(pa.int8()),
+        ),
         (pa.array([1], pa.timestamp("us")), pa.array([2], pa.timestamp("ns")), pa.timestamp("ns")),
     ],
 )
