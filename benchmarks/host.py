@@ -9,6 +9,7 @@ vectors out costs.
 
 import argparse
 import asyncio
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,15 +36,18 @@ ROUNDS, ROUND_SECONDS = 9, 0.2
 SAME = 0.999
 # A forward of bge-base on an H100 reads all of its weights.
 WEIGHT_BYTES, BYTES_PER_SECOND = 2 * BGE_PARAMETERS, 3.35e12
-CALLERS, CALL_INPUTS, FED_SECONDS = 8, 64, 3.0
+# So many that there is always a step's worth waiting. A step may have the inputs of one call, or of eight.
+CALLERS, CALL_INPUTS, STEP_CALLS, FED_SECONDS = 32, 64, (1, 8), 3.0
+# Of a hidden state there, so that pooling costs its kernels' launches alone, as where a chip computes them.
+THIN = 8
 
 
-def without_forward(worker: Any) -> None:
+def without_forward(worker: Any, size: int = 0) -> None:
     """Let a rank's model return hidden states that nobody has computed; runs in that rank."""
     import torch
 
     runner = worker.model_runner
-    size = runner.vllm_config.model_config.get_hidden_size()
+    size = size or runner.vllm_config.model_config.get_hidden_size()
     hidden = torch.ones(runner.vllm_config.scheduler_config.max_num_batched_tokens, size, dtype=runner.dtype)
     runner.model.forward = lambda input_ids, **_: hidden[: len(input_ids)]
 
@@ -116,12 +120,11 @@ class Asleep(Way):
 
 
 class FedEngine(ThreadEngine):
-    """A replica's engine with a way in place of a model, whose steps have the inputs of one call."""
+    """A replica's engine with a way in place of a model."""
 
     def __init__(self, plan: WorkerPlan, card: ModelCard, way: Way) -> None:
         """Take a plan and a card of the model, and the way."""
-        arguments = {**plan.engine_args, "max_num_batched_tokens": CALL_INPUTS * TOKENS}
-        super().__init__(replace(plan, engine_args=arguments))
+        super().__init__(plan)
         self._card_of_model, self._way = card, way
 
     def _load(self) -> tuple[Way, ModelCard]:
@@ -144,28 +147,32 @@ async def feed(engine: FedEngine, batch: TokenBatch) -> None:
 
 def chip_shares(engine: Any, plan: WorkerPlan, card: ModelCard, rounds: int) -> Iterator[str]:
     """Yield the lines of a table of the chip's time that is filled; forwards cost nothing by now."""
+    engine.collective_rpc(without_forward, args=(THIN,))
     scheduled, packed = Scheduled(engine), Packed(engine)
     ways = {
         "vLLM's scheduler": (scheduled, 0),
         "packed, one step after the other": (packed, 0),
         "packed, one step ahead": (packed, 1),
     }
-    shares: dict[str, list[float]] = {what: [] for what in ways}
     batch = TokenBatch.of([[101, *range(2000, 2000 + TOKENS - 2), 102]] * CALL_INPUTS)
+    most = ({"max_num_batched_tokens": calls * batch.tokens} for calls in STEP_CALLS)
+    plans = [replace(plan, engine_args=plan.engine_args | each) for each in most]
+    shares: dict[str, tuple[list[float], ...]] = {what: ([], []) for what in ways}
     for _ in range(rounds):
-        for what, (way, ahead) in ways.items():
+        for (what, (way, ahead)), number in itertools.product(ways.items(), range(len(plans))):
             asleep = Asleep(way, ahead)
-            fed = FedEngine(plan, card, asleep)
+            fed = FedEngine(plans[number], card, asleep)
             fed.start()
             begun = time.perf_counter()
             asyncio.run(feed(fed, batch))
-            shares[what].append(asleep.busy / (time.perf_counter() - begun))
+            shares[what][number].append(asleep.busy / (time.perf_counter() - begun))
             fed.stop()
-    steps = f"{CALLERS} callers, steps of {CALL_INPUTS} texts of {TOKENS} tokens"
-    yield f"| bge-base on an H100, {steps} | share of its time that is filled |"
-    yield "|---|---|"
+    asked = f"{CALLERS} callers, each with {CALL_INPUTS} texts of {TOKENS} tokens"
+    yield f"| bge-base on an H100, {asked} | filled, in steps of one call | in steps of {STEP_CALLS[1]} |"
+    yield "|---|---|---|"
     for what, each in shares.items():
-        yield f"| {what} | {np.median(each):.0%} |"
+        one, waiting = map(np.median, each)
+        yield f"| {what} | {one:.0%} | {waiting:.0%} |"
 
 
 def main() -> int:
