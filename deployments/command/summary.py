@@ -12,6 +12,7 @@ from deployments.config.worker import Worker
 from deployments.front.address import bracketed
 from deployments.keys.file import KEYS_VARIABLE
 from deployments.plan.plan import WorkerPlan
+from deployments.plan.sharing import advice
 
 # No line is broken: whoever wants that has a terminal that does it.
 WIDTH = 10_000
@@ -67,6 +68,8 @@ def plan_table(plans: Iterable[WorkerPlan]) -> str:
         models = ", ".join(plan.worker.queue.models)
         rows.append((plan.name, models, plan.engine, plan.device, ranks, most, ", ".join(takes), length))
         notes.append(f"{plan.name}: {plan.engine}: {plan.engine_reason}; {wanted.model_path}")
+        if plan.tokens_that_fill and wanted.world_size == 1:
+            notes.append(f"{plan.name}: {advice(plan.tokens_that_fill)}")
     return "\n".join([*columns(rows), "", *notes])
 
 

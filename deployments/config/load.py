@@ -95,6 +95,8 @@ def _read_file(
     problems += list(_check_model(file, content, check_models))
     if worker is not None and worker.deployment.num_gpus == 0:
         problems += [Problem(str(file), key, reason) for key, reason in worker.cpu_objections()]
+    if worker is not None and worker.generator.world_size > 1 and 0 < (worker.deployment.num_gpus or 1) < 1:
+        problems.append(Problem(str(file), "deployment.num_gpus", "ranks can't share a GPU; use 1"))
     if worker is None or problems:
         return None, sorted(set(problems))
     return _with_absolute_path(worker, file), []

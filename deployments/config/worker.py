@@ -220,13 +220,13 @@ class Autoscaling(Table):
 class Deployment(Table):
     """`[deployment]`: Ray's own names for resources, placement and count.
 
-    `num_cpus` and `num_gpus` are per rank. Absent `num_gpus` means: a GPU for each rank where the
-    cluster has GPUs, else CPUs. Absent `num_cpus` means: the machine's cores, shared out evenly.
+    `num_cpus` and `num_gpus` are per rank. Absent `num_gpus` means: a GPU for each rank where the cluster has
+    GPUs, else CPUs; below 1, several replicas share one. Absent `num_cpus` means: the cores, shared evenly.
     """
 
     num_replicas: Count | None = None
     num_cpus: Annotated[int, Field(ge=1)] | None = None
-    num_gpus: Literal[0, 1] | None = None
+    num_gpus: Annotated[float, Field(ge=0, le=1)] | None = None
     accelerator_type: str | None = None
     resources: dict[str, Positive] = Field(default_factory=dict)
     placement_group_strategy: Literal["STRICT_PACK", "PACK"] = "STRICT_PACK"

@@ -5,6 +5,7 @@ from typing import Any
 from deployments.config.model_files import ModelFiles
 from deployments.config.worker import Worker
 from deployments.plan.placement import Device, spans_nodes
+from deployments.plan.sharing import memory_of
 
 MAX_BATCHED_TOKENS = 16_384  # one step's tokens; vLLM's library default of 2048 starves the batch
 MIN_KV_CACHE_BYTES = 256 * 2**20
@@ -71,4 +72,6 @@ def engine_args(worker: Worker, device: Device, files: ModelFiles | None, engine
             # stages can't do without: vLLM skips the warm-up that sets up their buffers.
             "enforce_eager": generator.pipeline_parallel_size == 1,
         }
+    else:
+        arguments |= memory_of(worker)
     return {k: v for k, v in joined(arguments, generator.engine_args).items() if v is not None}

@@ -166,17 +166,14 @@ def _group(device: Device, plans: list[WorkerPlan]) -> dict[str, Any]:
     """
     kind = "GPU" if device == "gpu" else "CPU"
     pieces = {plan.name: _pieces(plan, kind) for plan in plans}
-    pod = max(1, *(size for size, _ in pieces.values()))
+    pod = max(1, *(math.ceil(size) for size, _ in pieces.values()))
+    in_a_pod = {name: max(1, int(pod / size)) if size else pod for name, (size, _) in pieces.items()}
 
     def pods(replicas: Mapping[str, int]) -> int:
-        return sum(
-            math.ceil(replicas[name] * count / max(1, pod // max(1, size)))
-            for name, (size, count) in pieces.items()
-        )
+        return sum(math.ceil(replicas[name] * count / in_a_pod[name]) for name, (_, count) in pieces.items())
 
     cpus = max(
-        math.ceil(plan.total("CPU")) * (max(1, pod // max(1, pieces[plan.name][0])) if device == "gpu" else 1)
-        for plan in plans
+        math.ceil(plan.total("CPU")) * (in_a_pod[plan.name] if device == "gpu" else 1) for plan in plans
     )
     resources: dict[str, Any] = {"cpu": max(1, cpus), "memory": f"{POD_MEMORY_GIB}Gi"}
     if device == "gpu":
@@ -189,12 +186,12 @@ def _group(device: Device, plans: list[WorkerPlan]) -> dict[str, Any]:
     }
 
 
-def _pieces(plan: WorkerPlan, kind: str) -> tuple[int, int]:
+def _pieces(plan: WorkerPlan, kind: str) -> tuple[float, int]:
     """CPUs or GPUs that must lie on one node, and how many such pieces a replica has."""
     if plan.worker.deployment.placement_group_strategy == "PACK" and len(plan.pieces) > 1:
         wanted = [size for piece in plan.pieces if (size := piece.get(kind, 0.0))]
-        return math.ceil(max(wanted, default=0)), len(wanted)
-    return math.ceil(plan.total(kind)), 1
+        return max(wanted, default=0.0), len(wanted)
+    return plan.total(kind), 1
 
 
 def _pod(image: str, resources: Mapping[str, Any], container: str) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def bundles_of(worker: Worker, device: Device, cores: int) -> tuple[dict[str, fl
         return tuple({"CPU": float(cores), **extra} for _ in range(ranks))
     if spans_nodes(worker):
         return ({"CPU": float(cores)}, *({"GPU": 1.0, **extra} for _ in range(ranks)))
-    return ({"CPU": float(cores), "GPU": float(ranks), **extra},)
+    return ({"CPU": float(cores), "GPU": ranks * (wanted.num_gpus or 1.0), **extra},)
 
 
 def actor_options(
@@ -93,7 +93,7 @@ def actor_options(
         return {"num_cpus": wanted.num_cpus or 0, "resources": dict(wanted.resources)}
     options: dict[str, Any] = {"num_cpus": cores}
     if device == "gpu":
-        options["num_gpus"] = bundles[0].get("GPU", 0.0) if bundles else 1.0
+        options["num_gpus"] = bundles[0].get("GPU", 0.0) if bundles else wanted.num_gpus or 1.0
     else:
         capacity = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(ONEDNN_PRIMITIVES)}
         options["runtime_env"] = {"env_vars": openmp_environment(cores) | capacity}

@@ -26,6 +26,7 @@ from deployments.plan.placement import (
     device_of,
     needs_cores,
 )
+from deployments.plan.sharing import tokens_that_fill
 
 SCALING_POLICY = "deployments.replica.scaling:TokenPolicy"
 # Requests that wait in a replica wait in its engine's queue, where they are batched.
@@ -38,7 +39,8 @@ CORES_PER_INGRESS, MAX_INGRESS_REPLICAS = 4, 8
 class WorkerPlan:
     """One worker's deployment: everything that its replicas and the ingress need to know.
 
-    `engine` computes the model, for `engine_reason`.
+    `engine` computes the model, for `engine_reason`; `tokens_that_fill` is how long texts have to be for one
+    engine to keep a large GPU busy, None where that isn't known.
     `package` tells model packages apart, and `engine_version` engines: replicas of one version give the
     same vectors, and what leaves it as it is changes in place, without a restart.
     """
@@ -52,6 +54,7 @@ class WorkerPlan:
     engine: str = "vllm"
     engine_reason: str = ""
     prompts: dict[str, str] = field(default_factory=dict)
+    tokens_that_fill: int | None = None
     package: str = ""
     engine_version: str = ""
 
@@ -243,6 +246,7 @@ def _plan(
         bundles=bundles,
         ray_actor_options=actor_options(worker, device, cores, bundles),
         prompts=files.prompts if files else {},
+        tokens_that_fill=tokens_that_fill(files) if files and device == "gpu" else None,
         package=package,
         engine_version=_hash(package, engine, arguments, device, cores, release, *vocabulary),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deployments.command.summary import plan_table
 from deployments.config.load import load_workers, read_workers
 from deployments.errors import ConfigError
 from deployments.plan.placement import Machine
@@ -252,6 +253,26 @@ def test_gpu_workers_are_left_their_cores(tmp_path: Path) -> None:
     plans = make_plans(load_workers(tmp_path, environ={}), ONE_GPU)
     assert plans[0].cores_per_rank == 7
     assert not unplaceable(plans, ONE_GPU)
+
+
+def test_replicas_may_share_a_gpu(tmp_path: Path) -> None:
+    """Each with its part of the memory; ranks can't, and the plan says when one engine would do."""
+    part = "[deployment]\nnum_gpus = 0.25\nnum_replicas = 4"
+    file = write(tmp_path, "a.toml", workers.vllm("a", checkpoints.minilm(), more=part))
+    (plan,) = make_plans(load_workers(file, environ={}), ONE_GPU)
+    assert plan.bundles == ({"CPU": 1.0, "GPU": 0.25},)
+    assert plan.ray_actor_options["num_gpus"] == 0.25
+    assert plan.engine_args["gpu_memory_utilization"] == 0.225
+    assert not unplaceable([plan], ONE_GPU)
+    note = plan_table([plan]).splitlines()[-1]
+    assert note.startswith("a: one engine keeps an H100 busy with texts of 224 tokens or more; with shorter")
+    whole = write(tmp_path, "a.toml", file.read_text().replace("0.25", "1"))
+    assert "gpu_memory_utilization" not in make_plans(load_workers(whole, environ={}), ONE_GPU)[0].engine_args
+    split = file.read_text().replace("num_gpus = 1", "num_gpus = 0.5")
+    write(tmp_path, "a.toml", split.replace("[generator]", "[generator]\ntensor_parallel_size = 2"))
+    with pytest.raises(ConfigError) as refused:
+        load_workers(file, environ={})
+    assert str(refused.value) == f"{file}: deployment.num_gpus: ranks can't share a GPU; use 1"
 
 
 def test_check_tells_what_plan_would_refuse(published: Path) -> None:
