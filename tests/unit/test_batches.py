@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -358,10 +358,13 @@ async def test_two_runners_never_mix_their_lines(cluster: Cluster, monkeypatch: 
     monkeypatch.setattr(Runner, "_check", too_early)
     batch = await cluster.create(lines(*map(request, range(22))))
     waiting = [0, 0]
+    # Neither has a block that the other one hasn't begun.
+    both: defaultdict[str, asyncio.Barrier] = defaultdict(lambda: asyncio.Barrier(2))
 
     def of(number: int) -> Embed:
         async def embed(fields: dict[str, Any], _: Key | None) -> tuple[bytes, int]:
             waiting[number] += 1
+            await both[fields["input"]].wait()
             await asyncio.sleep(0.001 * (waiting[number] % 5))
             return json.dumps(fields["input"] + number * " and more").encode(), 3
 
