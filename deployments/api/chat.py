@@ -10,6 +10,8 @@ from deployments.api.known import ModelBody
 from deployments.api.request import Chat
 from deployments.errors import InvalidRequestError
 
+# No variables of a template: vLLM refuses them too.
+RESERVED = ("chat_template", "tokenize", "messages")
 EITHER = ["add_generation_prompt", "continue_final_message"]
 
 
@@ -31,6 +33,8 @@ def parse_chat(fields: read.Fields, instead: str, generates: bool = False) -> Ch
     variables = fields.get("chat_template_kwargs", {})
     if not isinstance(variables, dict):
         raise InvalidRequestError("`chat_template_kwargs` must be an object", "chat_template_kwargs")
+    if name := next((name for name in RESERVED if name in variables), None):
+        raise InvalidRequestError(f"`chat_template_kwargs` can't hold `{name}`", "chat_template_kwargs")
     goes_on = read.flag(fields, "continue_final_message") is True
     begins = read.flag(fields, "add_generation_prompt")
     if begins and goes_on:
@@ -55,6 +59,8 @@ def _messages(value: Any, name: str, param: str) -> list[dict[str, Any]]:
     for index, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
             raise InvalidRequestError(f"`{name}[{index}]` must be a message, which has a `role`", param)
+        if message.get("tool_calls") is not None:
+            raise InvalidRequestError(f"`{name}[{index}]` can't hold `tool_calls`; models read text", param)
         content = message.get("content", "")
         if not isinstance(content, str | list | None):
             raise InvalidRequestError(f"`{name}[{index}].content` must be a string or a list of parts", param)
@@ -88,6 +94,7 @@ class Message(BaseModel):
 
     role: Text
     content: str | list[Part] | None = None
+    tool_calls: None = None
 
 
 def either(*names: str) -> list[dict[str, Any]]:
@@ -115,5 +122,9 @@ class ChatBody(ModelBody):
     continue_final_message: bool | None = Field(
         False, description="End with the last message's text: nothing that closes it follows."
     )
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the template.")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None,
+        description="Variables of the template.",
+        json_schema_extra={"propertyNames": {"not": {"enum": list(RESERVED)}}},
+    )
     add_special_tokens: bool | None = Field(False, description="The model's own, around what was written.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
+import orjson
 from tokenizers import Encoding
 
 Truncation = Literal["none", "start", "end"]
@@ -46,6 +47,12 @@ class Chat:
             len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
             for content in contents
         )
+
+    @property
+    def size(self) -> int:
+        """How much there is to write: each conversation may have all the variables in it."""
+        variables = len(orjson.dumps(self.variables))
+        return len(orjson.dumps(self.conversations)) + len(self.conversations) * variables
 
 
 class Raw(bytes):

@@ -25,6 +25,8 @@ def parse_tokenize(fields: read.Fields) -> TokensRequest:
     if "inputs" in fields:
         return tei.parse_tokenize(fields)
     chats = "messages" in fields
+    if chats and isinstance(read.not_empty(fields["messages"], "messages")[0], list):
+        raise InvalidRequestError("`messages` must be one conversation here", "messages")
     (VllmTokenizeChatBody if chats else VllmTokenizeBody).check(fields)
     special = read.flag(fields, "add_special_tokens")
     return TokensRequest(
@@ -111,7 +113,7 @@ class VllmTokenizeChatBody(chat.ChatBody):
 
     model_config = ConfigDict(title="VllmTokenizeChatRequest")
 
-    messages: chat.Conversations
+    messages: chat.Messages
     add_generation_prompt: bool | None = True
     return_token_strs: bool | None = False
 

@@ -17,13 +17,11 @@ from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
-from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config.worker import Worker
-from deployments.dispatch.admission import RETRY_AFTER_SECONDS
-from deployments.dispatch.meter import DrainMeter, RetryBudget
-from deployments.dispatch.pace import Pace
+from deployments.dispatch.meter import DrainMeter, Pace, RetryBudget
+from deployments.dispatch.replicas import FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS, Replicas
 from deployments.dispatch.work import Apart, Input, Lane, Lanes, Outstanding, Part, noted
 from deployments.engine.batch import CallContext, Embedded, TokenBatch
 from deployments.errors import (
@@ -31,17 +29,14 @@ from deployments.errors import (
     EngineCrashError,
     EngineDeadError,
     FatalInputError,
-    ModelUnavailableError,
     NonFiniteEmbeddingError,
 )
 from deployments.metrics import Metrics
-from deployments.transport.broadcast import answer_of, broadcast
+from deployments.transport.broadcast import answer_of
 from deployments.transport.local import LocalClient
 from deployments.transport.outcome import FATAL, MAX_CRASHES, Outcome, outcome_of
-from deployments.transport.router import CallId, TokenRouter
+from deployments.transport.router import CallId
 
-# Serve takes a moment to notice a death; asking again at once meets the same replica.
-FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.05, 2.0
 # Two calls in flight keep a replica busy: one computes while the other is on its way.
 CALLS_PER_REPLICA = 2
 
@@ -49,16 +44,15 @@ CALLS_PER_REPLICA = 2
 Settle = Callable[[Input, "np.ndarray | EmbeddingError"], None]
 
 
-class Calls:
-    """One worker's replicas. Embeddings are pure, so a call that a replica took along may be repeated."""
+class Calls(Replicas):
+    """Calls to embed. Embeddings are pure, so a call that a replica took along may be repeated."""
 
     def __init__(
         self, worker: Worker, handle: DeploymentHandle[Any], metrics: Metrics, settle: Settle
     ) -> None:
         """Remember the handle; nothing is called yet."""
-        self.worker = worker
+        super().__init__(worker, handle)
         self.outstanding = Outstanding()
-        self._handle = handle
         self._embed = handle.embed  # taking it makes the router, which knows the replicas
         self._budget = RetryBudget()
         self._metrics = metrics
@@ -78,16 +72,6 @@ class Calls:
         return self._meter.rate
 
     @property
-    def _router(self) -> TokenRouter | None:
-        """The router of the replicas in this process, once the handle has been used."""
-        return TokenRouter.of(self._handle.deployment_id)
-
-    @property
-    def known_replicas(self) -> int:
-        """How many replicas there are, as far as this process knows."""
-        return self._router.num_replicas if self._router is not None else 0
-
-    @property
     def capacity(self) -> float:
         """Tokens per second that they can do together, whoever sends them; 0 until measured."""
         return self._pace.speed * self.known_replicas
@@ -96,16 +80,6 @@ class Calls:
     def queued_tokens(self) -> int:
         """Tokens that wait for a place in flight."""
         return self._lanes.tokens + self._apart.tokens
-
-    @property
-    def is_bare(self) -> bool:
-        """Whether it is known that there is no replica."""
-        return self._router is not None and not self._router.num_replicas
-
-    @property
-    def replicas(self) -> int:
-        """As `known_replicas`, at least one: a call may wait for the first."""
-        return max(1, self.known_replicas)
 
     @property
     def part_tokens(self) -> int:
@@ -123,38 +97,19 @@ class Calls:
             self._lanes.put(part)
         self._pump()
 
-    @property
-    def version(self) -> str | None:
-        """The model's version that calls should be prepared for; None while no replica is known."""
-        return (self._router.version or None) if self._router is not None else None
-
-    async def ask_any(self, method: str, *arguments: Any, crashes: int = 0) -> Any:
-        """Call any replica's method, again when it dies, `crashes` times at most. Raises EmbeddingError."""
-        for attempt in range(self.worker.queue.http_request_retries + 1):
-            try:
-                return await answer_of(getattr(self._handle, method).remote(*arguments))
-            except Exception as error:
-                if (outcome := outcome_of(error)) not in (Outcome.CRASHED, Outcome.RETRY):
-                    raise
-                if outcome is Outcome.CRASHED and (crashes := crashes - 1) == 0:
-                    raise FatalInputError(FATAL) from error
-                await asyncio.sleep(min(FIRST_PAUSE_SECONDS * 2**attempt, MAX_PAUSE_SECONDS))
-        raise self.unavailable("its replicas are gone")
-
-    async def ask_all(self, method: str, seconds: float) -> list[Any]:
-        """Call a method of every live replica; return nothing where one of them is silent."""
-        if not self.known_replicas:
-            return []
+    async def ask_tokens(self, batch: TokenBatch, like: Part) -> np.ndarray:
+        """Return the hidden states of a part `like` this one; what waits is told as with other calls."""
+        call = self._context(like)
         try:
-            return await broadcast(self._handle, method, seconds=seconds)
-        except (TimeoutError, RayError):
-            return []
+            rows: np.ndarray = await self.ask_any("embed_tokens", batch, call, crashes=MAX_CRASHES)
+            return rows
+        finally:
+            if self._router is not None:
+                self._router.forget((call.sender, call.number), answered=False)
 
-    def unavailable(self, reason: str) -> ModelUnavailableError:
-        """Return the error for a worker that can't answer."""
-        return ModelUnavailableError(
-            f"worker `{self.worker.name}` is unavailable: {reason}", "model", RETRY_AFTER_SECONDS
-        )
+    def _context(self, part: Part) -> CallContext:
+        bulk, suspect, waiting = part.lane is Lane.BULK, part.crashes > 0, astuple(self.outstanding)
+        return CallContext(self._sender, next(self._numbers), part.version, bulk, suspect, *waiting)
 
     # --- one call's life -----------------------------------------------------------------------------
 
@@ -209,10 +164,7 @@ class Calls:
 
     async def _ask(self, part: Part) -> Embedded:
         """Call a replica; cut the call off when its replica hangs and there is another one."""
-        bulk = part.lane is Lane.BULK
-        suspect = part.crashes > 0
-        waiting = astuple(self.outstanding)
-        call = CallContext(self._sender, next(self._numbers), part.version, bulk, suspect, *waiting)
+        call = self._context(part)
         call_id: CallId = call.sender, call.number
         batch = TokenBatch.join([each.ids for each in part.inputs])
         begun = time.perf_counter()

@@ -30,7 +30,6 @@ from deployments.errors import (
     ModelUnavailableError,
 )
 from deployments.metrics import Metrics
-from deployments.transport.outcome import MAX_CRASHES
 
 # How long `state` waits for a replica before it calls the model unavailable.
 STATE_SECONDS = 2.0
@@ -169,16 +168,16 @@ class Dispatch:
         """
         rows = []
         async with self._admitted(batch, lane, caller, charge) as taken:
-            call = CallContext(version=version, bulk=taken is Lane.BULK)
+            part_of = Part([], caller, taken, version)
             parts = np.cumsum(batch.lengths) // self._calls.part_tokens
             try:
                 async with asyncio.timeout_at(deadline):
                     for part in np.unique(parts):
                         first, end = np.searchsorted(parts, [part, part + 1])
-                        ask = self._calls.ask_any("embed_tokens", batch[first:end], call, crashes=MAX_CRASHES)
-                        rows.append(await ask)
+                        rows.append(await self._calls.ask_tokens(batch[first:end], part_of))
             except TimeoutError:
                 raise self._late() from None
+        self._warm()
         return np.concatenate(rows)
 
     @contextlib.asynccontextmanager

@@ -63,9 +63,7 @@ async def prepare(
         )
     _check_vectors(request, task, card)
     sent = sum(map(len, request.token_ids))
-    texts = request.texts or await offload(sent, _decode, request, task, card)
-    if request.chat is not None:
-        texts = await write_messages(request.chat, tokenizer)
+    texts = await _texts_of(request, task, limits, card, tokenizer)
     inputs: list[list[int]] = []
     truncated: list[int] = []
     total = 0
@@ -90,6 +88,15 @@ async def prepare(
     return Prepared(batch, tuple(truncated), request.by_token)
 
 
+async def _texts_of(
+    request: EmbeddingRequest, task: EmbeddingTask, limits: Limits, card: ModelCard, tokenizer: TextTokenizer
+) -> Sequence[str]:
+    """Return the texts that are read; none where the request has the model's own token ids."""
+    if request.chat is not None:
+        return await write_messages(request.chat, tokenizer, CHARACTERS_PER_TOKEN * limits.max_request_tokens)
+    return request.texts or await offload(sum(map(len, request.token_ids)), _decode, request, task, card)
+
+
 async def _tokenise(
     texts: Sequence[str], encode: Encode, card: ModelCard, field: str
 ) -> AsyncIterator[list[list[int]]]:
@@ -108,9 +115,9 @@ async def _tokenise(
     yield await offload(characters, encode, texts[begin:])
 
 
-async def write_messages(chat: Chat, tokenizer: TextTokenizer) -> list[str]:
-    """Return the text of each conversation, as the model's chat template writes it."""
-    return await offload(chat.characters, tokenizer.render, chat.conversations, chat.variables, chat.field)
+async def write_messages(chat: Chat, tokenizer: TextTokenizer, most: int) -> list[str]:
+    """Return the text of each conversation, as the model's chat template writes it: so many characters."""
+    return await offload(chat.size, tokenizer.render, chat.conversations, chat.variables, chat.field, most)
 
 
 async def _as_group(inputs: list[list[int]]) -> AsyncIterator[list[list[int]]]:
@@ -255,12 +262,11 @@ def _check_vocabulary(batch: TokenBatch, size: int, field: str) -> None:
 
 def _check_tokens(batch: TokenBatch, card: ModelCard, field: str) -> None:
     """Refuse what can't be answered with a vector for each token."""
-    if not card.gives_tokens:
+    if not card.token_dimension:
         raise MissingCapabilityError(
             "the model gives no vectors of single tokens; /embed gives one for each input"
         )
-    if batch.tokens * card.dimension > MOST_NUMBERS:
-        most = MOST_NUMBERS // card.dimension
+    if batch.tokens > (most := MOST_NUMBERS // card.token_dimension):
         raise ContextLengthError(f"{batch.tokens} tokens are more than the {most} of one such answer", field)
 
 

@@ -27,7 +27,7 @@ class ModelCard:
     those of a prompt among them where it `pools_prompt`.
     `chat_template` is Jinja that makes a text of chat messages, among whose variables are the names of the
     `special_tokens`; empty where the model has none.
-    It may be that it `gives_tokens`, each one's own vector too.
+    A token's own vector has `token_dimension` numbers; 0 where it gives none.
     `cl100k` holds the bytes of each of its tokens where clients send those. Replicas of one `version` give
     the same vectors. `steps` says how they are computed, and why so; `dtype` in which numbers.
     """
@@ -49,7 +49,7 @@ class ModelCard:
     pooling: str = ""
     chat_template: str = ""
     special_tokens: dict[str, Any] = field(default_factory=dict)
-    gives_tokens: bool = False
+    token_dimension: int = 0
 
 
 class Engine(ABC):

@@ -18,6 +18,11 @@ from deployments.errors import InvalidRequestError, first_line
 
 # What stands in a message's text, and beside it, to see which of them a chat template writes.
 PROBE, BESIDE = "probed", "beside"
+# Whose message a template may want: some write those of a query or a document alone, or a system's first.
+ROLES = ("user", "query", "document", "system")
+# A role that most templates leave out, with what it says: they know it as `system`.
+DEVELOPER = "developer"
+SYSTEM = (DEVELOPER, "system")
 # Stands behind the text of a message that is gone on with; a template that strips messages takes its space.
 END = "END_OF_THE_LAST_MESSAGE "
 
@@ -45,6 +50,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = self._refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._template = environment.from_string(template)
+        self._knows_developers = f'"{DEVELOPER}"' in template or f"'{DEVELOPER}'" in template
         self._special_tokens = dict(special_tokens)
         self._reads_parts = self._reads_strings = True  # while it is seen what it does with either
         strings, parts = self._writes(PROBE), self._writes([{"type": "text", "text": PROBE, BESIDE: BESIDE}])
@@ -57,6 +63,8 @@ class ChatTemplate:
         """
         goes_on = variables.get("continue_final_message")
         given: dict[str, Any] = {"add_generation_prompt": False, "tools": None, "documents": None}
+        if not self._knows_developers and any(message["role"] == DEVELOPER for message in messages):
+            messages = _with_one_system(messages)
         read = [self._as_read(message) for message in messages]
         if goes_on:
             self._mark(read[-1])
@@ -78,11 +86,14 @@ class ChatTemplate:
 
     def _writes(self, content: Any) -> bool:
         """Whether what stands in a content's text is written, and nothing that stands beside it."""
-        try:
-            text = self.render([{"role": "user", "content": content}], {})
-        except InvalidRequestError:
-            return False
-        return PROBE in text and BESIDE not in text
+        for role in ROLES:
+            try:
+                text = self.render([{"role": role, "content": content}], {})
+            except InvalidRequestError:
+                continue
+            if PROBE in text:
+                return BESIDE not in text
+        return False
 
     def _as_read(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return a message with its text in a form that the template reads."""
@@ -90,7 +101,7 @@ class ChatTemplate:
         if isinstance(content, str):
             content = content if self._reads_strings else [{"type": "text", "text": content}]
         elif not self._reads_parts:
-            content = "\n".join(part["text"] for part in content)
+            content = _text_of(content)
         return {**message, "content": content}
 
     @staticmethod
@@ -102,3 +113,15 @@ class ChatTemplate:
         else:
             *before, last = content
             message["content"] = [*before, {**last, "text": last["text"] + END}]
+
+
+def _with_one_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return messages with what developers and systems say as one, the first, as vLLM has it."""
+    told = [each for each in messages if each["role"] in SYSTEM]
+    others = [each for each in messages if each["role"] not in SYSTEM]
+    texts = filter(None, (_text_of(each.get("content") or "") for each in told))
+    return [{**told[0], "role": "system", "content": "\n\n".join(texts)}, *others]
+
+
+def _text_of(content: str | Sequence[Mapping[str, str]]) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)

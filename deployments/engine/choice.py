@@ -62,7 +62,6 @@ class Scheduled(Way):
 class Packed(Way):
     """By `PackedStep`: a step at once."""
 
-    gives_tokens = True
     AHEAD = 1  # on a GPU: what comes meanwhile waits for no more than that
 
     def __init__(self, engine: Any) -> None:
@@ -70,6 +69,7 @@ class Packed(Way):
         from deployments.engine.packed import Counters
 
         self._engine = engine
+        self.token_dimension = int(engine.vllm_config.model_config.get_hidden_size())
         self._counters = Counters(engine)
         if reasons := [reason for reason in engine.collective_rpc("prepare_packed_steps") if reason]:
             raise EngineError(reasons[0])

@@ -57,7 +57,7 @@ class FakeEngine(Engine):
             VOCAB_SIZE,
             chat_template=self._arguments.chat_template,
             special_tokens=SPECIAL_TOKENS,
-            gives_tokens=True,
+            token_dimension=self._arguments.dimension,
         )
 
     async def embed(self, batch: TokenBatch, bulk: bool = False, alone: bool = False) -> np.ndarray:

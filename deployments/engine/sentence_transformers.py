@@ -103,11 +103,10 @@ def _check_complete(model: Any) -> None:
 class Padded(Way):
     """Steps as forwards of inputs of nearly one length each, padded to the longest."""
 
-    gives_tokens = True
-
     def __init__(self, model: Any) -> None:
         """Take a `SentenceTransformer`."""
         self._model = model
+        self.token_dimension = int(model[0].auto_model.config.get_text_config().hidden_size)
         self._padding = model.tokenizer.pad_token_id or 0
         # A GPU hardly feels the padding, and every forward.
         self._padding_tokens = FORWARD_TOKENS if model.device.type == "cpu" else PADDED_TOKENS

@@ -173,7 +173,9 @@ class StepQueue:
             if not call.future.cancelled():
                 return Step(call.batch[row : row + 1], [(call, row, 1)], again=True)
         pieces: list[tuple[Call, int, int]] = []
-        tokens = self._fill(pieces, self._people, self._budget(ALONE), 0, at_least_one=True)
+        tokens = 0
+        if not (self._bulk_waited and self._bulk and self._bulk[0].alone):  # else it is that one's turn
+            tokens = self._fill(pieces, self._people, self._budget(ALONE), 0, at_least_one=True)
         people = len(pieces)
         expecting = self._clock() < self._last_person + EXPECTING_SECONDS
         share = SHARING if people else EXPECTING if expecting else ALONE
@@ -249,8 +251,8 @@ class StepQueue:
             return
         if not call.bulk:
             self._last_person = call.arrived
-        # One that goes alone never would among bulk work, as long as people come.
-        (self._bulk if call.bulk and not call.alone else self._people).append(call)
+        # A suspect never would get its turn among bulk work, as long as people come.
+        (self._bulk if call.bulk and (call.by_token or not call.alone) else self._people).append(call)
 
     def _budget(self, share: float) -> float:
         return min(self.times.tokens(share), self._max_tokens)

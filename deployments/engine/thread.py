@@ -34,14 +34,14 @@ class Way(ABC):
     """
 
     ahead = 0
-    gives_tokens = False
+    token_dimension = 0
 
     @abstractmethod
     def embed(self, batch: TokenBatch) -> np.ndarray:
         """Return float32 vectors of shape (len(batch), dimension)."""
 
     def embed_tokens(self, batch: TokenBatch) -> np.ndarray:
-        """Return float32 hidden states of shape (batch.tokens, hidden size), where it `gives_tokens`."""
+        """Return float32 hidden states of shape (batch.tokens, token_dimension), where that isn't 0."""
         raise EngineError("this way gives no vectors of single tokens")
 
     def begin(self, batch: TokenBatch, by_token: bool = False) -> Callable[[], np.ndarray]:
@@ -129,7 +129,7 @@ class ThreadEngine(Engine):
                 claim = CoreClaim(self._plan.cores_per_rank * ranks, shared_by=sharers(self._ray_cpus))
                 self._bind(claim.claim())
             way, card = self._load()
-            self._card = replace(card, gives_tokens=way.gives_tokens)
+            self._card = replace(card, token_dimension=way.token_dimension)
             logger.info("%s: %s", self._plan.name, self._card.steps)
             for reason in self._odd_weights(self._card.vocab_size):
                 logger.warning("%s: %s", self._plan.name, reason)

@@ -9,14 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from jinja2 import TemplateError
 from safetensors import safe_open
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from deployments.config.model_files import ModelFiles
 from deployments.engine import ModelCard
 from deployments.engine.chat import ChatTemplate
-from deployments.errors import EngineStartError, InvalidRequestError, MissingCapabilityError, first_line
+from deployments.errors import (
+    ContextLengthError,
+    EngineStartError,
+    InvalidRequestError,
+    MissingCapabilityError,
+    first_line,
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -60,18 +65,27 @@ class TextTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=special)
 
     def render(
-        self, conversations: Sequence[Sequence[Mapping[str, Any]]], variables: Mapping[str, Any], field: str
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        variables: Mapping[str, Any],
+        field: str,
+        characters: int,
     ) -> list[str]:
-        """Return the text of each conversation, as the model's chat template writes it.
+        """Return the text of each conversation, as the model's chat template writes it, so many `characters`.
 
         Raises MissingCapabilityError and InvalidRequestError that name the `field`.
         """
         if self._chat is None:
             raise MissingCapabilityError("the model has no chat template; send text as `input`", field)
         try:
-            return [self._chat.render(messages, variables) for messages in conversations]
+            texts, left = [], characters
+            for messages in conversations:
+                texts.append(self._chat.render(messages, variables))
+                if (left := left - len(texts[-1])) < 0:
+                    raise ContextLengthError(f"the chat template writes more than {characters} characters")
+            return texts
         except InvalidRequestError as error:
-            raise InvalidRequestError(error.message, field) from error
+            raise type(error)(error.message, field) from error
 
     def count_prompt(self, prompt: str, special: bool = True) -> int:
         """Return how many tokens a prompt puts before a text, as sentence-transformers counts them."""
@@ -135,7 +149,7 @@ def tokenizer_card(loaded: Any, files: ModelFiles | None) -> dict[str, Any]:
         tokenizer.normalizer = normalizers.Sequence(lowercase)
     try:
         ChatTemplate(template or "", loaded.special_tokens_map)
-    except TemplateError as error:
+    except Exception as error:  # whatever Python says of what Jinja makes of it
         logger.warning("the chat template isn't one that Jinja reads, so there is none: %s", error)
         template = None
     return {

@@ -40,7 +40,7 @@ ANSWERS = {
     504: (*UNAVAILABLE, "the process that had this request doesn't answer"),
 }
 # Those that HAProxy makes where it can't do what it was told; the others are asked for by rules.
-OWN = (408, 500, 502, 503, 504)
+OWN = (400, 408, 500, 502, 503, 504)
 # What it says to heads that are no requests is in HTML, whatever it is told: so these are looked at before.
 BAD_HEADS = {400: "Bad Request", 408: "Request Timeout"}
 LUA = """core.register_service("head_%(status)d", "tcp", function(applet)
@@ -158,7 +158,7 @@ def answer_in_json(text: str) -> str:
 
 def answer_bad_heads(text: str, program: Path) -> str:
     """Let what begins a connection, and isn't HTTP, be told so in JSON, before its parser would in HTML."""
-    if "switch-mode" in text:
+    if "switch-mode" in text or "log-format" in text:  # Ray's metrics name what only `mode http` knows
         return text
     own = {status: json.dumps(body_of(status)) for status in BAD_HEADS}  # JSON quotes as Lua does
     services = (LUA % {"status": each, "reason": BAD_HEADS[each], "body": own[each]} for each in BAD_HEADS)
@@ -166,6 +166,7 @@ def answer_bad_heads(text: str, program: Path) -> str:
     text = re.sub(r"^global\n", f"global\n    lua-load {program}\n", text, count=1, flags=re.M)
     rules = (
         "mode tcp",
+        "option tcplog",
         f"tcp-request inspect-delay {HEADER_SECONDS}s",
         "tcp-request connection set-var(sess.begun) date(0,ms)",
         "tcp-request content switch-mode http if HTTP",
@@ -180,6 +181,7 @@ def answer_bad_heads(text: str, program: Path) -> str:
     late = f"{{ date(0,ms),sub(sess.begun) ge {1000 * (HEADER_SECONDS - 1)} }}"
     return (
         f"{text.rstrip()}\nbackend bad_head\n    mode tcp\n"
+        "    no option abortonclose\n    no option http-no-delay\n"
         "    tcp-request content reject if { req.len 0 }\n"
         f"    tcp-request content use-service lua.head_408 if {late}\n"
         "    tcp-request content use-service lua.head_400\n"

@@ -65,6 +65,8 @@ async def test_tokens_of_a_conversation(client: httpx.AsyncClient) -> None:
     ):
         got = await answer(client, "/tokenize", model="a", messages=[ASK], **fields)
         assert got["tokens"] == TOKENIZER.encode([text])[0]
+    told = "`messages` must be one conversation here"
+    assert (await refused(client, "/tokenize", model="a", messages=[[ASK]]))[1:] == ("messages", told)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -99,6 +101,21 @@ async def test_a_model_without_a_template_refuses_messages(client: httpx.AsyncCl
             {"messages": [ASK], "chat_template_kwargs": "x"},
             "chat_template_kwargs",
             "`chat_template_kwargs` must be an object",
+        ),
+        (
+            {"messages": [ASK], "chat_template_kwargs": {"chat_template": "x"}},
+            "chat_template_kwargs",
+            "`chat_template_kwargs` can't hold `chat_template`",
+        ),
+        (
+            {"messages": [{**ASK, "tool_calls": []}]},
+            "messages",
+            "`messages[0]` can't hold `tool_calls`; models read text",
+        ),
+        (
+            {"messages": [[ASK]] * 2000, "chat_template_kwargs": {"tone": "x" * 9000}},
+            "messages",
+            "the chat template writes more than 9600000 characters",
         ),
         (
             {"messages": [ASK], "chat_template": "x"},

@@ -373,7 +373,7 @@ async def test_what_gives_no_tokens_refuses_them(
         "no model here gives sparse vectors; /embed gives dense ones",
     )
     start = FakeEngine.start
-    monkeypatch.setattr(FakeEngine, "start", lambda self: replace(start(self), gives_tokens=False))
+    monkeypatch.setattr(FakeEngine, "start", lambda self: replace(start(self), token_dimension=0))
     assert await refused(client, "/embed_all", model="b", inputs="x") == (
         "MISSING_CAPABILITY",
         None,

@@ -71,11 +71,16 @@ def test_a_line_that_is_no_request_says_why(raw: bytes, custom_id: str | None, c
 
 
 @pytest.mark.parametrize(
-    ("value", "inputs"), [("a", 1), (["a", "b"], 2), ([1, 2, 3], 1), ([[1], [2]], 2), (None, 1), ([], 1)]
+    ("value", "inputs"),
+    [
+        *[("a", 1), (["a", "b"], 2), ([1, 2, 3], 1), ([[1], [2]], 2), (None, 1), ([], 1)],
+        *[([{"role": "user"}] * 3, 1), ([[{"role": "user"}]] * 3, 3)],
+    ],
 )
 def test_inputs_are_counted_in_every_shape(value: Any, inputs: int) -> None:
-    """A list of token ids is one input."""
+    """A list of token ids is one input, and so is one of messages."""
     assert Line("c", {"input": value}).inputs == inputs
+    assert Line("c", {"messages": value}).inputs == inputs
 
 
 # --- validation ------------------------------------------------------------------------------------

@@ -89,3 +89,20 @@ def test_what_a_template_doesnt_take_is_told(template: str, messages: list[Any],
     begin = "the model's chat template doesn't take this: "
     assert refused.value.message.startswith(begin)
     assert told is None or refused.value.message == begin + told
+
+
+@pytest.mark.parametrize("role", ["query", "system"])
+def test_a_template_that_wants_another_role_is_seen_to_read_parts(role: str) -> None:
+    """Else its loop would go through a string's characters, and write none of them."""
+    wanted = f"{{% if messages[0].role != '{role}' %}}{{{{ raise_exception('no') }}}}{{% endif %}}{PARTS}"
+    text = ChatTemplate(wanted, SPECIAL).render([{"role": role, "content": "hello"}], {})
+    assert text == f"{role}: hello|"
+
+
+def test_what_a_developer_says_is_the_systems() -> None:
+    """As one with it, and first, where a template doesn't know the role, as in vLLM."""
+    told = [{"role": "system", "content": "a"}, USER, {"role": "developer", "content": "b"}]
+    as_system = ChatTemplate(CHATML, SPECIAL).render([{"role": "system", "content": "a\n\nb"}, USER], {})
+    assert ChatTemplate(CHATML, SPECIAL).render(told, {}) == as_system
+    knowing = CHATML + "{# 'developer' #}"
+    assert "<|im_start|>developer\nb" in ChatTemplate(knowing, SPECIAL).render(told, {})

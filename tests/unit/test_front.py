@@ -57,10 +57,12 @@ def guards(config: Path) -> list[int]:
 # --- what HAProxy says itself --------------------------------------------------------------------
 
 
-def say(port: int, text: bytes, host: str = "127.0.0.1") -> httpx.Response:
-    """Send bytes as they are, and return the answer."""
+def say(port: int, text: bytes, host: str = "127.0.0.1", ends: bool = False) -> httpx.Response:
+    """Send bytes as they are, perhaps with no more to come, and return the answer."""
     with socket.create_connection((host, port), timeout=30) as connection:
         connection.sendall(text)
+        if ends:
+            connection.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     top, _, body = answer.partition(b"\r\n\r\n")
     status, *lines = top.decode().split("\r\n")
@@ -110,8 +112,9 @@ def test_what_haproxy_says_itself_is_json(tmp_path: Path) -> None:
             b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
             head(70_000),
         ):
-            response = say(port, text)
-            assert told(response, 400, "invalid_request") == "the request's head isn't HTTP"
+            for ends in (False, True):
+                response = say(port, text, ends=ends)
+                assert told(response, 400, "invalid_request") == "the request's head isn't HTTP"
             assert response.headers["x-request-id"]
         # It took the request, and says nothing: 504 in HAProxy's words.
         response = say(port, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")

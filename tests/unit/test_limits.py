@@ -14,7 +14,7 @@ from deployments.batches import run, runner, storage, validation
 from deployments.bulk import connection
 from deployments.command import embed
 from deployments.config.worker import Limits
-from deployments.dispatch import admission, pace, prepare, work
+from deployments.dispatch import admission, meter, prepare, work
 from deployments.http import serving as requests
 from deployments.http.dialects import tei
 from deployments.http.edge import bodies
@@ -51,7 +51,7 @@ CALLER_SHARE = {8: "eight ninths"}
         ("tokens that wait for a model", f"{admission.FIRST_BOUND_TOKENS} until that is known"),
         ("what one caller has of these", CALLER_SHARE[int(admission.CALLER_SHARE)]),
         ("inputs of one call to a replica", f"{work.MAX_CALL_INPUTS}"),
-        ("tokens of one call to a replica", f"{pace.MAX_PART_TOKENS}"),
+        ("tokens of one call to a replica", f"{meter.MAX_PART_TOKENS}"),
         ("threads for files and batches, of one process", f"{storage._threads._max_workers}"),
         ("a file", f"{BUILD.max_file_bytes // MIB} MiB"),
         ("time without a byte of it", f"{requests.BODY_SECONDS:.0f} s"),

@@ -125,6 +125,19 @@ async def test_one_that_is_alone_shares_its_step_with_nobody(steps: Steps) -> No
     await asyncio.gather(*before, *suspects)
 
 
+async def test_bulk_work_by_token_lets_people_go_first(steps: Steps) -> None:
+    """And gets every second step while they come."""
+    calls = [steps.queue.put(BULK, bulk=True, by_token=True) for _ in range(3)]
+    person = steps.queue.put(ONE)
+    step = steps.step()
+    assert step is not None
+    assert not step.by_token
+    person = steps.queue.put(ONE)
+    assert [step.by_token for step in (steps.step(), steps.step()) if step] == [True, False]
+    steps.all_tokens()
+    await asyncio.gather(person, *calls)
+
+
 async def test_who_is_cancelled_leaves_before_its_step(steps: Steps) -> None:
     """Of a call that has begun the rest."""
     bulk, person = steps.queue.put(BULK, bulk=True), steps.queue.put(ONE)

@@ -100,8 +100,8 @@ class Line:
     @property
     def inputs(self) -> int:
         """How many vectors it asks for, at most."""
-        value = self.fields.get("input")
-        return len(value) if isinstance(value, list) and value and not isinstance(value[0], int) else 1
+        value = self.fields.get("messages", self.fields.get("input"))
+        return len(value) if isinstance(value, list) and value and not isinstance(value[0], int | dict) else 1
 
 
 class LineError(Exception):

@@ -91,7 +91,7 @@ async def read_tokens(serving: Serving, request: Request, parse: Parse) -> bytes
         before = prompt_text(wanted.prompt, card.prompts | served.model.embedding_task.prompts)
         texts = [before + text for text in wanted.texts]
         if wanted.chat is not None:
-            texts = await write_messages(wanted.chat, tokenizer)
+            texts = await write_messages(wanted.chat, tokenizer, GROUP_CHARACTERS)
         size = sum(map(len, texts)) + sum(map(len, wanted.ids))
         _check(wanted, size, card)
         with stage("tokenise"):
