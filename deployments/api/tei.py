@@ -39,20 +39,26 @@ class TeiRequest(EmbeddingRequest):
 def parse_fields(fields: Mapping[str, Any]) -> TeiRequest:
     """Parse the fields of a body."""
     TeiBody.check(fields)
-    texts, ids = read.texts_or_ids(fields.get("inputs"), "inputs")
-    unit = read.flag(fields, "normalize")
     return TeiRequest(
-        model=read.string(fields, "model"),
-        texts=texts,
-        token_ids=ids,
-        input_field="inputs",
-        own_ids=True,  # each server of this kind has one model, whose ids they are
+        **_inputs(fields),
         dimensions=read.positive(fields, "dimensions"),
-        prompt=_prompt(fields),
-        **_truncation(fields),
-        normalize=unit is not False,
-        tags=read.tags(fields),
+        normalize=read.flag(fields, "normalize") is not False,
     )
+
+
+def _inputs(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is embedded, by which model, and how it is read."""
+    texts, ids = read.texts_or_ids(fields.get("inputs"), "inputs")
+    return {
+        "model": read.string(fields, "model"),
+        "texts": texts,
+        "token_ids": ids,
+        "input_field": "inputs",
+        "own_ids": True,  # each server of this kind has one model, whose ids they are
+        "prompt": _prompt(fields),
+        **_truncation(fields),
+        "tags": read.tags(fields),
+    }
 
 
 def _prompt(fields: Mapping[str, Any]) -> Prompt | None:
@@ -168,17 +174,7 @@ class TeiTokensRequest(EmbeddingRequest):
 def parse_all(fields: read.Fields) -> TeiTokensRequest:
     """Parse a body of `POST /embed_all`."""
     TeiAllBody.check(fields)
-    texts, ids = read.texts_or_ids(fields.get("inputs"), "inputs")
-    return TeiTokensRequest(
-        model=read.string(fields, "model"),
-        texts=texts,
-        token_ids=ids,
-        input_field="inputs",
-        own_ids=True,
-        prompt=_prompt(fields),
-        **_truncation(fields),
-        tags=read.tags(fields),
-    )
+    return TeiTokensRequest(**_inputs(fields))
 
 
 def refuse_sparse(_: read.Fields) -> EmbeddingRequest:
