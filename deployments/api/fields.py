@@ -12,7 +12,7 @@ from pydantic import Field
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
 Fields = Mapping[str, Any]
-Body = bytes | bytearray
+Body = bytes | bytearray | memoryview
 PIECE_BYTES = 2**18
 # Where the zeros are among the first bytes of JSON, whose first character is ASCII.
 ZEROS_UTF32 = re.compile(rb"[^\0]\0\0\0|\0\0\0[^\0]")
@@ -80,7 +80,7 @@ def read_object(body: Body) -> dict[str, Any]:
 
 def _read_marked(body: Body, error: orjson.JSONDecodeError) -> Any:
     """Return what stands behind a byte order mark. Raises InvalidRequestError that says what is wrong."""
-    if body.startswith(codecs.BOM_UTF8):
+    if body[: len(codecs.BOM_UTF8)] == codecs.BOM_UTF8:
         try:
             return orjson.loads(memoryview(body)[len(codecs.BOM_UTF8) :])
         except orjson.JSONDecodeError as inner:

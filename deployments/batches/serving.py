@@ -18,9 +18,9 @@ from deployments.api.fields import decimal
 from deployments.batches.store import Batches, owner_of
 from deployments.errors import DeadlineExceededError, EmbeddingError, InvalidRequestError
 from deployments.http.auth import key_of
-from deployments.http.edge.bodies import body_chunks
+from deployments.http.edge.bodies import BODY_SECONDS, body_chunks
 from deployments.http.errors import json_response
-from deployments.http.serving import BODY_SECONDS, Serving, wanted_seconds
+from deployments.http.serving import Serving, wanted_seconds
 from deployments.keys.rates import REQUESTS
 
 # OpenAI's own.

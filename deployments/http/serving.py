@@ -27,7 +27,14 @@ from deployments.errors import (
     TooManyInputsError,
 )
 from deployments.http.auth import key_of
-from deployments.http.edge.bodies import BytesInHand, Take, body_chunks, declared_length
+from deployments.http.edge.bodies import (
+    BODY_SECONDS,
+    Buffer,
+    BytesInHand,
+    Take,
+    body_chunks,
+    declared_length,
+)
 from deployments.http.edge.traces import begin_trace, describe_inputs, end_trace
 from deployments.http.errors import CLIENT_CLOSED_REQUEST
 from deployments.keys.file import Key
@@ -47,8 +54,6 @@ TIMEOUT_HEADER = "x-request-timeout-seconds"
 # How much earlier we answer: a share of the client's time, at least what the way there and back may take.
 TIMEOUT_SHARE = 0.1
 TIMEOUT_SECONDS = 0.1
-# Which model it is for, and so its deadline, is known once the body is there.
-BODY_SECONDS = 30.0
 # What a body may hold beside inputs and their tokens.
 OTHER_VALUES = 1000
 
@@ -179,19 +184,18 @@ class Serving:
 
         return await offload(len(body), bounded)
 
-    async def read(self, request: Request, deadline: float, take: Take) -> bytearray:
+    async def read(self, request: Request, deadline: float, take: Take) -> Body:
         """Return the body. Raises BodyTooLargeError, QueueFullError, DeadlineExceededError at `deadline`."""
         try:
             async with asyncio.timeout_at(deadline):
                 take(taken := declared_length(request, self._max_body_bytes))
-                # One buffer goes back to the system when it is freed; a thousand small pieces don't.
-                body = bytearray()
+                body = Buffer(self._max_body_bytes)
                 async for chunk in body_chunks(request, self._max_body_bytes):
-                    if (more := len(body) + len(chunk) - taken) > 0:
+                    if (more := body.size + len(chunk) - taken) > 0:
                         take(more)
                         taken += more
-                    body += chunk
-                return body
+                    body.append(chunk)
+                return body.content()
         except TimeoutError:
             raise DeadlineExceededError("the body took too long to arrive", "body") from None
 

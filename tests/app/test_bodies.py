@@ -3,8 +3,10 @@
 And answers that are read slowly.
 """
 
+import codecs
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -15,9 +17,11 @@ import numpy as np
 import pytest
 import uvicorn
 
+from deployments.api.fields import count_values, read_object
+from deployments.errors import InvalidRequestError
 from deployments.http.app import make_app
 from deployments.http.edge import bodies
-from deployments.http.edge.bodies import LARGEST_BODIES, SMALL_BYTES, BytesInHand
+from deployments.http.edge.bodies import LARGEST_BODIES, SMALL_BYTES, Buffer, BytesInHand
 from deployments.http.serving import Serving
 from tests.app.conftest import LocalHandle, expected, make_serving
 from tests.harness.server import free_port, wait_for
@@ -72,7 +76,7 @@ async def test_who_has_no_place_is_told_before_anything_is_read(
             "/embeddings", content=in_chunks(large, seen), headers={"content-length": str(len(large))}
         )
         assert (refused.status_code, refused.json()["error"]) == (503, REFUSED)
-        assert refused.headers["retry-after"] == "5"
+        assert refused.headers["retry-after"] == "30"
         assert seen == []
         refused = await client.post("/embeddings", content=in_chunks(body(LARGEST), seen))
         assert (refused.status_code, refused.json()["error"]) == (503, REFUSED)
@@ -81,6 +85,27 @@ async def test_who_has_no_place_is_told_before_anything_is_read(
         assert (await client.post("/embeddings", content=content)).status_code == 200
     with serving.in_hand.hold() as take:
         take(LARGEST_BODIES * LARGEST)  # nothing of the others is held any more
+
+
+@pytest.mark.parametrize("sizes", [[7], [1, 6, 0], [3, 2, 2], [0, 7]])
+def test_a_body_is_read_however_it_comes(sizes: list[int]) -> None:
+    """At once or in parts: it is the same, as are the errors of what isn't JSON, and a mark before it."""
+    parts = [size * SMALL_BYTES for size in sizes]
+    for content in (body(sum(parts)), codecs.BOM_UTF8 + body(sum(parts) - 3), body(sum(parts) - 1) + b"!"):
+        buffer, rest = Buffer(sum(parts)), content
+        for part in parts:
+            buffer.append(rest[:part])
+            rest = rest[part:]
+        read = buffer.content()
+        assert (buffer.size, bytes(read)) == (len(content), content)
+        assert count_values(read) == count_values(content)
+        if content.endswith(b"!"):
+            with pytest.raises(InvalidRequestError) as told:
+                read_object(read)
+            with pytest.raises(InvalidRequestError, match=re.escape(told.value.message)):
+                read_object(content)
+        else:
+            assert read_object(read) == {"model": "a", "input": "x"}
 
 
 async def test_a_small_body_has_a_place_beside_all_the_large_ones(

@@ -86,4 +86,6 @@ look_back_period_s = 1
             wait_for(lambda: raylets() == 1, 90, "the node has gone again")
             # The autoscaler ends a node's log monitor after its raylet. The test has to wait for that: the
             # head takes the autoscaler along, and nothing else would end the log monitor.
-            wait_for(lambda: len(server.titled("log_monitor.py")) == 1, 90, "its log monitor has gone as well")
+            wait_for(
+                lambda: len(server.titled("log_monitor.py")) == 1, 90, "its log monitor has gone as well"
+            )

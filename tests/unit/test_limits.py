@@ -34,7 +34,7 @@ CALLER_SHARE = {8: "eight ninths"}
     ("what", "bound"),
     [
         ("its body", f"{BUILD.max_body_bytes // MIB} MiB"),
-        ("the time until its body is there", f"{requests.BODY_SECONDS:.0f} s"),
+        ("the time until its body is there", f"{bodies.BODY_SECONDS:.0f} s"),
         ("its time in all", f"{LIMITS.request_timeout_s:.0f} s"),
         ("values in its JSON", f"and {requests.OTHER_VALUES} more"),
         ("inputs", f"{LIMITS.max_inputs}"),
@@ -54,7 +54,7 @@ CALLER_SHARE = {8: "eight ninths"}
         ("tokens of one call to a replica", f"{meter.MAX_PART_TOKENS}"),
         ("threads for files and batches, of one process", f"{storage._threads._max_workers}"),
         ("a file", f"{BUILD.max_file_bytes // MIB} MiB"),
-        ("time without a byte of it", f"{requests.BODY_SECONDS:.0f} s"),
+        ("time without a byte of it", f"{bodies.BODY_SECONDS:.0f} s"),
         ("fields of its form, and bytes of each", f"{upload.MAX_FIELDS} and {upload.MAX_FIELD_BYTES}"),
         ("files of a key, what batches gave included", f"{BUILD.max_key_files}"),
         ("bytes of a key's files, what batches gave included", f"{BUILD.max_key_bytes // GIB} GiB"),

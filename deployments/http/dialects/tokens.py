@@ -15,8 +15,9 @@ from deployments.engine import ModelCard
 from deployments.errors import ContextLengthError, InvalidRequestError, TooManyInputsError
 from deployments.http.auth import key_of
 from deployments.http.dialects.pharia import model_of
+from deployments.http.edge.bodies import BODY_SECONDS
 from deployments.http.errors import json_response
-from deployments.http.serving import BODY_SECONDS, Serving, wanted_seconds
+from deployments.http.serving import Serving, wanted_seconds
 from deployments.http.table import BODY, Entry, answers
 from deployments.keys.rates import REQUESTS
 from deployments.tracing import PARSE, stage
