@@ -4,9 +4,8 @@ token batch → admitted → inputs, each once → parts → calls → rows in o
 """
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -104,8 +103,8 @@ class Dispatch:
             except TimeoutError:
                 raise self._late() from None
             try:
-                embed = self.embed_tokens if prepared.by_token else self.embed
-                vectors = await embed(prepared.batch, deadline, lane, caller, card.version, charge)
+                batch, by_token = prepared.batch, prepared.by_token
+                vectors = await self.embed(batch, deadline, lane, caller, card.version, charge, by_token)
                 return card, prepared, vectors
             except ModelChangedError:
                 self._model = None
@@ -143,48 +142,16 @@ class Dispatch:
         caller: str = "",
         version: str = "",
         charge: Charge | None = None,
+        by_token: bool = False,
     ) -> np.ndarray:
         """Return float32 vectors of shape (len(batch), dimension), in order; `charge` for what is let in.
+
+        With `by_token` these are hidden states instead, of shape (batch.tokens, hidden size).
 
         Raises QueueFullError at once, DeadlineExceededError or ModelUnavailableError at `deadline`, and
         ModelChangedError where the replicas have another version than that which the ids were made for.
         Cancelling the call frees what only it waits for.
         """
-        async with self._admitted(batch, lane, caller, charge) as taken:
-            return await self._send(batch, deadline, Part([], caller, taken, version))
-
-    async def embed_tokens(  # noqa: PLR0913, PLR0917 - as `embed`
-        self,
-        batch: TokenBatch,
-        deadline: float,
-        lane: Lane = Lane.INTERACTIVE,
-        caller: str = "",
-        version: str = "",
-        charge: Charge | None = None,
-    ) -> np.ndarray:
-        """Return float32 hidden states of shape (batch.tokens, hidden size), as `embed` else.
-
-        Parts are asked for one after the other, joined with nobody's, and kept by nobody.
-        """
-        rows = []
-        async with self._admitted(batch, lane, caller, charge) as taken:
-            part_of = Part([], caller, taken, version)
-            parts = np.cumsum(batch.lengths) // self._calls.part_tokens
-            try:
-                async with asyncio.timeout_at(deadline):
-                    for part in np.unique(parts):
-                        first, end = np.searchsorted(parts, [part, part + 1])
-                        rows.append(await self._calls.ask_tokens(batch[first:end], part_of))
-            except TimeoutError:
-                raise self._late() from None
-        self._warm()
-        return np.concatenate(rows)
-
-    @contextlib.asynccontextmanager
-    async def _admitted(
-        self, batch: TokenBatch, lane: Lane, caller: str, charge: Charge | None
-    ) -> AsyncIterator[Lane]:
-        """Let a batch in, and charge for it; give the lane that it goes in."""
         self._admission.check(batch.tokens, caller, self.worker.limits, self._calls.rate)
         small = batch.tokens <= self._calls.part_tokens
         with self._admission.hold(batch.tokens, caller, small):
@@ -192,9 +159,16 @@ class Dispatch:
                 lane = Lane.BULK  # what needs several parts lets others in between, in one request or in many
             if charge is not None:
                 await charge(batch.tokens)
-            yield lane
+            send = self._send_tokens if by_token else self._send
+            try:
+                async with asyncio.timeout_at(deadline):
+                    vectors = await send(batch, Part([], caller, lane, version))
+            except TimeoutError:
+                raise self._late() from None
+        self._warm()
+        return vectors
 
-    async def _send(self, batch: TokenBatch, deadline: float, like: Part) -> np.ndarray:
+    async def _send(self, batch: TokenBatch, like: Part) -> np.ndarray:
         """Cut a batch into parts `like` this one, send them, and wait for all vectors."""
         pending = Pending(len(batch), asyncio.get_running_loop().create_future())
         try:
@@ -204,14 +178,18 @@ class Dispatch:
             if len(parts) > 1:
                 self._metrics.split.labels(self.worker.name).inc(len(parts))
             self._calls.send(replace(like, inputs=inputs, since=now) for inputs in parts)
-            async with asyncio.timeout_at(deadline):
-                vectors = await pending.future
-            self._warm()
-            return vectors
-        except TimeoutError:
-            raise self._late() from None
+            return await pending.future
         finally:
             self._leave(pending)
+
+    async def _send_tokens(self, batch: TokenBatch, like: Part) -> np.ndarray:
+        """Ask for parts `like` this one, one after the other, joined with nobody's, and kept by nobody."""
+        parts = np.cumsum(batch.lengths) // self._calls.part_tokens
+        rows = []
+        for part in np.unique(parts):
+            first, end = np.searchsorted(parts, [part, part + 1])
+            rows.append(await self._calls.ask_tokens(batch[first:end], like))
+        return np.concatenate(rows)
 
     async def state(self) -> dict[str, Any]:
         """Return whether a replica answers now, and what is known of the model and its queue."""
