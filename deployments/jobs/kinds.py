@@ -58,9 +58,22 @@ def united(kinds: Iterable[pa.DataType]) -> pa.DataType:
         kind = plain(each)
         if pa.uint64() in (found, kind) and any(map(pa.types.is_signed_integer, (found, kind))):
             found = kind = ANY_INTEGER  # Arrow itself would take int64, which can't hold the largest
+        found, kind = _with_room(found, kind), _with_room(kind, found)
         both = [pa.schema([("", found)]), pa.schema([("", kind)])]
         found = pa.unify_schemas(both, promote_options="permissive").field(0).type
     return found
+
+
+def _with_room(kind: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """Return a decimal with the digits that integers of the other type may have, any other type as it is."""
+    if not (pa.types.is_decimal(kind) and pa.types.is_integer(other)):
+        return kind
+    digits = max(kind.precision - kind.scale, ANY_INTEGER.precision) + kind.scale
+    return (
+        pa.decimal128(digits, kind.scale)
+        if digits <= WIDEST_INTEGER.precision
+        else pa.decimal256(digits, kind.scale)
+    )
 
 
 def inferred(values: Sequence[Any]) -> pa.Array:
@@ -104,12 +117,20 @@ def cast(column: pa.ChunkedArray, field: pa.Field) -> tuple[pa.ChunkedArray, Fau
     kept = []
     for row in range(len(column)):
         try:
-            kept.append(_checked(column.take([row]), field))
+            kept.append(_checked(_row(column, row), field))
         except UNFIT as error:
             faults[row] = _fault(field, error)
             kept.append(pa.chunked_array([pa.nulls(1, field.type)]))
     whole = pa.chunked_array([chunk for each in kept for chunk in each.chunks], field.type)
     return pa.chunked_array(whole.combine_chunks(), field.type), faults
+
+
+def _row(column: pa.ChunkedArray, row: int) -> pa.ChunkedArray:
+    """Return a row alone: a slice of lists may share what is wrong with others, and not all can be taken."""
+    try:
+        return column.take([row])
+    except pa.ArrowNotImplementedError:
+        return column.slice(row, 1)
 
 
 def texts_of(column: pa.ChunkedArray) -> list[Any]:
@@ -122,21 +143,26 @@ def texts_of(column: pa.ChunkedArray) -> list[Any]:
 
 def plain_top(kind: pa.DataType) -> pa.DataType:
     """Return the type of what a dictionary or runs hold, any other as it is."""
-    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
-        return plain_top(kind.value_type)
-    return kind
+    is_shared = pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind)
+    return plain(kind) if is_shared else kind
 
 
 def _decoded(chunk: pa.Array) -> pa.Array:
     """Return a column's values without a dictionary or runs, unchecked."""
-    while plain_top(chunk.type) != chunk.type:
-        is_dictionary = pa.types.is_dictionary(chunk.type)
-        chunk = chunk.dictionary_decode() if is_dictionary else pa.compute.run_end_decode(chunk)
+    wanted = plain_top(chunk.type)
+    if pa.types.is_dictionary(chunk.type):
+        values = _decoded(chunk.dictionary).cast(wanted)  # Arrow takes nothing from among views
+        return pa.DictionaryArray.from_arrays(chunk.indices, values).dictionary_decode()
+    if pa.types.is_run_end_encoded(chunk.type):
+        return _decoded(pa.compute.run_end_decode(chunk)).cast(wanted)
     return chunk
 
 
 def _checked(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
-    column = column.cast(field.type)
+    try:
+        column = column.cast(field.type)
+    except pa.ArrowNotImplementedError:  # as for dictionaries of views, and runs, in lists
+        column = pa.chunked_array([pa.array(column.to_pylist(), field.type)])
     column.validate(full=True)  # what a file says of itself may be wrong: UTF-8 above all
     return column
 
@@ -152,7 +178,7 @@ def _text(content: bytes | None) -> Any:
 
 def check_castable(kind: pa.DataType, wanted: pa.DataType) -> None:
     """Raise one of `UNFIT` where no value of a type can be held by another one."""
-    pa.chunked_array([], plain_top(kind)).cast(wanted)
+    _checked(pa.chunked_array([pa.nulls(1, plain_top(kind))]), pa.field("", wanted))
 
 
 def reason(error: BaseException) -> str:

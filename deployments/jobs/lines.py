@@ -96,6 +96,8 @@ class JsonLines(Source):
         """Yield a file's number and some of its rows, up to the limit."""
         left = self._limit
         for number, file in enumerate(self.files):
+            if left == 0:
+                return
             rows: list[Row] = []
             try:
                 for row in _objects(file):

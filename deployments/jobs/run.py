@@ -77,6 +77,8 @@ def run(job: Job, source: Source, client: Client, progress: Progress) -> dict[st
     try:
         progress.resumed(*_done(ledger))
         _embed(job, source, client, ledger, progress)
+        if _done(ledger)[0] != source.rows:
+            raise JobError(f"{job.source}: has changed since the job began; begin it anew with --overwrite")
         return publish(ledger, schema_of(job, source, client), job.output_column)
     finally:
         ledger.close()
@@ -88,6 +90,8 @@ def check(job: Job, source: Source) -> None:
     for name in {ROW, job.output_column} & set(source.schema.names):
         raise JobError(f"{job.source}: has a column `{name}` already; {WITHOUT}")
     check_holds(job.output, job.source, source.schema)
+    if job.source.is_dir() and job.source.resolve() in job.output.resolve().parents:
+        raise JobError(f"{job.output}: would stand among the files of the input, {job.source}")
 
 
 def identity_of(job: Job, source: Source, client: Client) -> dict[str, Any]:

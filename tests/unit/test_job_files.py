@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,11 @@ def refusal(source: Path, keep: list[str] | None = None, output: str = "out.parq
         (b'{"text": "a", "n": NaN}\n{"text": "b", "n": -Infinity}', ["a", "b"], {}),
         (b'{"text": "a", "title": NaN}\n{"text": "b", "title": "t"}', ["a", "b"], {}),
         ('{"text": "ä"}\r\n\r\n{"text": "b"}\r\n'.encode("utf-16"), ["ä", "b"], {}),
+        (
+            '{"text": "a"}\n{"text": "\ud83d"}\n{"text": "b"}'.encode("utf-16", "surrogatepass"),
+            ["a", "b"],
+            {1: "the line isn't UTF-8"},
+        ),
         ('{"text": "a\u2028b"}\n'.encode(), ["a\u2028b"], {}),
         (b'{"text": "a\xff"}\n{"text": "b"}\n', ["b"], {0: "the line isn't UTF-8"}),
         (b'{"text": NaN}\n{"text": "b"}\n', ["b"], {0: "not a text: float"}),
@@ -280,7 +287,16 @@ TYPES: dict[str, Callable[[], pa.Array]] = {
     "dictionary": TEXT.dictionary_encode,
     "runs": lambda: pa.compute.run_end_encode(TEXT),
     "null": lambda: pa.nulls(4),
+    # polars' Categorical
+    "dictionary of views": lambda: pa.DictionaryArray.from_arrays(
+        pa.array([0, None, 1, 0], pa.uint32()), pa.array(["a", "b"], pa.string_view())
+    ),
 }
+
+
+def in_lists(values: pa.Array) -> pa.Array:
+    """Return a list of all values."""
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -322,6 +338,9 @@ def test_text_is_text_in_whatever_type(tmp_path: Path, name: str) -> None:
             pa.list_(pa.int8()),
         ),
         (pa.array([1], pa.timestamp("us")), pa.array([2], pa.timestamp("ns")), pa.timestamp("ns")),
+        (pa.array([Decimal("1.25")]), pa.array([2**62]), pa.decimal128(22, 2)),
+        (pa.array([5], pa.uint8()), pa.array([Decimal("0.5")], pa.decimal128(38, 37)), pa.decimal256(57, 37)),
+        (in_lists(TYPES["dictionary of views"]()), in_lists(TYPES["runs"]()), pa.list_(pa.string())),
     ],
 )
 def test_a_column_holds_what_it_has_in_all_files(
@@ -424,6 +443,52 @@ def test_a_number_too_many_for_its_column_is_one_rows_error(tmp_path: Path) -> N
         1: "column `t`, of double: Integer value 9007199254740993 not in range: -9007199254740992 to"
         " 9007199254740992"
     }
+
+
+def test_dictionaries_in_lists_of_several_row_groups(tmp_path: Path) -> None:
+    """Each row group has its own, and a batch may reach over two."""
+    tags = pa.array([[f"tag {n // 3}"] for n in range(200)]).cast(pa.list_(pa.string()))
+    kind = pa.list_(pa.dictionary(pa.int32(), pa.string()))
+    lists = pa.ListArray.from_arrays(tags.offsets, tags.values.dictionary_encode()).cast(kind)
+    table = pa.table({"text": [f"text {n}" for n in range(200)], "tags": lists})
+    pa.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=70)
+    table, told = rows_of(tmp_path / "in.parquet")
+    assert not told
+    assert table["tags"].to_pylist() == tags.to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "why"),
+    [
+        (pa.date64(), 86_400_007, "date64[ms] 86400007 does not represent a whole number of days"),
+        (pa.time32("s"), 86_400, "time32[s] 86400 is not within the acceptable range of [0, 86400) s"),
+        (pa.decimal128(3, 0), 99_999, "Decimal value 99999 does not fit in precision of decimal128(3, 0)"),
+    ],
+)
+def test_a_value_beyond_its_own_type_is_one_rows_error(
+    tmp_path: Path, kind: pa.DataType, value: int, why: str
+) -> None:
+    """As other writers of Arrow leave them."""
+    width = kind.bit_width // 8
+    values = pa.py_buffer(b"".join(number.to_bytes(width, "little") for number in (0, value, 0)))
+    write(
+        pa.table({"text": ["a", "b", "c"], "x": pa.Array.from_buffers(kind, 3, [None, values])}),
+        tmp_path / "in.arrow",
+    )
+    _, told = rows_of(tmp_path / "in.arrow")
+    assert list(told) == [1]
+    assert why in told[1]
+
+
+def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
+    """Rows that were counted and aren't there are in neither of the outputs."""
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"text": "a"}\n' * 100)
+    source = open_source(file, "text")
+    file.write_text('{"text": "a"}\n' * 50)
+    with pytest.raises(JobError) as told:
+        run(Job(source=file, output=tmp_path / "o.npy", column="text", how=How()), source, Client(), Silent())
+    assert told.value.message == f"{file}: has changed since the job began; begin it anew with --overwrite"
 
 
 def test_a_file_that_breaks_off_is_told_in_one_line(tmp_path: Path) -> None:
@@ -542,6 +607,11 @@ def test_bad_rows_keep_their_places_over_blocks(tmp_path: Path, monkeypatch: pyt
         ),
         (b'"te\nxt"\na\n', "in.csv: no column `text`; there are `te xt`"),
         (b"id;text\n1;a\n", "in.csv: no column `text`; there are `id;text`"),
+        (
+            b'text,n\na,1\n"say \\"hi, you\\"",2\n',
+            "in.csv: line 3 has a quote behind a backslash; write it with quotes doubled, as Spark does with"
+            " `escape` set to a quote",
+        ),
         (b"text,n,n\na,1,2\n", "in.csv: has several columns `n`; name the columns to keep without it"),
     ],
 )
@@ -609,6 +679,8 @@ LAYOUTS: dict[str, tuple[dict[str, bytes | pa.Table], list[str]]] = {
             "train/state.json": b"{}",
             "test/data-00000-of-00001.arrow": one("a"),
             "test/cache-1f.arrow~": b"",
+            "test/dataset_info.json": b"{}",
+            "test/cache-0123456789abcdef.arrow": one("a"),
             "dataset_dict.json": b"{}",
         },
         ["a", "b"],
@@ -624,6 +696,8 @@ LAYOUTS: dict[str, tuple[dict[str, bytes | pa.Table], list[str]]] = {
         },
         ["a", "b"],
     ),
+    "names-with-caches": ({"cache-1.arrow": one("a"), "cache-2.arrow": one("b")}, ["a", "b"]),
+    "columns-that-begin-low": ({"a=1/_b=1/0.parquet": one("a"), "a=1/_c/0.parquet": one("b")}, ["a"]),
     "dask": ({"_metadata": b"", "_common_metadata": b"", "part.0.PARQUET": one("a")}, ["a"]),
 }
 
@@ -693,6 +767,23 @@ def test_partitions_of_lines(tmp_path: Path) -> None:
             "in: is a Delta table, whose log says which files count; export it as Parquet",
         ),
         (
+            {"t/_delta_log/0.json": b"{}", "t/part-0.parquet": one("a")},
+            "in/t: is a Delta table, whose log says which files count; export it as Parquet",
+        ),
+        (
+            {".hoodie/hoodie.properties": b"", "0.parquet": one("a")},
+            "in: is a Hudi table, whose log says which files count; export it as Parquet",
+        ),
+        (
+            {"_spark_metadata/0": b"", "0.parquet": one("a")},
+            "in: is an output of Spark's streaming, whose log says which files count; export it as Parquet",
+        ),
+        (
+            {"a.jsonl": b'{"text": "a"}', "b.jsonl.xz": b""},
+            "in/b.jsonl.xz: JSON lines isn't read from .xz",
+        ),
+        ({"a.parquet": one("a"), "b.parquet.gz": b""}, "in/b.parquet.gz: Parquet isn't read from .gz"),
+        (
             {"0.parquet": one("a"), "1.parquet": pa.table({"title": ["b"]})},
             "in/1.parquet: no column `text`; there are `title`",
         ),
@@ -715,6 +806,41 @@ def test_folders_that_cant_be_one_input(tmp_path: Path, files: dict[str, Any], w
     assert refusal(lay_out(tmp_path / "in", files)) == why
 
 
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    """Also one that leads back; one that leads nowhere is told."""
+    lay_out(tmp_path / "elsewhere", {"b.parquet": one("b")})
+    lay_out(tmp_path / "in", {"a.parquet": one("a")})
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "back").symlink_to(tmp_path / "in")
+    table, _ = rows_of(tmp_path / "in")
+    assert table["text"].to_pylist() == ["a", "b"]
+    (tmp_path / "in" / "c.parquet").symlink_to(tmp_path / "nowhere")
+    assert refusal(tmp_path / "in") == "in/c.parquet: isn't a file, or a link that leads nowhere"
+
+
+def test_a_part_of_a_table_with_a_log_is_none(tmp_path: Path) -> None:
+    """Its log stands above it."""
+    lay_out(tmp_path / "in", {"_delta_log/0.json": b"{}", "d=1/0.parquet": one("a")})
+    part = tmp_path / "in" / "d=1"
+    assert refusal(part, output="../out.parquet") == (
+        "d=1: is a Delta table, whose log says which files count; export it as Parquet"
+    )
+
+
+def test_folders_whose_names_arent_utf8_make_no_columns(tmp_path: Path) -> None:
+    """In one line."""
+    lay_out(tmp_path / "in", {os.fsdecode(b"d=caf\xe9/a.jsonl"): b"{}"})
+    assert refusal(tmp_path / "in").startswith("in: its folders' names make no columns: 'utf-8' codec can't")
+
+
+def test_an_output_stands_beside_its_input(tmp_path: Path) -> None:
+    """Its parts would be taken for rows as the job is gone on with."""
+    lay_out(tmp_path / "in", {"a.parquet": one("a")})
+    assert refusal(tmp_path / "in", output="in/o.parquet") == (
+        f"in/o.parquet: would stand among the files of the input, {tmp_path}/in".replace(f"{tmp_path}/", "")
+    )
+
+
 # --- a trial -----------------------------------------------------------------------------------------
 
 
@@ -732,6 +858,19 @@ def test_a_limit_takes_the_first_rows(tmp_path: Path, suffix: str, limit: int) -
         write(pa.table({"text": texts}), file)
     table, _ = rows_of(file, limit=limit)
     assert table["text"].to_pylist() == texts[:limit]
+
+
+def test_a_limit_opens_no_file_behind_it(tmp_path: Path) -> None:
+    """Whatever is wrong with that."""
+    lay_out(tmp_path / "in", {"a.jsonl": b'{"text": "a"}\n', "b.jsonl.gz": b"junk"})
+    table, _ = rows_of(tmp_path / "in", limit=1)
+    assert table["text"].to_pylist() == ["a"]
+
+
+def test_a_compressed_file_is_told_by_its_name_in_either_case(tmp_path: Path) -> None:
+    """As Windows has them."""
+    for name in ("in.jsonl.GZ", "in.JSONL.gz"):
+        assert_read(tmp_path / name, gzip.compress(b'{"text": "a"}\n'), ["a"], {})
 
 
 def no_cluster(_: str | None) -> None:
