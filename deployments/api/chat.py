@@ -12,6 +12,12 @@ from deployments.errors import InvalidRequestError
 
 # No variables of a template: vLLM refuses them too.
 RESERVED = ("chat_template", "tokenize", "messages")
+# The types of parts that vLLM takes for texts, and where each has its own.
+TEXTS = {
+    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
+    "refusal": "refusal",
+    "thinking": "thinking",
+}
 EITHER = ["add_generation_prompt", "continue_final_message"]
 
 
@@ -59,20 +65,31 @@ def _messages(value: Any, name: str, param: str) -> list[dict[str, Any]]:
     for index, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
             raise InvalidRequestError(f"`{name}[{index}]` must be a message, which has a `role`", param)
-        if message.get("tool_calls") is not None:
+        if message.get("tool_calls") not in (None, []):
             raise InvalidRequestError(f"`{name}[{index}]` can't hold `tool_calls`; models read text", param)
         content = message.get("content", "")
         if not isinstance(content, str | list | None):
             raise InvalidRequestError(f"`{name}[{index}].content` must be a string or a list of parts", param)
-        if isinstance(content, list) and not all(map(_is_text, content)):
+        if isinstance(content, list) and None in map(_text_of, content):
             raise InvalidRequestError(
                 f"`{name}[{index}].content` may hold parts of type `text` alone; models here read text", param
             )
-    return value
+    return [_plain(message) for message in value]
 
 
-def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose parts are all of type `text`, as templates know them."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": [{"type": "text", "text": _text_of(part)} for part in content]}
+
+
+def _text_of(part: Any) -> str | None:
+    """Return the text of a part, None where it has none."""
+    if isinstance(part, dict):
+        part = part.get(TEXTS.get(str(part.get("type")), ""))
+    return part if isinstance(part, str) else None
 
 
 # --- the same format as models, for the OpenAPI document only --------------------------------------
@@ -83,8 +100,26 @@ class Part(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
+
+
+class Refusal(BaseModel):
+    """A part of what a model said."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+class Thinking(BaseModel):
+    """A part of what a model thought."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["thinking"]
+    thinking: str
 
 
 class Message(BaseModel):
@@ -93,8 +128,8 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Text
-    content: str | list[Part] | None = None
-    tool_calls: None = None
+    content: str | list[str | Part | Refusal | Thinking] | None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 def either(*names: str) -> list[dict[str, Any]]:

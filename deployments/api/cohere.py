@@ -83,7 +83,8 @@ def parse_fields(fields: Mapping[str, Any]) -> CohereRequest:
     """Parse the fields of a body of `POST /v2/embed`."""
     CohereBody.check(fields)
     texts, field = _read_texts(fields)
-    types = read.not_empty(fields.get("embedding_types", ["float"]), "embedding_types")
+    types = fields.get("embedding_types", [])
+    types = ["float"] if types == [] else read.not_empty(types, "embedding_types")
     if any(kind not in EMBEDDING_TYPES for kind in types if isinstance(kind, str)) or not all(
         isinstance(kind, str) for kind in types
     ):
@@ -91,7 +92,7 @@ def parse_fields(fields: Mapping[str, Any]) -> CohereRequest:
             f"`embedding_types` may hold {', '.join(EMBEDDING_TYPES)}", "embedding_types"
         )
     return CohereRequest(
-        model=read.string(fields, "model"),
+        model=read.model(fields),
         texts=texts,
         input_field=field,
         dimensions=read.positive(fields, "output_dimension"),
@@ -187,10 +188,7 @@ class CohereBody(ModelBody):
     )
     texts: Annotated[list[Text], Field(min_length=1)] | None = None
     inputs: Annotated[list[Input], Field(min_length=1)] | None = None
-    embedding_types: (
-        Annotated[list[Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]], Field(min_length=1)]
-        | None
-    ) = None
+    embedding_types: list[Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]] | None = None
     images: None = Field(None, description="No model here reads images.")
     output_dimension: Count | None = None
     max_tokens: Count | None = Field(None, description="Cut each text to that many.")

@@ -3,7 +3,7 @@
 import codecs
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import orjson
@@ -11,6 +11,7 @@ from pydantic import Field
 
 from deployments.errors import InvalidRequestError, MissingCapabilityError
 
+T = TypeVar("T")
 Fields = Mapping[str, Any]
 Body = bytes | bytearray | memoryview
 PIECE_BYTES = 2**18
@@ -126,6 +127,20 @@ def maybe_string(fields: Fields, name: str) -> str:
     if not isinstance(value, str):
         raise InvalidRequestError(f"`{name}` must be a string", name)
     return value
+
+
+def agreed(**given: T) -> T | None:
+    """Return what several fields say of one thing, None where there is no field. Raises where they differ."""
+    first = next(iter(given), None)
+    for name, value in given.items():
+        if first is not None and value != given[first]:
+            raise InvalidRequestError(f"`{first}` and `{name}` ask for different things", name)
+    return given[first] if first is not None else None
+
+
+def model(fields: Fields) -> str | None:
+    """Return the name of the model, or None where it is absent or empty: there may be one alone."""
+    return maybe_string(fields, "model") or None
 
 
 def required_string(fields: Fields, name: str) -> str:
@@ -248,6 +263,8 @@ def texts_or_ids(value: Any, name: str) -> tuple[Sequence[str], Sequence[Sequenc
             f"`{name}` must be a string, a list of strings, a list of token ids, or a list of those", name
         )
     not_empty(value, name)
+    if isinstance(value[0], str | list) and {str, list} <= set(map(type, value)):
+        raise InvalidRequestError(f"`{name}` can't hold both texts and token ids", name)
     if isinstance(value[0], str):
         check_texts(value, name)
         return value, ()

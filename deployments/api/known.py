@@ -78,7 +78,7 @@ class DialectBody(BaseModel):
 class ModelBody(DialectBody):
     """A body that asks a model. Fields that are null count as absent."""
 
-    model: Text | None = Field(
+    model: str | None = Field(
         None,
         description="One of the names that `GET /models` lists; may be left out where there is only one.",
     )

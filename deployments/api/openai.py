@@ -130,7 +130,7 @@ def parse_fields(fields: read.Fields, formats: Sequence[str] = FORMATS) -> OpenA
     options = _parse_chat(fields) if chats else {} if fields.keys() <= USUAL else _parse_options(fields)
     texts, token_ids = ((), ()) if chats else read.texts_or_ids(fields["input"], "input")
     return OpenAIRequest(
-        model=read.string(fields, "model"),
+        model=read.model(fields),
         texts=texts,
         token_ids=token_ids,
         encoding_format=_parse_format(fields, formats),
@@ -169,7 +169,7 @@ def _parse_options(fields: Mapping[str, Any], body: type["OptionsBody"] | None =
         "truncate_prompt_tokens": longest,
         "truncate_within": True,
         "tags": read.tags(fields),
-        "normalize": next(iter(unit.values()), None),
+        "normalize": read.agreed(**unit),
         "normalize_field": next(iter(unit), UNIT[0]),
         "special_tokens": read.flag(fields, "add_special_tokens") is not False,
     }
@@ -179,7 +179,8 @@ def _parse_truncation(fields: Mapping[str, Any]) -> tuple[Truncation | None, int
     """Return which side is dropped, and how many tokens stay; None where the request doesn't say."""
     side = _parse_side(fields)
     if "truncate" in fields:
-        side = TRUNCATIONS[read.choice(fields, "truncate", tuple(TRUNCATIONS), "")]
+        cut = TRUNCATIONS[read.choice(fields, "truncate", tuple(TRUNCATIONS), "")]
+        side = cut if side is None or cut == "none" else read.agreed(truncation_side=side, truncate=cut)
     longest = fields.get("truncate_prompt_tokens")
     if type(longest) is not int or longest != LONGEST:
         longest = read.positive(fields, "truncate_prompt_tokens")
@@ -193,18 +194,38 @@ def _parse_side(fields: Mapping[str, Any]) -> Truncation | None:
 
 
 def _parse_prompt(fields: Mapping[str, Any]) -> Prompt | None:
-    """Return the prompt and the field that named it; `input_type` goes before `prompt_name`."""
-    if kind := read.maybe_string(fields, "input_type"):
-        return Prompt((kind, *INPUT_TYPES.get(kind, ())), "input_type", usual=kind in INPUT_TYPES)
+    """Return the prompt and the field that named it."""
     name = read.string(fields, "prompt_name")
+    if kind := read.maybe_string(fields, "input_type"):
+        if name is not None:
+            raise InvalidRequestError("send `input_type` or `prompt_name`, and not both", "prompt_name")
+        return Prompt((kind, *INPUT_TYPES.get(kind, ())), "input_type", usual=kind in INPUT_TYPES)
     return Prompt((name,), "prompt_name") if name else None
 
 
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
 
 
+CUT = ["truncate", "truncation_side"]
+# Several fields for one thing say the same of it.
+AGREED: list[dict[str, Any]] = [
+    {"anyOf": [{"properties": {name: {"enum": [each, None]} for name in UNIT}} for each in (True, False)]},
+    *(
+        {"not": {"required": CUT, "properties": {CUT[0]: {"const": end}, CUT[1]: {"const": side}}}}
+        for end, side in (("START", "right"), ("END", "left"))
+    ),
+    {"anyOf": [{"properties": {name: {"enum": ["", None]}}} for name in ("input_type", "prompt_name")]},
+]
+
+
 class OptionsBody(ModelBody):
     """What a body says of its vectors."""
+
+    @classmethod
+    def complete(cls, schema: dict[str, Any]) -> None:
+        """Say also which fields have to agree."""
+        super().complete(schema)
+        schema["allOf"] = AGREED
 
     encoding_format: EncodingFormat | Literal[""] | None = Field(
         "float", description="`base64` holds little-endian float32 and is the faster one; `bytes` are vLLM's."

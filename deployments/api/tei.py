@@ -13,7 +13,7 @@ from deployments.api import cohere, pharia
 from deployments.api import fields as read
 from deployments.api.encoding import json_rows
 from deployments.api.fields import Count, Inputs, Text, TokenIds
-from deployments.api.known import ASIDE, DialectBody, ModelBody
+from deployments.api.known import DialectBody, ModelBody
 from deployments.api.request import (
     EmbeddingRequest,
     EmbeddingResult,
@@ -39,6 +39,7 @@ class TeiRequest(EmbeddingRequest):
 def parse_fields(fields: Mapping[str, Any]) -> TeiRequest:
     """Parse the fields of a body."""
     TeiBody.check(fields)
+    _check_options(fields)
     return TeiRequest(
         **_inputs(fields),
         dimensions=read.positive(fields, "dimensions"),
@@ -50,7 +51,7 @@ def _inputs(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is embedded, by which model, and how it is read."""
     texts, ids = read.texts_or_ids(fields.get("inputs"), "inputs")
     return {
-        "model": read.string(fields, "model"),
+        "model": read.model(fields),
         "texts": texts,
         "token_ids": ids,
         "input_field": "inputs",
@@ -59,6 +60,11 @@ def _inputs(fields: Mapping[str, Any]) -> dict[str, Any]:
         **_truncation(fields),
         "tags": read.tags(fields),
     }
+
+
+def _check_options(fields: Mapping[str, Any]) -> None:
+    if "options" in fields:
+        Options.check(_object(fields, "options"))
 
 
 def _prompt(fields: Mapping[str, Any]) -> Prompt | None:
@@ -95,7 +101,7 @@ def parse_similarity(fields: read.Fields) -> SimilarityRequest:
     others = read.not_empty(pair.get("sentences"), "sentences")
     read.check_texts(others, "sentences")
     return SimilarityRequest(
-        model=read.string(fields, "model"),
+        model=read.model(fields),
         texts=[read.required_string(pair, "source_sentence"), *others],
         input_field="inputs",
         prompt=_prompt(options),
@@ -127,7 +133,7 @@ def parse_tokenize(fields: Mapping[str, Any]) -> TokensRequest:
     """Parse the fields of a body of `POST /tokenize` with `inputs`."""
     TeiTokenizeBody.check(fields)
     texts = [fields["inputs"]] if isinstance(fields["inputs"], str) else read.strings(fields, "inputs")
-    model, special = read.string(fields, "model"), read.flag(fields, "add_special_tokens") is not False
+    model, special = read.model(fields), read.flag(fields, "add_special_tokens") is not False
 
     def answer(texts: Sequence[str], reader: Reader, _: int) -> bytes:
         return orjson.dumps([_tokens(text, reader.read(text, special)) for text in texts])
@@ -147,7 +153,7 @@ def parse_decode(fields: read.Fields) -> TokensRequest:
     TeiDecodeBody.check(fields)
     given = read.not_empty(fields.get("ids"), "ids")
     lists = given if isinstance(given[0], list) else [given]
-    model = read.string(fields, "model")
+    model = read.model(fields)
     found = [read.token_ids(ids, f"ids[{index}]", "ids") for index, ids in enumerate(lists)]
     special = read.flag(fields, "skip_special_tokens") is False
     return TokensRequest(
@@ -174,6 +180,7 @@ class TeiTokensRequest(EmbeddingRequest):
 def parse_all(fields: read.Fields) -> TeiTokensRequest:
     """Parse a body of `POST /embed_all`."""
     TeiAllBody.check(fields)
+    _check_options(fields)
     return TeiTokensRequest(**_inputs(fields))
 
 
@@ -185,12 +192,16 @@ def refuse_sparse(_: read.Fields) -> EmbeddingRequest:
 # --- the same format as a model, for the OpenAPI document only -------------------------------------
 
 
+class Options(DialectBody):
+    """Of Hugging Face's hosted endpoints: whether to wait, and to cache."""
+
+    aside = frozenset(("wait_for_model", "use_cache", "use_gpu"))
+
+
 class TeiBody(ModelBody):
     """The body of text-embeddings-inference's `POST /embed`. Fields that are null count as absent."""
 
     model_config = ConfigDict(title="TeiEmbedRequest")
-    # Of Hugging Face's hosted endpoints: whether to wait, and to cache.
-    aside = ASIDE | {"options"}
     described: ClassVar[dict[str, Any]] = {
         "examples": [{"model": "all-minilm-l6-v2", "inputs": ["Hello", "world"]}]
     }
@@ -201,6 +212,7 @@ class TeiBody(ModelBody):
     truncation_direction: Literal["Left", "Right"] | None = "Right"
     prompt_name: Text | None = None
     dimensions: Count | None = None
+    options: Options | None = None
     # With any of these a body is Cohere's.
     texts: None = None
     images: None = None
@@ -212,13 +224,13 @@ class TeiAllBody(ModelBody):
     """The body of text-embeddings-inference's `POST /embed_all`."""
 
     model_config = ConfigDict(title="TeiEmbedAllRequest")
-    aside = ASIDE | {"options"}
     described: ClassVar[dict[str, Any]] = {"examples": [{"model": "all-minilm-l6-v2", "inputs": ["Hello"]}]}
 
     inputs: Inputs
     truncate: bool | None = Field(None, description="Default: as the worker file says.")
     truncation_direction: Literal["Left", "Right"] | None = "Right"
     prompt_name: Text | None = None
+    options: Options | None = None
 
 
 class Pairs(DialectBody):

@@ -30,7 +30,7 @@ def parse_tokenize(fields: read.Fields) -> TokensRequest:
     (VllmTokenizeChatBody if chats else VllmTokenizeBody).check(fields)
     special = read.flag(fields, "add_special_tokens")
     return TokensRequest(
-        model=read.string(fields, "model"),
+        model=read.model(fields),
         texts=[] if chats else [read.text(fields, "prompt")],
         chat=chat.parse_chat(fields, "messages", generates=True) if chats else None,
         field="messages" if chats else "prompt",
@@ -58,7 +58,7 @@ def parse_detokenize(fields: read.Fields) -> TokensRequest:
     VllmDetokenizeBody.check(fields)
     ids = [read.few_or_no_ids(fields, "tokens")]
     return TokensRequest(
-        model=read.string(fields, "model"),
+        model=read.model(fields),
         ids=ids,
         field="tokens",
         answer=lambda _, reader, __: orjson.dumps({"prompt": reader.decode(ids[0], special=True)}),
@@ -75,18 +75,22 @@ class PoolingRequest(openai.OpenAIRequest):
 
 def parse_pooling(fields: read.Fields) -> PoolingRequest:
     """Parse a body of `POST /pooling`; what isn't pooled, token by token, no engine here gives."""
-    if fields.get("task", EMBED) != EMBED:
-        raise MissingCapabilityError("no model here has another task than `embed`", "task")
+    rest = _without_task(fields)
     if "dimensions" in fields:
         raise InvalidRequestError("`dimensions` isn't taken here; /embeddings takes it", "dimensions")
-    rest = {name: value for name, value in fields.items() if name != "task"}
     return PoolingRequest(**vars(openai.parse_fields(rest)))
+
+
+def _without_task(fields: read.Fields) -> dict[str, Any]:
+    if fields.get("task", EMBED) != EMBED:
+        raise MissingCapabilityError("no model here has another task than `embed`", "task")
+    return {name: value for name, value in fields.items() if name != "task"}
 
 
 def parse_invocation(fields: read.Fields) -> EmbeddingRequest:
     """Parse a body of `POST /invocations`: that of whichever route it fits."""
     if "input" in fields or "messages" in fields:
-        return openai.parse_fields(fields)
+        return openai.parse_fields(_without_task(fields))
     return tei.parse_any(fields)
 
 

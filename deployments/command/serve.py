@@ -24,8 +24,8 @@ from deployments.config.load import load_workers
 from deployments.config.worker import INGRESS_NAME, Worker
 from deployments.errors import ConfigError, EngineStartError, reason_of
 from deployments.front.address import bracketed, try_to_listen
-from deployments.front.guard import haproxies, inner_host, stop_guards
-from deployments.front.switches import prepare_environment
+from deployments.front.guard import haproxies, inner_host
+from deployments.front.switches import prepare_environment, stop_guards
 from deployments.machine import require_vllm
 from deployments.plan.plan import ingress_replicas, make_plans, unplaceable
 from deployments.tracing import objection

@@ -195,8 +195,10 @@ def _check_token_ids(request: EmbeddingRequest, task: EmbeddingTask, card: Model
         raise MissingCapabilityError("this model takes texts only, no token ids", field)
     if request.instruction is not None:
         raise InvalidRequestError("an instruction can't be put before token ids; send text", field)
-    if request.prompt is not None and _must_have(request.prompt, card.prompts | task.prompts):
-        raise InvalidRequestError("a prompt can't be put before token ids; send text", request.prompt.field)
+    prompts = card.prompts | task.prompts
+    wanted = request.prompt
+    if wanted is not None and (any(map(prompts.get, wanted.names)) or _must_have(wanted, prompts)):
+        raise InvalidRequestError("a prompt can't be put before token ids; send text", wanted.field)
     for index, ids in enumerate(request.token_ids):
         if max(ids) >= card.vocab_size:
             raise InvalidRequestError(

@@ -54,6 +54,10 @@ end)
 READ_AHEAD_HEADER, UPLOADS = "x-request-disconnect-disabled", "/files /files/"
 # 16 KiB of headers pass, as in most servers, and what a front before this one adds.
 HEAD_BYTES = 17 * 2**10
+# HAProxy takes 101 by default, and what has more for no HTTP.
+MOST_FIELDS = 1000
+# What Ray Serve reads as UTF-8, and ends a request for that isn't.
+OF_SERVE = ("x-request-id", "x-session-id", "x-request-timeout-seconds", "serve_multiplexed_model_id")
 # An HAProxy that ends sooner than this hasn't started: the next one comes after a pause, each twice as long.
 START_SECONDS = 1.0
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.05, 5.0
@@ -138,19 +142,25 @@ def answer_in_json(text: str) -> str:
     if "http-error" in text or not (place := re.search(r"^( *)mode http\n", text, re.M)):
         return text
     text = re.sub(r"^ *errorfile .*\n", "", text, flags=re.M)
-    text = re.sub(
-        r"return status 404 content-type text/plain lf-string .*",
-        f"return status 404 {answer_of(404)}",
-        text,
-    )
+    plain = r"return status 404 content-type text/plain lf-string .*"
+    text = re.sub(plain, f"return status 404 {answer_of(404)}", text)
     indent = place[1]
     lines = "".join(f"{indent}http-error status {status} {answer_of(status)}\n" for status in OWN)
     text = text[: place.end()] + lines + text[place.end() :]
+    text = re.sub(r"^global\n", f"global\n    tune.http.maxhdr {MOST_FIELDS}\n", text, count=1, flags=re.M)
     rules = (
         "http-after-response set-status 503 if { status 502 504 }",
         f"acl large_head req.hdrs,length gt {HEAD_BYTES}",
         f"acl large_head url,length gt {HEAD_BYTES}",
         f"http-request return status 431 {answer_of(431)} if large_head",
+        "acl odd_head req.hdrs -m reg '[\\x01-\\x08\\x0e-\\x1f\\x7f]'",
+        f"http-request return status 400 {answer_of(400)} if odd_head",
+        # Whoever offers another protocol speaks this one too; uvicorn would lose the body.
+        "http-request del-header upgrade",
+        *(
+            f"http-request del-header {each} if {{ req.hdr({each}) -m reg '[^\\x20-\\x7e]' }}"
+            for each in OF_SERVE
+        ),
     )
     lines = "".join(f"{indent}{rule}\n" for rule in rules)
     return re.sub(r"^frontend http_frontend\n.*\n", lambda top: top[0] + lines, text, flags=re.M)
@@ -240,11 +250,6 @@ def inner_host(host: str) -> str:
     return host if host in WILDCARDS else "127.0.0.1"
 
 
-def stop_guards(folder: Path) -> None:
-    """From now on HAProxy may end for good."""
-    (folder / STOPPED).touch()
-
-
 def guard(haproxy: int, server: int, arguments: list[str]) -> None:
     """Wait for the end of either process. Return where HAProxy has to be started again, else end."""
     config = config_of(arguments)
@@ -271,15 +276,6 @@ def _is_alive(process: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except OSError:
         return False
-
-
-def write_program(folder: Path, binary: str, host: str) -> Path:
-    """Write the program that Ray Serve starts as HAProxy for this process, and return its path."""
-    program = folder / "haproxy"
-    start = f'exec "{sys.executable}" -S -E "{__file__}" "{os.getpid()}" "{binary}" "$@"'
-    program.write_text(f'#!/bin/sh\nexport {HOST_VARIABLE}="{host}"\n{start}\n')
-    program.chmod(0o700)
-    return program
 
 
 def await_end(process: int, seconds: float) -> None:

@@ -6,10 +6,11 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 from deployments.errors import ConfigError
-from deployments.front.guard import write_program
+from deployments.front import guard
 
 # What the tuned start sets for one machine, for every node of a cluster: read when Ray is imported.
 FAST_DATA_PLANE = {
@@ -42,6 +43,20 @@ def haproxy_binary() -> str | None:
         if (bundled := Path(place, "bin", "haproxy")).is_file():
             return str(bundled)
     return shutil.which("haproxy")
+
+
+def write_program(folder: Path, binary: str, host: str) -> Path:
+    """Write the program that Ray Serve starts as HAProxy for this process, and return its path."""
+    program = folder / "haproxy"
+    start = f'exec "{sys.executable}" -S -E "{guard.__file__}" "{os.getpid()}" "{binary}" "$@"'
+    program.write_text(f'#!/bin/sh\nexport {guard.HOST_VARIABLE}="{host}"\n{start}\n')
+    program.chmod(0o700)
+    return program
+
+
+def stop_guards(folder: Path) -> None:
+    """From now on HAProxy may end for good."""
+    (folder / guard.STOPPED).touch()
 
 
 def switches(folder: Path) -> dict[str, str]:

@@ -195,6 +195,10 @@ class Serving:
                         take(more)
                         taken += more
                     body.append(chunk)
+                if not body.size and "upgrade" in request.headers:
+                    # uvicorn gives up reading what offers another protocol.
+                    told = "the body was lost, since the request offers to upgrade; send it as HTTP/1.1"
+                    raise InvalidRequestError(told, "upgrade")
                 return body.content()
         except TimeoutError:
             raise DeadlineExceededError("the body took too long to arrive", "body") from None

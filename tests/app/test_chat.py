@@ -56,6 +56,24 @@ async def test_a_conversation_is_one_input(client: httpx.AsyncClient, fields: An
 
 
 @pytest.mark.usefixtures("templated")
+@pytest.mark.parametrize(
+    "part",
+    [
+        "y",
+        {"type": "input_text", "text": "y"},
+        {"type": "output_text", "text": "y", "annotations": []},
+        {"type": "refusal", "refusal": "y"},
+        {"type": "thinking", "thinking": "y"},
+    ],
+)
+async def test_parts_that_are_text_are_read_as_text(client: httpx.AsyncClient, part: Any) -> None:
+    """As vLLM takes them; a message that calls no tools may say so."""
+    message = {"role": "user", "content": [part], "tool_calls": []}
+    got = await answer(client, "/tokenize", model="a", messages=[message], add_generation_prompt=False)
+    assert got["tokens"] == TOKENIZER.encode(["user: y;<s>"])[0]
+
+
+@pytest.mark.usefixtures("templated")
 async def test_tokens_of_a_conversation(client: httpx.AsyncClient) -> None:
     """With the beginning of an answer behind it, where the request doesn't say, as vLLM has it."""
     for fields, text in (
@@ -108,7 +126,7 @@ async def test_a_model_without_a_template_refuses_messages(client: httpx.AsyncCl
             "`chat_template_kwargs` can't hold `chat_template`",
         ),
         (
-            {"messages": [{**ASK, "tool_calls": []}]},
+            {"messages": [{**ASK, "tool_calls": [{}]}]},
             "messages",
             "`messages[0]` can't hold `tool_calls`; models read text",
         ),

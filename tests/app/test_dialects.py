@@ -76,6 +76,15 @@ async def test_token_ids_of_a_prompt_are_the_models_own(client: httpx.AsyncClien
         assert same(answer["embedding"], expected(["abc"])[0])
 
 
+async def test_no_prompt_is_put_before_token_ids(client: httpx.AsyncClient) -> None:
+    """Where the model has one for what is asked for; it would be another vector than that of the text."""
+    body = {"prompt": [{"type": "token_ids", "data": [87]}], "representation": "query"}
+    response = await client.post("/semantic_embed", json={"model": "a", **body})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "a prompt can't be put before token ids; send text"
+    await post(client, "/semantic_embed", model="b", **body)  # has none
+
+
 async def test_a_batch_keeps_its_order(client: httpx.AsyncClient) -> None:
     """A hundred prompts, and not one more."""
     prompts = [f"text {number}" for number in range(100)]

@@ -71,6 +71,44 @@ async def refusal_of(client: httpx.AsyncClient, path: str, name: str) -> str:
     return str(message)
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "told"),
+    [
+        ({"use_activation": True, "normalize": False}, "normalize", "use_activation` and `normalize"),
+        ({"normalize": False, "normalized": True}, "normalized", "normalize` and `normalized"),
+        ({"truncate": "END", "truncation_side": "left"}, "truncate", "truncation_side` and `truncate"),
+        ({"truncate": "START", "truncation_side": "right"}, "truncate", "truncation_side` and `truncate"),
+        ({"input_type": "query", "prompt_name": "query"}, "prompt_name", None),
+    ],
+)
+async def test_fields_that_differ_are_refused(
+    client: httpx.AsyncClient, fields: Any, param: str, told: str | None
+) -> None:
+    """None of two fields for one thing is ignored; what agrees is taken."""
+    response = await client.post("/embeddings", json={"model": "a", "input": "x", **fields})
+    error = response.json()["error"]
+    said = (
+        f"`{told}` ask for different things" if told else "send `input_type` or `prompt_name`, and not both"
+    )
+    assert (response.status_code, error["param"], error["message"]) == (400, param, said)
+    for same in (
+        {"normalize": True, "use_activation": True},
+        {"truncate": "END", "truncation_side": "right"},
+    ):
+        assert len(await vectors(client, input="x", **same)) == 1
+
+
+async def test_options_of_hosted_endpoints_hold_nothing_else(client: httpx.AsyncClient) -> None:
+    """LiteLLM puts all that it was given there."""
+    body = {"model": "a", "inputs": "x", "options": {"wait_for_model": True, "use_cache": False}}
+    assert (await client.post("/embed", json=body)).status_code == 200
+    for path in ("/embed", "/embed_all"):
+        response = await client.post(path, json={**body, "options": {"normalize": False}})
+        assert response.status_code == 400
+        told = "`normalize` isn't known here, and may change the vectors"
+        assert response.json()["error"]["message"] == told
+
+
 async def test_a_slip_of_the_pen_is_told(client: httpx.AsyncClient) -> None:
     """`dimension` would give vectors of another size than was meant."""
     assert await refusal(client, "/embeddings", dimension=8) == (

@@ -68,6 +68,8 @@ async def test_a_model_need_not_be_named_where_it_is_alone(alone: Any, client: h
     assert (await answer(alone, "/v1/embeddings", input="x"))["model"] == "a"
     assert same((await answer(alone, "/v2/embed", texts=["x"]))["embeddings"]["float"], ["x"])
     assert (await answer(alone, "/tokenize", prompt="x"))["count"] == 1
+    for path, field in (("/v1/embeddings", "input"), ("/embed", "inputs"), ("/tokenize", "prompt")):
+        await answer(alone, path, **{field: "x", "model": ""})  # as gateways write it
     code, param, message = await refused(client, "/embeddings", input="x")
     assert (code, param) == ("invalid_request", "model")
     assert message.startswith("`model` must name one of `a`, `b`, ")
@@ -171,6 +173,10 @@ async def test_an_invocation_is_answered_as_the_route_that_its_body_fits(client:
     assert same(await answer(client, "/invocations", model="a", inputs="x"), ["x"])
     assert same((await answer(client, "/invocations", model="a", texts=["x"]))["embeddings"], ["x"])
     assert (await refused(client, "/invocations", model="a", prompt="x"))[0] == "MISSING_CAPABILITY"
+    got = await answer(client, "/invocations", model="a", input="x", task="embed")
+    assert same([got["data"][0]["embedding"]], ["x"])
+    told = "no model here has another task than `embed`"
+    assert (await refused(client, "/invocations", model="a", input="x", task="score"))[1:] == ("task", told)
     for method in ("GET", "POST", "HEAD"):
         response = await client.request(method, "http://cluster/ping")
         assert (response.status_code, response.content) == (200, b"")
@@ -237,6 +243,20 @@ async def test_a_use_is_found_under_the_name_that_the_model_has(client: httpx.As
     """Cohere's and NVIDIA's `search_query` is what the model calls `query`."""
     got = await answer(client, "/embeddings", model="a", input="x", input_type="search_query")
     assert same([got["data"][0]["embedding"]], ["find: x"])
+
+
+async def test_texts_and_token_ids_are_not_mixed(client: httpx.AsyncClient) -> None:
+    """And the refusal says so, rather than that one of them isn't the other."""
+    for path, field in (("/embed", "inputs"), ("/embeddings", "input"), ("/pooling", "input")):
+        for mixed in (["x", [1]], [[1], "x"]):
+            told = (field, f"`{field}` can't hold both texts and token ids")
+            assert (await refused(client, path, model="a", **{field: mixed}))[1:] == told
+
+
+async def test_no_type_is_coheres_own(client: httpx.AsyncClient) -> None:
+    """Where the list of them is empty, as in vLLM's server."""
+    got = await answer(client, "/v2/embed", model="a", texts=["x"], embedding_types=[])
+    assert same(got["embeddings"]["float"], ["x"])
 
 
 async def test_azures_address_names_the_model(client: httpx.AsyncClient) -> None:

@@ -301,13 +301,35 @@ def test_little_of_zstd_is_much_and_never_more_than_that() -> None:
     assert max(sizes) <= 2**21 + 2**18
 
 
+async def test_a_body_that_was_lost_to_an_upgrade_is_told(client: httpx.AsyncClient) -> None:
+    """As plain `serve run` loses it; where it has come there is nothing to tell."""
+    headers = {"connection": "upgrade", "upgrade": "h2c"}
+    assert is_vector(await client.post("/embeddings", content=BODY, headers=headers))
+    response = await client.post("/embeddings", headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == (
+        "the body was lost, since the request offers to upgrade; send it as HTTP/1.1"
+    )
+
+
+async def test_encodings_on_several_lines_are_as_on_one(client: httpx.AsyncClient) -> None:
+    """Each of them counts (RFC 9110, 5.3)."""
+    for first, second, status in (("identity", "gzip", 200), ("gzip", "br", 415), ("gzip", "gzip", 415)):
+        headers = [("content-encoding", first), ("content-encoding", second)]
+        response = await client.post("/embeddings", content=gzip.compress(BODY), headers=headers)
+        assert response.status_code == status, response.text
+
+
 # --- browsers -------------------------------------------------------------------------------------
+
+
+REQUESTED = "access-control-request-method"
 
 
 async def test_no_origin_is_allowed_unless_one_is_named(handles: dict[str, LocalHandle]) -> None:
     """Then its preflights are answered without a key, and its answers may be read by the page."""
     preflight = {
-        "access-control-request-method": "POST",
+        REQUESTED: "POST",
         "access-control-request-headers": "authorization, content-type, x-stainless-lang",
     }
     for origins, origin, allowed in (
@@ -325,11 +347,19 @@ async def test_no_origin_is_allowed_unless_one_is_named(handles: dict[str, Local
             asked = await page.options("/embeddings", headers=preflight)
             response = await page.post("/embeddings", json={"model": "a", "input": "x"})
             refused = await page.post("/embeddings", json={})
+            others = [
+                await page.options("/embeddings", headers={**preflight, REQUESTED: method})
+                for method in ("HEAD", "PUT")
+            ]
         assert is_vector(response)
         if allowed:
             assert asked.status_code == 200
             assert asked.headers["access-control-allow-origin"] in (origin, "*")
             assert "authorization" in asked.headers["access-control-allow-headers"]
+            assert [each.status_code for each in others] == [200, 400]
+            assert others[1].json()["error"]["message"] == (
+                "pages may ask by GET, HEAD, POST, DELETE, from the same kind of network; wrong is the method"
+            )
             assert response.headers["access-control-allow-origin"] in (origin, "*")
             assert refused.headers["access-control-allow-origin"] in (origin, "*")
             assert "x-request-id" in response.headers["access-control-expose-headers"]

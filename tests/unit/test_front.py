@@ -116,6 +116,9 @@ def test_what_haproxy_says_itself_is_json(tmp_path: Path) -> None:
                 response = say(port, text, ends=ends)
                 assert told(response, 400, "invalid_request") == "the request's head isn't HTTP"
             assert response.headers["x-request-id"]
+        top = b" /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        response = say(port, b"GET" + top + b"X-Y: a\x01b\r\n\r\n")
+        assert told(response, 400, "invalid_request") == "the request's head isn't HTTP"
         # It took the request, and says nothing: 504 in HAProxy's words.
         response = say(port, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         assert told(response, 503, "model_unavailable") == "the process that had this request doesn't answer"
@@ -145,7 +148,7 @@ class Echo(BaseHTTPRequestHandler):
 def test_a_head_of_16_kib_passes(tmp_path: Path, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one header or in many; on IPv4, on IPv6, and with `::` on both."""
     monkeypatch.setenv(front.HOST_VARIABLE, host)
-    many = "".join(f"X-{number}: {'y' * 160}\r\n" for number in range(90))
+    many = "".join(f"X-{number}: {'y' * 60}\r\n" for number in range(95))
     with HTTPServer(("127.0.0.1", 0), Echo) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with haproxy(tmp_path, server.server_port, host) as port:
@@ -175,6 +178,32 @@ class Told(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as its base has it
         """Say nothing."""
+
+
+class Headers(Echo):
+    """Says which headers came through."""
+
+    def do_GET(self) -> None:
+        """Answer with their names."""
+        body = ",".join(sorted(map(str.lower, self.headers))).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_what_ray_serve_would_end_a_request_for_doesnt_come_through(tmp_path: Path) -> None:
+    """Bytes in its own headers that aren't ASCII; an offer to speak another protocol."""
+    with HTTPServer(("127.0.0.1", 0), Headers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with haproxy(tmp_path, server.server_port) as port:
+            top = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Other: \xe9\r\nConnection: close\r\n"
+            for odd in (b"X-Request-Id: caf\xe9", b"X-Session-Id: \xff", b"Upgrade: foo"):
+                assert {"x-request-id", "x-session-id", "upgrade"}.isdisjoint(
+                    say(port, top + odd + b"\r\n\r\n").text.split(",")
+                )
+            assert "x-request-id" in say(port, top + b"X-Request-Id: mine\r\n\r\n").text
+        server.shutdown()
 
 
 def test_uploads_are_not_read_ahead_of_their_storage(tmp_path: Path) -> None:

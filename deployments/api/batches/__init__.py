@@ -95,7 +95,7 @@ class Line:
     def model(self) -> str | None:
         """The name of the model that it asks for."""
         name = self.fields.get("model")
-        return name if isinstance(name, str) else None
+        return name or None if isinstance(name, str) else None
 
     @property
     def inputs(self) -> int:

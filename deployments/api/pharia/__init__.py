@@ -95,7 +95,7 @@ def _common(fields: Mapping[str, Any], input_field: str) -> dict[str, Any]:
     """Return what every request may hold."""
     read.refuse(fields, "contextual_control_threshold")
     return {
-        "model": read.string(fields, "model"),
+        "model": read.model(fields),
         "input_field": input_field,
         "own_ids": True,  # they come from our own /tokenize
         "normalize": read.flag(fields, "normalize") or None,  # absent is false, by its API
@@ -173,7 +173,7 @@ def parse_tokenize(fields: read.Fields) -> TokensRequest:
         return orjson.dumps({name: found[name] for name in wanted if wanted[name]})
 
     return TokensRequest(
-        model=read.string(fields, "model"),
+        model=read.model(fields),
         texts=[read.text(fields, "prompt")],
         answer=answer,
         tags=read.tags(fields),
@@ -185,7 +185,7 @@ def parse_detokenize(fields: read.Fields) -> TokensRequest:
     DetokenizeBody.check(fields)
     ids = [read.few_or_no_ids(fields, "token_ids")]
     return TokensRequest(
-        model=read.string(fields, "model"),
+        model=read.model(fields),
         ids=ids,
         field="token_ids",
         answer=lambda _, reader, __: orjson.dumps({"result": reader.decode(ids[0])}),

@@ -103,7 +103,8 @@ async def body_chunks(request: Request, max_body_bytes: int) -> AsyncIterator[by
     """Yield the body as it comes, inflated. Raises BodyTooLargeError before more than the limit is read."""
     declared_length(request, max_body_bytes)
     chunks: AsyncIterator[bytes] = request.stream()
-    if (header := request.headers.get("content-encoding")) and (encoding := encoding_of(header)):
+    header = ",".join(request.headers.getlist("content-encoding"))
+    if header and (encoding := encoding_of(header)):
         chunks = inflate(chunks, encoding)
     size = 0
     async for chunk in chunks:

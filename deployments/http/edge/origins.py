@@ -10,7 +10,7 @@ from starlette.responses import Response
 from deployments.errors import InvalidRequestError
 from deployments.http.errors import error_response
 
-METHODS = ("GET", "POST", "DELETE")
+METHODS = ("GET", "HEAD", "POST", "DELETE")
 # What a page's client reads of an answer besides its body.
 LIMITS = ("limit", "remaining", "reset")
 EXPOSED = (
@@ -27,9 +27,14 @@ class Origins(CORSMiddleware):
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
-        return error_response(
-            InvalidRequestError("this origin may not ask here; `allow_origins` names those that may")
-        )
+        failed = bytes(response.body).decode().rpartition(" CORS ")[2]
+        if "origin" in failed.split(", "):
+            told = "this origin may not ask here; `allow_origins` names those that may"
+        else:
+            told = (
+                f"pages may ask by {', '.join(METHODS)}, from the same kind of network; wrong is the {failed}"
+            )
+        return error_response(InvalidRequestError(told))
 
 
 def add_origins(app: Starlette, origins: Sequence[str]) -> None:
