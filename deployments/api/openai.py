@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
@@ -206,15 +207,16 @@ def _parse_prompt(fields: Mapping[str, Any]) -> Prompt | None:
 # --- the same formats as models, for the OpenAPI document only -------------------------------------
 
 
-CUT = ["truncate", "truncation_side"]
-# Several fields for one thing say the same of it.
-AGREED: list[dict[str, Any]] = [
-    {"anyOf": [{"properties": {name: {"enum": [each, None]} for name in UNIT}} for each in (True, False)]},
-    *(
-        {"not": {"required": CUT, "properties": {CUT[0]: {"const": end}, CUT[1]: {"const": side}}}}
-        for end, side in (("START", "right"), ("END", "left"))
-    ),
-    {"anyOf": [{"properties": {name: {"enum": ["", None]}}} for name in ("input_type", "prompt_name")]},
+def _both(**schemas: dict[str, Any]) -> dict[str, Any]:
+    return {"required": [*schemas], "properties": schemas}
+
+
+# Several fields for one thing say the same of it: no body is one of these.
+DIFFERING = [
+    *(_both(**{one: {"const": True}, other: {"const": False}}) for one, other in permutations(UNIT, 2)),
+    _both(truncate={"const": "START"}, truncation_side={"const": "right"}),
+    _both(truncate={"const": "END"}, truncation_side={"const": "left"}),
+    _both(input_type={"type": "string", "minLength": 1}, prompt_name={"type": "string"}),
 ]
 
 
@@ -225,7 +227,7 @@ class OptionsBody(ModelBody):
     def complete(cls, schema: dict[str, Any]) -> None:
         """Say also which fields have to agree."""
         super().complete(schema)
-        schema["allOf"] = AGREED
+        schema["not"] = {"anyOf": [*DIFFERING, *([schema["not"]] if "not" in schema else [])]}
 
     encoding_format: EncodingFormat | Literal[""] | None = Field(
         "float", description="`base64` holds little-endian float32 and is the faster one; `bytes` are vLLM's."

@@ -153,7 +153,7 @@ def answer_in_json(text: str) -> str:
         f"acl large_head req.hdrs,length gt {HEAD_BYTES}",
         f"acl large_head url,length gt {HEAD_BYTES}",
         f"http-request return status 431 {answer_of(431)} if large_head",
-        "acl odd_head req.hdrs -m reg '[\\x01-\\x08\\x0e-\\x1f\\x7f]'",
+        "acl odd_head req.hdrs -m reg '[\\x01-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f]'",
         f"http-request return status 400 {answer_of(400)} if odd_head",
         # Whoever offers another protocol speaks this one too; uvicorn would lose the body.
         "http-request del-header upgrade",
