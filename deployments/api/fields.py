@@ -131,11 +131,11 @@ def maybe_string(fields: Fields, name: str) -> str:
 
 def agreed(**given: T) -> T | None:
     """Return what several fields say of one thing, None where there is no field. Raises where they differ."""
-    first = next(iter(given), None)
+    first, wanted = next(iter(given.items()), ("", None))
     for name, value in given.items():
-        if first is not None and value != given[first]:
+        if value != wanted:
             raise InvalidRequestError(f"`{first}` and `{name}` ask for different things", name)
-    return given[first] if first is not None else None
+    return wanted
 
 
 def model(fields: Fields) -> str | None:

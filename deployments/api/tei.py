@@ -39,7 +39,6 @@ class TeiRequest(EmbeddingRequest):
 def parse_fields(fields: Mapping[str, Any]) -> TeiRequest:
     """Parse the fields of a body."""
     TeiBody.check(fields)
-    _check_options(fields)
     return TeiRequest(
         **_inputs(fields),
         dimensions=read.positive(fields, "dimensions"),
@@ -49,6 +48,8 @@ def parse_fields(fields: Mapping[str, Any]) -> TeiRequest:
 
 def _inputs(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is embedded, by which model, and how it is read."""
+    if "options" in fields:
+        Options.check(_object(fields, "options"))
     texts, ids = read.texts_or_ids(fields.get("inputs"), "inputs")
     return {
         "model": read.model(fields),
@@ -60,11 +61,6 @@ def _inputs(fields: Mapping[str, Any]) -> dict[str, Any]:
         **_truncation(fields),
         "tags": read.tags(fields),
     }
-
-
-def _check_options(fields: Mapping[str, Any]) -> None:
-    if "options" in fields:
-        Options.check(_object(fields, "options"))
 
 
 def _prompt(fields: Mapping[str, Any]) -> Prompt | None:
@@ -180,7 +176,6 @@ class TeiTokensRequest(EmbeddingRequest):
 def parse_all(fields: read.Fields) -> TeiTokensRequest:
     """Parse a body of `POST /embed_all`."""
     TeiAllBody.check(fields)
-    _check_options(fields)
     return TeiTokensRequest(**_inputs(fields))
 
 

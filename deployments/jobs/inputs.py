@@ -72,8 +72,7 @@ def find_inputs(path: Path) -> Inputs:
         if (kind := _kind(path)) is None:
             raise JobError(f"{path}: the files' names must all end in one of {ENDINGS}")
         return Inputs([InputFile(path, path.name, kind)])
-    root = path.resolve()
-    for folder in (root, *root.parents):
+    for folder in path.resolve().parents:
         _check_no_table(folder, path)
     names = sorted(_data(path))
     if not names:
@@ -119,14 +118,16 @@ def _data(folder: Path) -> Iterator[Path]:
         is_described = not DESCRIPTIONS.isdisjoint(files)
         for name in files:
             is_cache = is_described and name.startswith("cache-") and name.endswith(".arrow")
-            if not _is_programs(name) and name not in DESCRIPTIONS and not is_cache:
-                file = place / name
-                if _kind(file) is not None:
-                    if not file.is_file():
-                        raise JobError(f"{file}: isn't a file, or a link that leads nowhere")
-                    yield file.relative_to(folder)
-                elif file.suffix.lower() in UNREAD and (kind := _kind(file.with_suffix(""))) is not None:
+            if _is_programs(name) or name in DESCRIPTIONS or is_cache:
+                continue
+            file = place / name
+            if _kind(file) is None:
+                if file.suffix.lower() in UNREAD and (kind := _kind(file.with_suffix(""))) is not None:
                     raise JobError(f"{file}: {kind} isn't read from {file.suffix}")
+                continue
+            if not file.is_file():
+                raise JobError(f"{file}: isn't a file, or a link that leads nowhere")
+            yield file.relative_to(folder)
 
 
 def _is_programs(name: str) -> bool:

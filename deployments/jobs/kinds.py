@@ -69,11 +69,8 @@ def _with_room(kind: pa.DataType, other: pa.DataType) -> pa.DataType:
     if not (pa.types.is_decimal(kind) and pa.types.is_integer(other)):
         return kind
     digits = max(kind.precision - kind.scale, ANY_INTEGER.precision) + kind.scale
-    return (
-        pa.decimal128(digits, kind.scale)
-        if digits <= WIDEST_INTEGER.precision
-        else pa.decimal256(digits, kind.scale)
-    )
+    wide = pa.decimal128 if digits <= WIDEST_INTEGER.precision else pa.decimal256
+    return wide(digits, kind.scale)
 
 
 def inferred(values: Sequence[Any]) -> pa.Array:
