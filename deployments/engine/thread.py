@@ -146,21 +146,16 @@ class ThreadEngine(Engine):
             self._started.set()
 
     def _bind(self, cores: Sequence[int]) -> None:
-        """Keep this thread, and so all that torch starts from it, on its own cores.
+        """Keep this thread, and so all that torch starts from it, on the replica's own cores.
 
         There it lets others go first: a step takes milliseconds, and what brings the next one a fraction.
+        None of its threads has a core to itself: one that must wait until a core is free would hold up the
+        others at each barrier of a step, with another core idle.
         """
         os.sched_setaffinity(0, cores)
         behind_requests()
-        each = self._plan.cores_per_rank
-        os.environ["OMP_NUM_THREADS"] = str(each)
-        ranks = [cores[start : start + each] for start in range(0, len(cores), each)]
-        # vLLM's own choice would put every replica of a host on the same cores.
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, rank)) for rank in ranks)
-        if len(ranks) == 1:
-            # vLLM binds the threads of the processes that it starts, and here it starts none. Unbound, the
-            # kernel may wake two threads on one core and leave them there. Read when torch is imported.
-            os.environ["KMP_AFFINITY"] = f"granularity=fine,explicit,proclist=[{','.join(map(str, cores))}]"
+        os.environ["OMP_NUM_THREADS"] = str(self._plan.cores_per_rank)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
     def _serve(self, way: Way) -> None:
         """Compute one step after the other, as many ahead as the way can; sleep while there is none."""

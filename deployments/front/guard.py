@@ -50,8 +50,6 @@ LUA = """core.register_service("head_%(status)d", "tcp", function(applet)
     "\\r\\nx-request-id: " .. applet.f:uuid() .. "\\r\\n\\r\\n" .. body)
 end)
 """
-# Ray Serve's own, and how the path ends to which files are posted.
-READ_AHEAD_HEADER, UPLOADS = "x-request-disconnect-disabled", "/files /files/"
 # 16 KiB of headers pass, as in most servers, and what a front before this one adds.
 HEAD_BYTES = 17 * 2**10
 # HAProxy takes 101 by default, and what has more for no HTTP.
@@ -114,7 +112,7 @@ def command(arguments: list[str]) -> list[str]:
 def amend(config: Path) -> None:
     """Put into a configuration what Ray Serve has no switch for."""
     text = config.read_text()
-    for change in (bound_headers, listen_where_told, answer_in_json, hold_uploads_back):
+    for change in (bound_headers, listen_where_told, answer_in_json):
         text = change(text)
     config.write_text(answer_bad_heads(text, config.with_suffix(".lua")))
 
@@ -195,20 +193,6 @@ def answer_bad_heads(text: str, program: Path) -> str:
         "    tcp-request content reject if { req.len 0 }\n"
         f"    tcp-request content use-service lua.head_408 if {late}\n"
         "    tcp-request content use-service lua.head_400\n"
-    )
-
-
-def hold_uploads_back(text: str) -> str:
-    """Let a file come no faster than it is stored.
-
-    Ray Serve reads ahead of the application without a bound, to learn of clients that go; where it is told
-    not to look for that, the application reads for itself, and learns of it too.
-    """
-    if READ_AHEAD_HEADER in text:
-        return text
-    rule = f"http-request set-header {READ_AHEAD_HEADER} ?1 if METH_POST {{ path_end {UPLOADS} }}"
-    return re.sub(
-        r"^frontend http_frontend\n( *).*\n", lambda top: f"{top[0]}{top[1]}{rule}\n", text, flags=re.M
     )
 
 

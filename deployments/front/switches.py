@@ -21,6 +21,8 @@ FAST_DATA_PLANE = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # A head must fit into it to be refused by a rule, and in JSON.
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 2**10),
+    # What Ray Serve puts around the servers of its ingress replicas.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.front.direct:middlewares",
     # gRPC's own 4 MiB hold one answer of 2,730 vectors of 384 numbers; ours may be a hundred times that.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(512 * 2**20),
 }

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -23,6 +24,7 @@ from deployments.errors import (
     IncompleteError,
     reason_of,
 )
+from deployments.front.direct import Mounted
 from deployments.front.spare import add_spare, http_options
 from deployments.http.app import Desk, make_app
 from deployments.http.auth import Access
@@ -169,6 +171,8 @@ class Ingress(Sender):
         )
         add_origins(app, self._access_settings.origins)
         add_spare(app)
+        if RAY_SERVE_ENABLE_HA_PROXY:
+            app.add_middleware(Mounted)
         return app
 
     async def _gather_usage(self, key: str) -> list[dict[str, Counts]]:

@@ -161,25 +161,6 @@ def test_a_head_of_16_kib_passes(tmp_path: Path, host: str, monkeypatch: pytest.
         server.shutdown()
 
 
-class Told(BaseHTTPRequestHandler):
-    """Says what Ray Serve would be told of reading ahead."""
-
-    def do_POST(self) -> None:
-        """Answer with the header."""
-        body = self.headers.get(front.READ_AHEAD_HEADER, "").encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        """The same."""
-        self.do_POST()
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as its base has it
-        """Say nothing."""
-
-
 class Headers(Echo):
     """Says which headers came through."""
 
@@ -203,19 +184,4 @@ def test_what_ray_serve_would_end_a_request_for_doesnt_come_through(tmp_path: Pa
                     say(port, top + odd + b"\r\n\r\n").text.split(",")
                 )
             assert "x-request-id" in say(port, top + b"X-Request-Id: mine\r\n\r\n").text
-        server.shutdown()
-
-
-def test_uploads_are_not_read_ahead_of_their_storage(tmp_path: Path) -> None:
-    """Whatever stands before the path; other requests are, so that who goes is noticed."""
-    with HTTPServer(("127.0.0.1", 0), Told) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with haproxy(tmp_path, server.server_port) as port:
-            for method, path, header in (
-                ("POST", "/v1/files", "?1"),
-                ("POST", "/v1/files/?a=b", "?1"),
-                ("GET", "/v1/files", ""),
-                ("POST", "/v1/embeddings", ""),
-            ):
-                assert httpx.request(method, f"http://127.0.0.1:{port}{path}").text == header
         server.shutdown()

@@ -48,8 +48,8 @@ HEAVY = {
     "torch": "engine",
     "vllm": "engine",
     "transformers": "engine.tokenizer",
-    "ray": "app batches.deployment batches.desk bulk client command dispatch front.spare http replica "
-    "transport",
+    "ray": "app batches.deployment batches.desk bulk client command dispatch front.direct front.spare http "
+    "replica transport",
     "fastapi": "http batches.routes",
 }
 MAX_FILES, MAX_LINES, MAX_FUNCTION = 12, 320, 40
