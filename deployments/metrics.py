@@ -5,6 +5,7 @@ come from closed sets: the workers and models of the worker files, the codes of 
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from prometheus_client import (
@@ -113,10 +114,13 @@ class Metrics:
         self.worker_info = Gauge(
             "embedding_worker_info", "1, with what the worker file says", labels, registry=self.registry
         )
+        for metric in self._all():
+            # To find a row takes as long as to count in it, and each request does so a dozen times.
+            vars(metric)["labels"] = functools.cache(metric.labels)
 
     def describe(self, worker: str, service_name: str, service_role: str, version: str) -> None:
         """Show these of a worker, in place of what was shown before."""
-        self.worker_info.remove_by_labels({"worker": worker})
+        _remove(self.worker_info, "worker", worker)
         self.worker_info.labels(worker, service_name, service_role, version).set(1)
 
     def watch(self, worker: str, gauges: Mapping[Gauge, Callable[[], float]]) -> None:
@@ -132,16 +136,24 @@ class Metrics:
         self._forget()
 
     def _forget(self) -> None:
-        for metric in vars(self).values():
-            if isinstance(metric, Counter | Gauge | Histogram):
-                for label, value in self._gone:
-                    with contextlib.suppress(ValueError):  # it has no such label
-                        metric.remove_by_labels({label: value})
+        for metric in self._all():
+            for label, value in self._gone:
+                _remove(metric, label, value)
+
+    def _all(self) -> Iterator[Counter | Gauge | Histogram]:
+        return (each for each in vars(self).values() if isinstance(each, Counter | Gauge | Histogram))
 
     def text(self) -> bytes:
         """Return this process's metrics in Prometheus's text format."""
         self._forget()  # a request that was under way as its worker went is counted as it ends
         return generate_latest(self.registry)
+
+
+def _remove(metric: Counter | Gauge | Histogram, label: str, value: str) -> None:
+    """Remove the rows with that label, where there is such a label."""
+    vars(metric)["labels"].cache_clear()
+    with contextlib.suppress(ValueError):
+        metric.remove_by_labels({label: value})
 
 
 def states_text(states: Mapping[str, Mapping[str, int]]) -> bytes:

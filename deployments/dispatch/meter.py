@@ -96,13 +96,15 @@ class Pace:
 
     def __init__(self) -> None:
         """Know nothing yet."""
-        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_CALLS)  # seconds, tokens
+        self._seconds: deque[float] = deque(maxlen=RECENT_CALLS)  # of calls that were answered
+        self._tokens: deque[int] = deque(maxlen=RECENT_CALLS)
         self._speeds: deque[float] = deque(maxlen=RECENT_CALLS)  # of the replicas that answered
         self.part_tokens = FIRST_PART_TOKENS
 
     def learn(self, seconds: float, tokens: int, speed: float) -> None:
         """A call has been answered; `speed` is in tokens per second, as its replica knows it, or 0."""
-        self._recent.append((seconds, tokens))
+        self._seconds.append(seconds)
+        self._tokens.append(tokens)
         if not speed:
             return
         self._speeds.append(speed)
@@ -121,8 +123,6 @@ class Pace:
 
     def cut_after(self, tokens: int) -> float:
         """Seconds after which a call is taken to hang: many times what the slowest of the last ones took."""
-        if not self._recent:
+        if not self._seconds:
             return UNKNOWN_CUT_SECONDS
-        slowest = max(seconds for seconds, _ in self._recent)
-        largest = max(tokens for _, tokens in self._recent)
-        return max(MIN_CUT_SECONDS, CUT_FACTOR * slowest * max(1.0, tokens / largest))
+        return max(MIN_CUT_SECONDS, CUT_FACTOR * max(self._seconds) * max(1.0, tokens / max(self._tokens)))

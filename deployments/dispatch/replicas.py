@@ -24,11 +24,14 @@ class Replicas:
         """Remember the handle; nothing is called yet."""
         self.worker = worker
         self._handle = handle
+        self._found: TokenRouter | None = None
 
     @property
     def _router(self) -> TokenRouter | None:
         """The router of the replicas in this process, once the handle has been used."""
-        return TokenRouter.of(self._handle.deployment_id)
+        if self._found is None:
+            self._found = TokenRouter.of(self._handle.deployment_id)
+        return self._found
 
     @property
     def known_replicas(self) -> int:

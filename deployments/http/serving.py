@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -43,7 +43,7 @@ from deployments.keys.usage import Usage
 from deployments.logs import Record, RequestLog, spent
 from deployments.metrics import CANCELLED, SUCCESS, Metrics
 from deployments.status.history import History
-from deployments.tracing import current, stage, tracer
+from deployments.tracing import current, tracer
 
 T = TypeVar("T")
 # Reads the fields of a dialect's body, none of them null.
@@ -120,7 +120,7 @@ class Serving:
             key = key_of(request.scope)
             await self.charge(key, REQUESTS)
             body = await self.read(request, arrival + min(BODY_SECONDS, patience), take)
-            with self._timed("parse") as parsing:
+            with Timed(self.metrics, "parse") as parsing:
                 wanted = await self.parse(parse, body)
             del body  # its texts are what is worked on
             served = self.find_wanted(request, wanted, counted)
@@ -140,7 +140,7 @@ class Serving:
         worker = served.dispatch.worker
 
         async def tokens_for(card: ModelCard, tokenizer: TextTokenizer) -> Prepared:
-            with self._timed("tokenise", worker.name):
+            with Timed(self.metrics, "tokenise", worker.name):
                 prepared = await prepare(wanted, served.model.embedding_task, worker.limits, card, tokenizer)
             if (trace := current.get()) is not None:
                 describe_inputs(trace, served, prepared.batch)
@@ -163,7 +163,7 @@ class Serving:
             result = EmbeddingResult(shown, served.name, batch.tokens, cut, version, batch.lengths)
             return wanted.answer(result)
 
-        with self._timed("encode", worker.name):
+        with Timed(self.metrics, "encode", worker.name):
             answer = await offload(vectors.size, encode)
         self.metrics.inputs.labels(worker.name).inc(len(batch))
         self.metrics.tokens.labels(worker.name).inc(batch.tokens)
@@ -229,23 +229,31 @@ class Serving:
             if trace is not None:
                 end_trace(trace, counted.model, "" if outcome == SUCCESS else outcome, status)
 
-    @contextmanager
-    def _timed(self, name: str, worker: str | None = None) -> Iterator["_Timed"]:
-        """Time a stage, and count it where the worker is known already."""
-        timed, begun = _Timed(), time.perf_counter()  # uvloop's own clock counts milliseconds
-        with stage(name):
-            yield timed
-        timed.seconds = time.perf_counter() - begun
-        if worker is not None:
-            self.metrics.stage_seconds.labels(worker, name).observe(timed.seconds)
-            if (stages := spent.get()) is not None:
-                stages[name] = timed.seconds
 
-
-class _Timed:
-    """How long a stage took."""
+class Timed:
+    """Times a stage of a request; counts it, unless it fails, where the worker is known already."""
 
     seconds = 0.0
+
+    def __init__(self, metrics: Metrics, name: str, worker: str | None = None) -> None:
+        """Time the block that follows."""
+        self._metrics, self._name, self._worker = metrics, name, worker
+        self._begun = time.perf_counter()  # uvloop's own clock counts milliseconds
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End, and note it in the request's trace however it ends."""
+        ended = time.perf_counter()
+        if (trace := current.get()) is not None:
+            trace.note(self._name, self._begun, ended)
+        self.seconds = ended - self._begun
+        if kind is None and self._worker is not None:
+            self._metrics.stage_seconds.labels(self._worker, self._name).observe(self.seconds)
+            if (stages := spent.get()) is not None:
+                stages[self._name] = self.seconds
 
 
 def wanted_seconds(request: Request) -> float:
@@ -264,6 +272,8 @@ def wanted_seconds(request: Request) -> float:
 
 def lane_of(request: Request) -> Lane:
     """Return the lane that the query asks for: `nice=true` lets others go first."""
+    if not request.scope["query_string"]:
+        return Lane.INTERACTIVE
     match request.query_params.get("nice", "false"):
         case "true":
             return Lane.BULK
