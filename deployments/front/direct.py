@@ -13,7 +13,7 @@ from typing import ClassVar
 from ray import serve
 from ray.serve._private.constants import SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER
 from ray.serve._private.utils import generate_request_id
-from ray.serve.context import _RequestContext, _serve_request_context
+from ray.serve.context import ReplicaContext, _RequestContext, _serve_request_context
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,12 +27,17 @@ UNWATCHED_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Mount:
-    """An application and the prefix of its paths."""
+    """An application and the prefix of its paths, for as long as Ray Serve leaves its replica as it is."""
 
     app: ASGIApp
     prefix: str
-    name: str
+    replica: ReplicaContext
     places: asyncio.Semaphore
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing was deployed since: a deployment may move the application."""
+        return serve.get_replica_context() is self.replica
 
 
 def middlewares() -> list[Middleware]:
@@ -55,6 +60,7 @@ class Direct:
         if (
             scope["type"] != "http"
             or mount is None
+            or not mount.is_current
             or not path.startswith(mount.prefix)
             or path.startswith(OF_SERVE)
         ):
@@ -64,7 +70,9 @@ class Direct:
             return
         named = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
         identity = named or generate_request_id().encode()
-        context = _RequestContext(route=path, request_id=identity.decode("latin-1"), app_name=mount.name)
+        context = _RequestContext(
+            route=path, request_id=identity.decode("latin-1"), app_name=mount.replica.app_name
+        )
         _serve_request_context.set(context)  # type: ignore[arg-type]  # declared by its default
         scope["root_path"] = mount.prefix
 
@@ -89,10 +97,11 @@ class Mounted:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if (mount := Direct.mount) is None or mount.prefix != scope["root_path"]:
+        mount = Direct.mount
+        if mount is None or not mount.is_current or mount.prefix != scope["root_path"]:
             replica = serve.get_replica_context()
             places = asyncio.Semaphore(replica._deployment_config.max_ongoing_requests)
-            Direct.mount = Mount(scope["app"], scope["root_path"], replica.app_name, places)
+            Direct.mount = Mount(scope["app"], scope["root_path"], replica, places)
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         timer: asyncio.TimerHandle | None = None

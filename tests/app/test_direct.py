@@ -35,6 +35,7 @@ class Site:
         self.app = Starlette(routes=[Route("/see", self.see), Route("/wait", self.wait, methods=["POST"])])
         self.app.add_middleware(Mounted)
         self.port = 0
+        self.replica = SimpleNamespace()
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer as Ray Serve's replica does."""
@@ -75,10 +76,10 @@ class Site:
 async def site(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
     """It, on a port."""
     config = SimpleNamespace(max_ongoing_requests=3)
-    replica = SimpleNamespace(app_name="default", _deployment_config=config)
-    monkeypatch.setattr(direct, "serve", SimpleNamespace(get_replica_context=lambda: replica))
     monkeypatch.setattr(Direct, "mount", None)
     site = Site()
+    site.replica = SimpleNamespace(app_name="default", _deployment_config=config)
+    monkeypatch.setattr(direct, "serve", SimpleNamespace(get_replica_context=lambda: site.replica))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         site.port = listening.getsockname()[1]
@@ -110,10 +111,11 @@ async def test_serve_is_asked_once_for_each_prefix(site: Site) -> None:
         assert site.serves == ["/emb/see"]
         for path in ("/-/healthz", "/other/see"):
             assert (await client.get(path)).text == "Serve's own"
-        site.prefix = "/moved"  # as a deployment may say
-        for _ in range(2):
-            assert (await see("/moved/see"))[0][0] == "/moved"
-        assert site.serves == ["/emb/see", "/-/healthz", "/other/see", "/moved/see"]
+        for prefix in ("", "/moved"):  # as a deployment may say, after which Ray Serve's context is another
+            site.prefix, site.replica = prefix, SimpleNamespace(**vars(site.replica))
+            for _ in range(2):
+                assert (await see(f"{prefix}/see"))[0][0] == prefix
+        assert site.serves == ["/emb/see", "/-/healthz", "/other/see", "/see", "/moved/see"]
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["by Serve", "past it"])
