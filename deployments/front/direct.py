@@ -56,16 +56,13 @@ class Direct:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, with the request's id in the answer as Ray Serve would put it there."""
-        mount, path = self.mount, scope.get("path", "")
-        if (
-            scope["type"] != "http"
-            or mount is None
-            or not mount.is_current
-            or not path.startswith(mount.prefix)
-            or path.startswith(OF_SERVE)
-        ):
-            if scope["type"] == "http":
-                scope["headers"] = [*scope["headers"], NO_READ_AHEAD]
+        if scope["type"] != "http":
+            await self._serve(scope, receive, send)
+            return
+        mount, path = self.mount, scope["path"]
+        known = mount is not None and mount.is_current and path.startswith(mount.prefix)
+        if mount is None or not known or path.startswith(OF_SERVE):
+            scope["headers"] = [*scope["headers"], NO_READ_AHEAD]
             await self._serve(scope, receive, send)
             return
         named = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
