@@ -25,13 +25,19 @@ Ended = Sequence[tuple[float, float]]
 
 
 class Scheduled(Way):
-    """By vLLM's scheduler: an object or two for each input, and every model that vLLM has."""
+    """By vLLM's scheduler: an object or two for each input, and every model that vLLM has.
 
-    def __init__(self, engine: Any) -> None:
+    Vectors of single tokens it has from packed steps, where there can be any: what a model can do mustn't
+    hang on which way was the faster one today.
+    """
+
+    def __init__(self, engine: Any, packed: "Packed | None" = None) -> None:
         """Take an `LLMEngine` whose model is loaded."""
         from vllm import PoolingParams
 
         self._engine = engine
+        self._packed = packed
+        self.token_dimension = packed.token_dimension if packed else 0
         self._params = PoolingParams(task="embed")
         self._next_id = 0
 
@@ -52,6 +58,15 @@ class Scheduled(Way):
                 # A view into the step's buffer, which the next one writes over.
                 rows[int(output.request_id)] = output.outputs.data.float().numpy().copy()
         return np.stack([rows[number] for number in range(first, self._next_id)])
+
+    def embed_tokens(self, batch: TokenBatch) -> np.ndarray:
+        """See `Way`."""
+        if self._packed is None:
+            return super().embed_tokens(batch)
+        hidden = self._packed.begin(batch, by_token=True)()
+        self._packed.count(batch, 0, ())
+        self.clean()  # of what the scheduler doesn't know that the caches hold now
+        return hidden
 
     def clean(self) -> None:
         """See `Way`."""
@@ -158,12 +173,12 @@ def choose(engine: Any, tokenizer: str, max_model_len: int, wanted: Wanted) -> t
     if wanted == "scheduled":
         return scheduled, "vLLM's scheduler, as generator.steps says"
     # Before anything of ours has touched the model.
-    references, their_lone, their_full = _try(scheduled, batches)
+    references = scheduled.embed(batches[0])
     try:
         packed = Packed(engine)
-        vectors, lone, step = _try(packed, batches)
-        if not (cosines(vectors, references) >= MIN_COSINE).all():
+        if not (cosines(packed.embed(batches[0]), references) >= MIN_COSINE).all():
             raise EngineError("its vectors would be others than those of vLLM's scheduler")
+        (lone, their_lone), (step, their_step) = (_times((packed, scheduled), each) for each in batches[1:])
     except Exception as error:  # as where a private name has moved: the scheduler serves all the same
         if wanted == "packed":
             raise EngineStartError(
@@ -173,22 +188,20 @@ def choose(engine: Any, tokenizer: str, max_model_len: int, wanted: Wanted) -> t
         return scheduled, f"vLLM's scheduler; no packed steps for this model: {first_line(error)}"
     times = (
         f"a lone input {lone * 1e3:.1f} ms (by vLLM's scheduler {their_lone * 1e3:.1f}),"
-        f" {batches[2].tokens} tokens {step * 1e3:.1f} ms ({their_full * 1e3:.1f})"
+        f" {batches[2].tokens} tokens {step * 1e3:.1f} ms ({their_step * 1e3:.1f})"
     )
-    if wanted == "auto" and lone * step > their_lone * their_full:
-        return scheduled, f"vLLM's scheduler, which is faster than packed steps: {times}"
+    if wanted == "auto" and lone * step > their_lone * their_step:
+        scheduled.clean()
+        return Scheduled(engine, packed), f"vLLM's scheduler, which is faster than packed steps: {times}"
     return packed, f"packed steps: {times}"
 
 
-def _try(way: Way, batches: list[TokenBatch]) -> tuple[np.ndarray, float, float]:
-    """Return the first batch's vectors, and seconds of the others."""
-    vectors = way.embed(batches[0])
-    seconds = []
-    for batch in batches[1:]:
-        times = []
-        for _ in range(TIMED_STEPS):
+def _times(ways: Sequence[Way], batch: TokenBatch) -> list[float]:
+    """Return the least seconds that each way takes, in turns: what slows the machine slows both."""
+    seconds: list[list[float]] = [[] for _ in ways]
+    for _ in range(TIMED_STEPS):
+        for way, own in zip(ways, seconds, strict=True):
             begun = time.perf_counter()
             way.embed(batch)
-            times.append(time.perf_counter() - begun)
-        seconds.append(min(times))
-    return vectors, seconds[0], seconds[1]
+            own.append(time.perf_counter() - begun)
+    return [min(own) for own in seconds]

@@ -47,6 +47,7 @@ for file in files:
     begun = [packed.begin(TokenBatch.of(inputs[:count])) for count in (7, 1)]  # as on a GPU
     ahead = np.concatenate([vectors() for vectors in begun])
     alone = np.concatenate([packed.embed(TokenBatch.of([ids])) for ids in inputs[:7]])
+    beside = Scheduled(engine, packed)
     author = SentenceTransformer(plan.worker.generator.model_path, device="cpu")
     reference = author.encode(words[:64])
     tokens = author.encode(words[:7], output_value="token_embeddings")
@@ -60,6 +61,9 @@ for file in files:
         "ahead": least(np.concatenate([ours[7], ours[1]]), ahead),
         "sentence-transformers": least(ours[64], reference),
         "tokens": least(packed.begin(TokenBatch.of(inputs[:7]), True)(), np.concatenate(tokens)),
+        # Where the scheduler serves, and after such a call.
+        "theirs": least(beside.embed_tokens(TokenBatch.of(inputs[:7])), np.concatenate(tokens)),
+        "after": least(beside.embed(TokenBatch.of(inputs[:7])), theirs[7]),
         "apart": 1 - float(np.abs(np.corrcoef(ours[64]) - np.eye(64)).max()),
         "chat": not chat or chat == tokenizer.render([messages], {}, "messages", 10**6)[0],
         "chats": bool(chat and chat.startswith("user: x")),
