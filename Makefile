@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode
 
-.PHONY: help setup setup-gpu serve check test lock clean bench bench-gpu bench-memory profile scale simulate faults slow-clients soak dispatch batch page fuzz
+.PHONY: help setup setup-gpu serve check test lock clean bench bench-gpu bench-memory profile scale simulate faults slow-clients soak dispatch batch page fuzz prove-tokenizer
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
@@ -75,6 +75,9 @@ batch: $(VENV)/test.stamp  ## What jobs of many rows reach, survive, and cost pe
 
 page: $(VENV)/test.stamp $(VENV)/programs.stamp  ## What the page at /ui takes: first view, CPU of the ingress, a person's time
 	$(BIN)/python -m benchmarks.page $(ARGUMENTS)
+
+prove-tokenizer: $(VENV)/test.stamp  ## A million lines by the quick tokenizer and by Hugging Face's: a minute or two
+	$(BIN)/python -m benchmarks.tokenisation $(ARGUMENTS)
 
 fuzz: $(VENV)/test.stamp  ## Odd bytes for every parser, 10 minutes each; ARGUMENTS="--seconds 60 --only csv"
 	$(BIN)/python -m benchmarks.fuzz $(ARGUMENTS)

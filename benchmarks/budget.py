@@ -36,7 +36,7 @@ STAGES = (
     ("metrics", r"prometheus_client"),
     ("parse", r"deployments/api/(openai|fields|tei)\.py.*"),
     ("encode", r"deployments/api/encoding\.py|\banswer \(deployments"),
-    ("tokenise", r"deployments/(dispatch/prepare|engine/tokenizer)\.py"),
+    ("tokenise", r"deployments/(dispatch/prepare|engine/tokenizer/\w+)\.py"),
     ("auth and limits", r"deployments/(http/auth|keys/\w+|dispatch/admission)\.py"),
     ("transport: pickling", r"pickle"),
     (

@@ -13,7 +13,7 @@ import numpy as np
 from deployments.engine import ModelCard
 from deployments.engine.batch import TokenBatch
 from deployments.engine.thread import ThreadEngine, Way, odd_weights
-from deployments.engine.tokenizer import check_vocabulary, hub_options, lacking, tokenizer_card
+from deployments.engine.tokenizer.loading import check_vocabulary, hub_options, lacking, tokenizer_card
 from deployments.errors import EngineStartError
 from deployments.machine import cpu_dtype
 

@@ -15,7 +15,7 @@ from deployments.config.modules import PROVEN
 from deployments.engine import ModelCard
 from deployments.engine.choice import choose
 from deployments.engine.thread import ThreadEngine, Way
-from deployments.engine.tokenizer import check_vocabulary, check_weights, read_tokenizer
+from deployments.engine.tokenizer.loading import check_vocabulary, check_weights, read_tokenizer
 from deployments.machine import cpu_dtype, require_vllm
 from deployments.metrics import vllm_text
 from deployments.plan.engine_args import as_published, joined

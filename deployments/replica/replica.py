@@ -17,7 +17,7 @@ import ray
 
 from deployments.engine import ADDRESS, VERSION, ModelCard, make_engine
 from deployments.engine.batch import NOBODY, CallContext, Embedded, TokenBatch, cosines
-from deployments.engine.tokenizer import read_cl100k
+from deployments.engine.tokenizer.cl100k import read_cl100k
 from deployments.errors import (
     EmbeddingError,
     EngineDeadError,

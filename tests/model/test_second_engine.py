@@ -14,7 +14,7 @@ from deployments.config.load import load_workers
 from deployments.config.model_files import ModelFiles
 from deployments.engine.batch import cosines
 from deployments.engine.sentence_transformers import reference
-from deployments.engine.tokenizer import check_weights
+from deployments.engine.tokenizer.loading import check_weights
 from deployments.errors import EngineStartError
 from deployments.replica.texts import TEXTS
 from tests.cluster.test_server import start

@@ -112,7 +112,7 @@ def test_the_readme_gets_its_table_between_its_marks(tmp_path: Path) -> None:
 def test_samples_are_divided_up_by_stage() -> None:
     """The innermost frame that is known decides; a thread that waits counts for nothing."""
     folded = (
-        "run (uvicorn/server.py:1);encode (deployments/engine/tokenizer.py:28) 3\n"
+        "run (uvicorn/server.py:1);encode (deployments/engine/tokenizer/__init__.py:28) 3\n"
         "run (uvicorn/server.py:1);observe (prometheus_client/metrics.py:667) 1\n"
         "Worker.main_loop (ray/_private/worker.py:1) 96\n"
     )

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from deployments.engine.chat import ChatTemplate
+from deployments.engine.tokenizer.chat import ChatTemplate
 from deployments.errors import InvalidRequestError
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}

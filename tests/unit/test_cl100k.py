@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.engine.tokenizer import read_cl100k
+from deployments.engine.tokenizer.cl100k import read_cl100k
 from deployments.errors import EngineStartError
 
 

@@ -47,7 +47,7 @@ ORDER = [
 HEAVY = {
     "torch": "engine",
     "vllm": "engine",
-    "transformers": "engine.tokenizer",
+    "transformers": "engine.tokenizer.loading",
     "ray": "app batches.deployment batches.desk bulk client command dispatch front.direct front.spare http "
     "replica transport",
     "fastapi": "http batches.routes",

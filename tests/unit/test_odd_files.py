@@ -9,7 +9,8 @@ import pytest
 
 from deployments.config.load import load_workers, read_workers
 from deployments.config.model_files import ModelFiles, content_id
-from deployments.engine.tokenizer import byte_tokenizer, check_vocabulary
+from deployments.engine.tokenizer import byte_tokenizer
+from deployments.engine.tokenizer.loading import check_vocabulary
 from deployments.errors import EngineStartError
 from deployments.plan.placement import Machine
 from deployments.plan.plan import ingress_replicas, make_plans, unplaceable

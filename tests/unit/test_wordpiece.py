@@ -1,0 +1,79 @@
+"""The quick tokenizer: Hugging Face's ids for whatever is sent; `make prove-tokenizer` tries a million."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from benchmarks.tokenisation import differing
+from deployments.engine.tokenizer import TextTokenizer
+from deployments.engine.tokenizer.wordpiece import ALIKE, WordPiece
+from tests.harness.checkpoints import minilm
+
+LINES = 8_000
+# What the two read differently, or was never held against each other.
+ODD = ["\x7f", "a\0b", "\x0c", "\u0378", "x\u0600", "\U00011d31", "\ue000", "\u200b", "\u2028"]
+
+
+@pytest.fixture
+def declared() -> dict[str, Any]:
+    """The bundled model's tokenizer, as its file has it."""
+    found = json.loads(Path(minilm(), "tokenizer.json").read_text())
+    return {**found, "truncation": None, "padding": None}
+
+
+def test_all_lines_have_the_same_ids() -> None:
+    """In each script, with any marks and special tokens in them, uncased and cased."""
+    assert dict(differing(LINES, random.Random(7))) == {
+        f"{vocabulary}, {case}": []
+        for vocabulary in ("the bundled model's", "with all characters")
+        for case in ("uncased", "cased")
+    }
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_odd_texts_among_others_are_read_by_hugging_faces(declared: dict[str, Any], special: bool) -> None:
+    """Each answer is its own text's, with few and with many."""
+    theirs = Tokenizer.from_str(json.dumps(declared))
+    ours = TextTokenizer(json.dumps(declared))
+    texts = [text for odd in ODD for text in (f"some {odd} word", odd, "naïve Ünïcode", "")]
+    assert not any(ALIKE.fullmatch(odd) for odd in ODD)
+    for some in (texts[:5], texts):
+        right = [theirs.encode(text, add_special_tokens=special).ids for text in some]
+        assert ours.encode(some, special) == right
+
+
+def _set(*path: str, to: object) -> Callable[[dict[str, Any]], None]:
+    def change(declared: dict[str, Any]) -> None:
+        place = declared
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _set("normalizer", "strip_accents", to=False),
+        _set("normalizer", "clean_text", to=False),
+        _set("normalizer", to=None),
+        _set("normalizer", to={"type": "Lowercase"}),
+        _set("pre_tokenizer", to={"type": "Whitespace"}),
+        _set("model", "max_input_chars_per_word", to=20),
+        lambda declared: declared["added_tokens"][0].update(lstrip=True),
+        lambda declared: declared["added_tokens"][0].update(content="[JUST]"),
+    ],
+)
+def test_others_are_left_to_hugging_faces(
+    declared: dict[str, Any], change: Callable[[dict[str, Any]], None]
+) -> None:
+    """What was never compared isn't trusted."""
+    assert WordPiece.of(Tokenizer.from_str(json.dumps(declared))) is not None
+    change(declared)
+    assert WordPiece.of(Tokenizer.from_str(json.dumps(declared))) is None
