@@ -19,6 +19,8 @@ MIN_COSINE = 0.999
 # They are timed so often at a lone input and at a step of so many tokens; the least counts.
 TIMED_STEPS = 3
 TIMED_TOKENS = 1024
+# Where one thread does so many tokens a second, what brings them needs the other cores more.
+ONE_THREAD = 50_000
 
 Wanted = Literal["auto", "packed", "scheduled"]
 Ended = Sequence[tuple[float, float]]
@@ -130,6 +132,15 @@ class StepExtension:
             return first_line(error)
         return ""
 
+    def use_threads(self, count: int) -> int:
+        """Let so many threads compute; return how many did before."""
+        import torch
+
+        before = torch.get_num_threads()
+        # vLLM has put one that does nothing in the place of the public name.
+        torch._C.set_num_threads(count)
+        return before
+
     def packed_step(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
         """Return a step's vectors from the first rank, None from the others."""
         self.begin_packed_step(ids, lengths)
@@ -178,6 +189,7 @@ def choose(engine: Any, tokenizer: str, max_model_len: int, wanted: Wanted) -> t
         packed = Packed(engine)
         if not (cosines(packed.embed(batches[0]), references) >= MIN_COSINE).all():
             raise EngineError("its vectors would be others than those of vLLM's scheduler")
+        threads = choose_threads(engine, packed, batches[2])
         (lone, their_lone), (step, their_step) = (_times((packed, scheduled), each) for each in batches[1:])
     except Exception as error:  # as where a private name has moved: the scheduler serves all the same
         if wanted == "packed":
@@ -188,12 +200,24 @@ def choose(engine: Any, tokenizer: str, max_model_len: int, wanted: Wanted) -> t
         return scheduled, f"vLLM's scheduler; no packed steps for this model: {first_line(error)}"
     times = (
         f"a lone input {lone * 1e3:.1f} ms (by vLLM's scheduler {their_lone * 1e3:.1f}),"
-        f" {batches[2].tokens} tokens {step * 1e3:.1f} ms ({their_step * 1e3:.1f})"
+        f" {batches[2].tokens} tokens {step * 1e3:.1f} ms ({their_step * 1e3:.1f}){threads}"
     )
     if wanted == "auto" and lone * step > their_lone * their_step:
         scheduled.clean()
         return Scheduled(engine, packed), f"vLLM's scheduler, which is faster than packed steps: {times}"
     return packed, f"packed steps: {times}"
+
+
+def choose_threads(engine: Any, way: Way, batch: TokenBatch) -> str:
+    """Let one thread compute, in every rank, where that is enough; say so."""
+    if engine.vllm_config.device_config.device_type != "cpu":
+        return ""
+    before = engine.collective_rpc("use_threads", args=(1,))
+    (seconds,) = _times((way,), batch)
+    if batch.tokens >= ONE_THREAD * seconds:
+        return ", by one thread"
+    engine.collective_rpc("use_threads", args=(max(before),))
+    return ""
 
 
 def _times(ways: Sequence[Way], batch: TokenBatch) -> list[float]:

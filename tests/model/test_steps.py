@@ -67,6 +67,7 @@ for file in files:
         "apart": 1 - float(np.abs(np.corrcoef(ours[64]) - np.eye(64)).max()),
         "chat": not chat or chat == tokenizer.render([messages], {}, "messages", 10**6)[0],
         "chats": bool(chat and chat.startswith("user: x")),
+        "threads": [engine.collective_rpc("use_threads", args=(n,)) for n in (2, 1, 2)][1:] == [[2], [1]],
         "serves": choose(engine, card.tokenizer, card.max_model_len, "packed")[1],
     }), flush=True)
     engine.engine_core.shutdown()
@@ -95,5 +96,6 @@ def test_every_layout_gives_its_authors_vectors(tmp_path: Path) -> None:
         assert each.pop("longest") == 0, name
         assert each.pop("shape"), name
         assert each.pop("chat"), name
+        assert each.pop("threads"), name
         assert each.pop("apart") > 1e-4, name  # else an order mistake couldn't show
         assert {key: value for key, value in each.items() if value < 0.999999} == {}, name

@@ -5,10 +5,15 @@ import os
 import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from deployments.engine import choice
+from deployments.engine.batch import TokenBatch
 from deployments.engine.cores import CoreClaim, sharers
+from deployments.engine.thread import Way
 from deployments.errors import EngineStartError
 from deployments.machine import own_cores
 
@@ -93,3 +98,28 @@ def test_a_killed_holder_loses_its_cores(tmp_path: Path) -> None:
     holder.kill()
     holder.join()
     assert CoreClaim(1, tmp_path).claim(wait_seconds=60) == [held]
+
+
+@pytest.mark.parametrize(("speed", "wanted"), [(80_000, [1]), (20_000, [1, 4])])
+def test_one_thread_is_left_where_it_is_fast(
+    monkeypatch: pytest.MonkeyPatch, speed: float, wanted: list[int]
+) -> None:
+    """Tokens a second of one thread; a model that has more to compute gets all that it had."""
+    now, asked = [0.0], [4]
+
+    class Engine:
+        vllm_config = SimpleNamespace(device_config=SimpleNamespace(device_type="cpu"))
+
+        def collective_rpc(self, _: str, args: tuple[int]) -> list[int]:
+            asked.extend(args)
+            return [asked[-2]]
+
+    class Timed(Way):
+        def embed(self, batch: TokenBatch) -> np.ndarray:
+            now[0] += batch.tokens / (speed * asked[-1])
+            return np.zeros((len(batch), 1), np.float32)
+
+    monkeypatch.setattr(choice, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    said = choice.choose_threads(Engine(), Timed(), TokenBatch.of([[1] * 1000]))
+    assert asked[1:] == wanted
+    assert bool(said) == (wanted == [1])
