@@ -18,7 +18,7 @@ from benchmarks.subjects import SHAPES
 from benchmarks.workloads import WORKLOADS, Checker, reference_texts
 
 SINGLES = WORKLOADS[1]
-COSTS = Costs(1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-9, 1e-3, 1e-3, 1e-4)
+COSTS = Costs(1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-9, 1e-3, 1e-3, 1e-4, 1e-5)
 
 
 @pytest.fixture
