@@ -4,9 +4,11 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokie
 from tokenizers import Tokenizer
 
 from benchmarks.tokenisation import differing
@@ -47,6 +49,18 @@ def test_odd_texts_among_others_are_read_by_hugging_faces(declared: dict[str, An
         assert ours.encode(some, special) == right
 
 
+def test_what_tokie_cant_read_is_left_to_hugging_faces(
+    declared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model starts all the same."""
+
+    def refuse(file: str) -> None:
+        raise tokie.TokieError(file)
+
+    monkeypatch.setattr("tokie.Tokenizer", SimpleNamespace(from_json=refuse))
+    assert len(TextTokenizer(json.dumps(declared)).encode(["a text"])[0]) == 4
+
+
 def _set(*path: str, to: object) -> Callable[[dict[str, Any]], None]:
     def change(declared: dict[str, Any]) -> None:
         place = declared
@@ -63,6 +77,9 @@ def _set(*path: str, to: object) -> Callable[[dict[str, Any]], None]:
         _set("normalizer", "strip_accents", to=False),
         _set("normalizer", "clean_text", to=False),
         _set("normalizer", to=None),
+        # The probe tells these.
+        _set("post_processor", to={"type": "BertProcessing", "sep": ["[SEP]", 102], "cls": ["[CLS]", 101]}),
+        lambda declared: declared["post_processor"]["single"].pop(0),
         _set("normalizer", to={"type": "Lowercase"}),
         _set("pre_tokenizer", to={"type": "Whitespace"}),
         _set("model", "max_input_chars_per_word", to=20),
