@@ -24,7 +24,7 @@ from benchmarks.workloads import articles, pool
 from deployments.engine.tokenizer.wordpiece import ALIKE, WordPiece
 
 LINES = 1_000_000
-AT_ONCE = 2000
+AT_ONCE = 500
 THREADS = 2
 PAIRS = 20_000
 ODD = ["[MASK]", "[CLS]", "[SEP]", "[UNK]", "[mask]", "##ing", "  ", "\n", "'s", "...", "https://a.b/c?d=e&f"]

