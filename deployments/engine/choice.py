@@ -189,7 +189,6 @@ def choose(engine: Any, tokenizer: str, max_model_len: int, wanted: Wanted) -> t
         packed = Packed(engine)
         if not (cosines(packed.embed(batches[0]), references) >= MIN_COSINE).all():
             raise EngineError("its vectors would be others than those of vLLM's scheduler")
-        threads = choose_threads(engine, packed, batches[2])
         (lone, their_lone), (step, their_step) = (_times((packed, scheduled), each) for each in batches[1:])
     except Exception as error:  # as where a private name has moved: the scheduler serves all the same
         if wanted == "packed":
@@ -200,12 +199,14 @@ def choose(engine: Any, tokenizer: str, max_model_len: int, wanted: Wanted) -> t
         return scheduled, f"vLLM's scheduler; no packed steps for this model: {first_line(error)}"
     times = (
         f"a lone input {lone * 1e3:.1f} ms (by vLLM's scheduler {their_lone * 1e3:.1f}),"
-        f" {batches[2].tokens} tokens {step * 1e3:.1f} ms ({their_step * 1e3:.1f}){threads}"
+        f" {batches[2].tokens} tokens {step * 1e3:.1f} ms ({their_step * 1e3:.1f})"
     )
     if wanted == "auto" and lone * step > their_lone * their_step:
+        scheduled = Scheduled(engine, packed)
+        threads = choose_threads(engine, scheduled, batches[2])
         scheduled.clean()
-        return Scheduled(engine, packed), f"vLLM's scheduler, which is faster than packed steps: {times}"
-    return packed, f"packed steps: {times}"
+        return scheduled, f"vLLM's scheduler, which is faster than packed steps: {times}{threads}"
+    return packed, f"packed steps: {times}{choose_threads(engine, packed, batches[2])}"
 
 
 def choose_threads(engine: Any, way: Way, batch: TokenBatch) -> str:

@@ -94,36 +94,42 @@ class Mounted:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        self._say(scope)
+        answered = False
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        begun: list[asyncio.TimerHandle | asyncio.Task[None]] = []
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            if not answered:
+                task.cancel()
+
+        def begin() -> None:
+            begun.append(loop.create_task(watch()))
+
+        async def read() -> Message:
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body") and not begun:
+                begun.append(loop.call_later(UNWATCHED_SECONDS, begin))
+            return message
+
+        async def write(message: Message) -> None:
+            nonlocal answered
+            # With the answer's last byte `receive` says that the client has gone.
+            answered = message["type"] == "http.response.body" and not message.get("more_body")
+            await send(message)
+
+        try:
+            await self._app(scope, read, write)
+        finally:
+            for each in begun:
+                each.cancel()
+
+    def _say(self, scope: Scope) -> None:
         mount = Direct.mount
         if mount is None or not mount.is_current or mount.prefix != scope["root_path"]:
             replica = serve.get_replica_context()
             places = asyncio.Semaphore(replica._deployment_config.max_ongoing_requests)
             Direct.mount = Mount(scope["app"], scope["root_path"], replica, places)
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        assert task is not None
-        timer: asyncio.TimerHandle | None = None
-        watching: asyncio.Task[None] | None = None
-
-        async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            task.cancel()
-
-        def begin() -> None:
-            nonlocal watching
-            watching = loop.create_task(watch())
-
-        async def read() -> Message:
-            nonlocal timer
-            message = await receive()
-            if message["type"] == "http.request" and not message.get("more_body") and timer is None:
-                timer = loop.call_later(UNWATCHED_SECONDS, begin)
-            return message
-
-        try:
-            await self._app(scope, read, send)
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if watching is not None:
-                watching.cancel()

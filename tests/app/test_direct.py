@@ -13,8 +13,9 @@ import pytest
 import uvicorn
 from ray.serve.context import _get_serve_request_context
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -33,6 +34,7 @@ class Site:
         self.ends: list[str] = []
         self.most = self.now = 0
         self.app = Starlette(routes=[Route("/see", self.see), Route("/wait", self.wait, methods=["POST"])])
+        self.app.router.routes.append(Route("/slowly", self.slowly))
         self.app.add_middleware(Mounted)
         self.port = 0
         self.replica = SimpleNamespace()
@@ -50,6 +52,20 @@ class Site:
         """Say what a request looks like."""
         context = _get_serve_request_context()
         return JSONResponse([request.scope["root_path"], context.request_id, context.app_name])
+
+    async def slowly(self, request: Request) -> Response:
+        """Answer in pieces, and do something when that is done."""
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for _ in range(3):
+                await asyncio.sleep(direct.UNWATCHED_SECONDS)
+                yield b"piece"
+
+        async def after() -> None:
+            await asyncio.sleep(direct.UNWATCHED_SECONDS)
+            self.ends.append("after")
+
+        return StreamingResponse(pieces(), background=BackgroundTask(after))
 
     async def wait(self, request: Request) -> Response:
         """Answer after the seconds that the body names."""
@@ -139,6 +155,20 @@ async def test_who_goes_is_no_longer_worked_for(site: Site, known: bool) -> None
         assert (await client.post("/emb/wait", json={"seconds": 0})).text == "waited"
     others = {task.get_coro().__qualname__ for task in asyncio.all_tasks()}  # type: ignore[union-attr]
     assert not {name for name in others if "Mounted" in name}
+
+
+async def test_what_comes_after_an_answer_is_done_and_its_connection_stays(site: Site) -> None:
+    """An answer's end isn't taken for a client that goes."""
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{site.port}", timeout=30) as client:
+        await client.get("/emb/see")
+        ports = set()
+        for number in (1, 2):
+            answer = await client.get("/emb/slowly")
+            assert answer.text == "piece" * 3
+            ports.add(answer.extensions["network_stream"].get_extra_info("client_addr"))
+            await site.ended(number)
+    assert site.ends == ["after", "after"]
+    assert len(ports) == 1
 
 
 async def test_more_than_a_replica_may_have_wait(site: Site) -> None:

@@ -49,6 +49,22 @@ def test_odd_texts_among_others_are_read_by_hugging_faces(declared: dict[str, An
         assert ours.encode(some, special) == right
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x" + "über\xa0straße\xa0naïve\xa0" * 4000,
+        "ab" + "東京大学、研究。" * 3000,
+        "a" * 2**16,
+        *("x" + letter * (2**14 - 2) for letter in "東😀é"),
+    ],
+    ids=str.__len__,
+)
+def test_texts_without_spaces_are_whole_however_long(declared: dict[str, Any], text: str) -> None:
+    """The quick way cuts long ones, and ends the process where it does so in a character."""
+    theirs = Tokenizer.from_str(json.dumps(declared))
+    assert TextTokenizer(json.dumps(declared)).encode([text]) == [theirs.encode(text).ids]
+
+
 def test_what_tokie_cant_read_is_left_to_hugging_faces(
     declared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +98,7 @@ def _set(*path: str, to: object) -> Callable[[dict[str, Any]], None]:
         lambda declared: declared["post_processor"]["single"].pop(0),
         _set("normalizer", to={"type": "Lowercase"}),
         _set("pre_tokenizer", to={"type": "Whitespace"}),
+        lambda declared: declared["model"]["vocab"].update(hellox=40_000),
         _set("model", "max_input_chars_per_word", to=20),
         lambda declared: declared["added_tokens"][0].update(lstrip=True),
         lambda declared: declared["added_tokens"][0].update(content="[JUST]"),
