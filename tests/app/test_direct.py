@@ -33,8 +33,8 @@ class Site:
         self.serves: list[str] = []  # the paths that Ray Serve was asked for
         self.ends: list[str] = []
         self.most = self.now = 0
-        self.app = Starlette(routes=[Route("/see", self.see), Route("/wait", self.wait, methods=["POST"])])
-        self.app.router.routes.append(Route("/slowly", self.slowly))
+        see, slowly = Route("/see", self.see), Route("/slowly", self.slowly)
+        self.app = Starlette(routes=[see, slowly, Route("/wait", self.wait, methods=["POST"])])
         self.app.add_middleware(Mounted)
         self.port = 0
         self.replica = SimpleNamespace()
